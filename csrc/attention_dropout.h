@@ -1,0 +1,36 @@
+// The counter-based generator of attention dropout, shared by the CPU and the GPU kernels. Defined and explained in
+// groupdetr_fast/ops/grouped_attention/dropout.py.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace groupdetr {
+
+HOST_DEVICE uint32_t dropout_word(uint32_t x, uint32_t key = 0) {
+  x ^= x >> 16;
+  x *= 0x21F0AAADu;
+  x ^= (x >> 15) ^ key;
+  x *= 0xD35A2D97u;
+  return x ^ (x >> 15);
+}
+
+struct DropoutRow {
+  uint32_t key0, key1;
+};
+
+HOST_DEVICE DropoutRow dropout_row(uint64_t seed, uint32_t head, uint32_t row) {
+  const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  const uint32_t stream0 = dropout_word(dropout_word(low) ^ high);
+  const uint32_t stream1 = dropout_word(dropout_word(high + 0x9E3779B9u) ^ low);
+  return {dropout_word(dropout_word(stream0 ^ head) ^ row), dropout_word(dropout_word(stream1 ^ head) ^ row)};
+}
+
+HOST_DEVICE bool dropout_keep(DropoutRow row, uint32_t column, uint32_t threshold) {
+  return dropout_word(column ^ row.key0, row.key1) >= threshold;
+}
+
+HOST_DEVICE uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+
+}  // namespace groupdetr

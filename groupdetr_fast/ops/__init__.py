@@ -1,0 +1,15 @@
+"""The four ops of the package, as functions on tensors; see each function's docstring.
+
+Every op has a PyTorch reference in its folder (``reference.py``), which is its meaning and its fallback; ``backends()``
+tells what runs where.
+"""
+
+from .._library import backends, load_extension
+from .grouped_attention import grouped_attention
+from .linear_assignment import linear_assignment
+from .matching_cost import matching_cost
+from .ms_deform_attn import ms_deform_attn
+
+load_extension()
+
+__all__ = ["backends", "grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn"]

@@ -1,0 +1,3 @@
+from .op import grouped_attention
+
+__all__ = ["grouped_attention"]

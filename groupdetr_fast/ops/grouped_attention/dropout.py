@@ -1,0 +1,90 @@
+"""Dropout of attention probabilities by a counter-based generator, so that backward repeats it without storing a mask.
+
+Whether the probability of (image b, head h, query row, key column) is kept depends on these and the seed alone, by
+32-bit integer arithmetic (all sums and products modulo 2**32)::
+
+    word(x)   = x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15;  x *= 0xD35A2D97;  x ^= x >> 15
+    key0      = word(word(word(word(seed_low) ^ seed_high) ^ head) ^ row)                  head = b * H + h
+    key1      = word(word(word(word(seed_high + 0x9E3779B9) ^ seed_low) ^ head) ^ row)
+    hash      = word(column ^ key0), with key1 added (xor) before its second product
+    keep      = hash >= floor(p * 2**32)
+
+``word`` is a bijection of 32-bit numbers with little bias (the constants are those of the hash-prospector project's
+"lowbias32"). Two keys per row make it unlikely that two rows, whose columns run through the same small numbers, share a
+pattern. The C++ and GPU kernels follow this definition bit for bit; row and column count along the full sequence of L
+queries.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._library import define_op
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """``[1]`` int64 drawn from torch's default generator of the device."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def keep_mask(seed: Tensor, p: float, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Which probabilities are kept.
+
+    Args:
+        seed: ``[1]`` int64.
+        p: probability to drop one, in [0, 1).
+        head: int64, ``b * H + h``.
+        row: int64, query in the sequence.
+        column: int64, key in the sequence; head, row and column broadcast against each other.
+
+    Returns:
+        bool of the broadcast shape.
+    """
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    key0 = _word(_word(_word(_word(low) ^ high) ^ head) ^ row)
+    key1 = _word(_word(_word(_word((high + _GOLDEN) & _MASK) ^ low) ^ head) ^ row)
+    return _word(column ^ key0, key1) >= int(p * 2**32)
+
+
+def _word(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    # int64 products overflow, but their low 32 bits are right.
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK
+    x = x ^ (x >> 15) ^ key
+    x = (x * 0xD35A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def attention_dropout_reference(probabilities: Tensor, seed: Tensor, p: float, origins: list[int]) -> Tensor:
+    """Drop probabilities of blocks of the attention matrix, and scale those that are kept by ``1 / (1 - p)``.
+
+    Args:
+        probabilities: ``[blocks, H, R, C]``, float32 or float64: all heads of some blocks.
+        seed: ``[1]`` int64.
+        p: probability to drop one, in [0, 1).
+        origins: ``image, first row, first column`` of each block, flattened.
+    """
+    blocks, heads, rows, columns = probabilities.shape
+    device = probabilities.device
+    image, row, column = torch.tensor(origins, dtype=torch.int64, device=device).view(blocks, 3, 1, 1, 1).unbind(1)
+    keep = keep_mask(
+        seed,
+        p,
+        image * heads + torch.arange(heads, device=device)[:, None, None],
+        row + torch.arange(rows, device=device)[:, None],
+        column + torch.arange(columns, device=device),
+    )
+    return torch.where(keep, probabilities * (1 / (1 - p)), 0.0).contiguous()
+
+
+def _fake(probabilities: Tensor, seed: Tensor, p: float, origins: list[int]) -> Tensor:
+    return probabilities.new_empty(probabilities.shape)
+
+
+define_op(
+    "attention_dropout(Tensor probabilities, Tensor seed, float p, int[] origins) -> Tensor",
+    reference=attention_dropout_reference,
+    fake=_fake,
+)

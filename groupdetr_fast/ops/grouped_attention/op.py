@@ -1,0 +1,132 @@
+"""The op ``grouped_attention``: self-attention of queries that fall into groups."""
+
+import torch
+from torch import Tensor
+
+from ..._library import block_double_backward, define_op, register_autograd
+from ...groups import QueryGroups
+from . import cpu
+from .dropout import new_seed
+from .reference import grouped_attention_backward_reference, grouped_attention_reference
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: QueryGroups | int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention in which every query sees its own group only (Group DETR, section 3.2).
+
+    With one group this is ``scaled_dot_product_attention``. No array of size L x L is ever allocated.
+
+    Args:
+        query: ``[B, L, H, D]``: images, queries, heads, channels.
+        key: ``[B, L, H, D]``.
+        value: ``[B, L, H, Dv]``.
+        groups: how the L queries fall into groups and denoising segments; a number K stands for K groups of L / K
+            queries, one after another.
+        dropout_p: probability to drop an attention probability, in [0, 1); pass 0 in evaluation. The others are scaled
+            by ``1 / (1 - dropout_p)``. What is dropped follows from a seed that is drawn from torch's default
+            generator of the device (``torch.manual_seed``).
+        scale: factor of the dot products; ``1 / sqrt(D)`` if None.
+
+    Returns:
+        ``[B, L, H, Dv]``, contiguous, in the dtype of the inputs.
+
+    The inputs share one dtype: float32, float64, float16 or bfloat16. Sums over keys and channels are accumulated in
+    float32 (float64 for float64), also under autocast. Forward and backward are deterministic on the CPU. There is no
+    double backward.
+
+    Raises:
+        TypeError: if the dtypes differ or are none of these.
+        ValueError: if a shape, a device, the groups or dropout_p do not fit.
+    """
+    _check(query, key, value)
+    groups = _resolve(groups, query.shape[1])
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if scale is None:
+        scale = max(query.shape[3], 1) ** -0.5
+    seed = new_seed(query.device) if dropout_p > 0 else None
+    layout = groups.as_ints()
+    out, _ = torch.ops.groupdetr_fast.grouped_attention(query, key, value, layout, dropout_p, seed, scale)
+    return out
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
+    if query.dim() != 4:
+        raise ValueError(f"query must have shape [B, L, H, D], got {list(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must lie on the device of query, {query.device}, got {tensor.device}")
+    if key.shape != query.shape:
+        raise ValueError(f"key must have the shape of query, {list(query.shape)}, got {list(key.shape)}")
+    if value.dim() != 4 or value.shape[:3] != query.shape[:3]:
+        batch, length, heads, _ = query.shape
+        raise ValueError(f"value must have shape [{batch}, {length}, {heads}, Dv], got {list(value.shape)}")
+
+
+def _resolve(groups: QueryGroups | int, length: int) -> QueryGroups:
+    if isinstance(groups, QueryGroups):
+        if groups.length != length:
+            raise ValueError(f"groups must describe the L = {length} queries, got {groups.length} in {groups}")
+        return groups
+    if groups < 1 or length < 1 or length % groups != 0:
+        raise ValueError(f"groups must divide the number of queries, L = {length}, got {groups}")
+    return QueryGroups(groups, length // groups)
+
+
+def _fake(query, key, value, layout, dropout_p, seed, scale):
+    batch, length, heads, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=dtype)
+
+
+def _fake_backward(grad_out, query, key, value, out, lse, layout, dropout_p, seed, scale):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+define_op(
+    "grouped_attention(Tensor query, Tensor key, Tensor value, SymInt[] layout, float dropout_p, Tensor? seed, "
+    "float scale) -> (Tensor out, Tensor lse)",
+    reference=grouped_attention_reference,
+    fake=_fake,
+    public=True,
+)
+define_op(
+    "grouped_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "SymInt[] layout, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=grouped_attention_backward_reference,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, ctx.layout, ctx.dropout_p, seed, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, seed)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, out, lse, seed = ctx.saved_tensors
+    grad_query, grad_key, grad_value = torch.ops.groupdetr_fast.grouped_attention_backward(
+        grad_out, query, key, value, out, lse, ctx.layout, ctx.dropout_p, seed, ctx.scale
+    )
+    no_grad_layout = no_grad_dropout_p = no_grad_seed = no_grad_scale = None
+    return grad_query, grad_key, grad_value, no_grad_layout, no_grad_dropout_p, no_grad_seed, no_grad_scale
+
+
+register_autograd("grouped_attention", setup_context=_setup_context, backward=_backward)
+block_double_backward("grouped_attention_backward")
+cpu.register()

@@ -1,0 +1,3 @@
+from .op import linear_assignment
+
+__all__ = ["linear_assignment"]

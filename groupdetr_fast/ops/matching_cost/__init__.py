@@ -1,0 +1,3 @@
+from .op import matching_cost
+
+__all__ = ["matching_cost"]

@@ -1,0 +1,110 @@
+"""The ground truth of a batch, packed into tensors whose shapes depend on host-side numbers alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedTargets"]
+
+
+@dataclass(frozen=True)
+class PackedTargets:
+    """Targets of ``B`` images, padded to the largest number of objects ``T_max`` (0 is allowed).
+
+    The numbers of objects are known on the host (``sizes``) and on the device (``num_targets``), so that nothing that
+    uses them needs a device synchronisation. Padding rows come last in each image and are all zeros.
+
+    Attributes:
+        labels: ``[B, T_max]`` int64, class indices.
+        boxes: ``[B, T_max, 4]`` floating point, ``cxcywh`` normalised to [0, 1] by the image size.
+        num_targets: ``[B]`` int64, objects per image.
+        sizes: the same numbers as Python integers.
+        masks: one ``[T_b, H_b, W_b]`` bool tensor per image for segmentation, or None.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    num_targets: Tensor
+    sizes: tuple[int, ...]
+    masks: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> "PackedTargets":
+        """Pack one ``{"labels": [T_b] int64, "boxes": [T_b, 4][, "masks": [T_b, H, W]]}`` per image.
+
+        All tensors must lie on one device; keys other than these three are ignored.
+
+        Raises:
+            ValueError: if the list is empty, a key is missing or a shape or device does not fit; the message names
+                the image by its index.
+            TypeError: if ``labels`` are not integers or ``boxes`` not floating point.
+        """
+        if len(targets) == 0:
+            raise ValueError("targets must hold at least one image")
+        for index, target in enumerate(targets):
+            _check(index, target, targets[0])
+        sizes = tuple(len(target["labels"]) for target in targets)
+        first = targets[0]["boxes"]
+        labels = torch.zeros(len(sizes), max(sizes), dtype=torch.int64, device=first.device)
+        boxes = torch.zeros(len(sizes), max(sizes), 4, dtype=first.dtype, device=first.device)
+        for index, (size, target) in enumerate(zip(sizes, targets, strict=True)):
+            labels[index, :size] = target["labels"]
+            boxes[index, :size] = target["boxes"]
+        masks = tuple(target["masks"] for target in targets) if "masks" in targets[0] else None
+        return cls(labels, boxes, torch.tensor(sizes, device=first.device), sizes, masks)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def max_targets(self) -> int:
+        """``T_max``, the second size of ``labels`` and ``boxes``."""
+        return self.labels.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    @property
+    def valid(self) -> Tensor:
+        """``[B, T_max]`` bool, False on padding."""
+        return torch.arange(self.max_targets, device=self.device) < self.num_targets[:, None]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
+        """The same targets on another device."""
+        masks = self.masks
+        if masks is not None:
+            masks = tuple(mask.to(device, non_blocking=non_blocking) for mask in masks)
+        return replace(
+            self,
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            boxes=self.boxes.to(device, non_blocking=non_blocking),
+            num_targets=self.num_targets.to(device, non_blocking=non_blocking),
+            masks=masks,
+        )
+
+
+def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
+    for key in ("labels", "boxes"):
+        if key not in target:
+            raise ValueError(f'targets[{index}] lacks the key "{key}"')
+    labels, boxes = target["labels"], target["boxes"]
+    if labels.dim() != 1:
+        raise ValueError(f"targets[{index}]: labels must have shape [T], got {list(labels.shape)}")
+    if boxes.shape != (len(labels), 4):
+        raise ValueError(f"targets[{index}]: boxes must have shape [{len(labels)}, 4], got {list(boxes.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"targets[{index}]: labels must be integers, got {labels.dtype}")
+    if not boxes.dtype.is_floating_point:
+        raise TypeError(f"targets[{index}]: boxes must be floating point, got {boxes.dtype}")
+    if boxes.device != first["boxes"].device or labels.device != boxes.device:
+        raise ValueError(f"targets[{index}]: labels and boxes must lie on {first['boxes'].device}, as those of image 0")
+    if ("masks" in target) != ("masks" in first):
+        raise ValueError(f"targets[{index}]: either every image has masks or none")
+    if "masks" in target and (target["masks"].dim() != 3 or len(target["masks"]) != len(labels)):
+        raise ValueError(
+            f"targets[{index}]: masks must have shape [{len(labels)}, H, W], got {list(target['masks'].shape)}"
+        )

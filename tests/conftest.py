@@ -1,0 +1,33 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Real data that lies beside a checkout of the repository; tests that use it skip, saying so, where it is missing.
+SHARED_DATA = Path(os.environ.get("GROUPDETR_FAST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_data():
+    """A function from the name of a real data set to its folder; skips the test where that is missing."""
+
+    def find(name):
+        folder = SHARED_DATA / name
+        if not folder.is_dir():
+            pytest.skip(
+                f"the data set {name} is not at {folder} (set GROUPDETR_FAST_TEST_DATA to the folder that has it)"
+            )
+        return folder
+
+    return find

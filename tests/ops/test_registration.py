@@ -1,0 +1,57 @@
+"""Which kernel runs where: at most one owner per (op, dispatch key), asked from the dispatcher."""
+
+import re
+
+import pytest
+import torch
+
+from groupdetr_fast import ops
+
+# The file whose kernel runs on the CPU; kernels registered in Python are reported under _library.py.
+CPU_OWNERS = {
+    "attention_dropout": "attention_dropout.cpp",
+    "grouped_attention": "_library.py",
+    "grouped_attention_backward": "_library.py",
+    "linear_assignment": "linear_assignment.cpp",
+    "matching_cost": "matching_cost.cpp",
+    "ms_deform_attn": "ms_deform_attn.cpp",
+    "ms_deform_attn_backward": "ms_deform_attn.cpp",
+}
+# Ops with an Autograd kernel: the differentiable ones, and their backward ops, where it blocks double backward.
+WITH_AUTOGRAD = {"grouped_attention", "grouped_attention_backward", "ms_deform_attn", "ms_deform_attn_backward"}
+
+
+def _owners(op):
+    """{dispatch key: file} of an op's kernels, for keys as the dispatcher writes them."""
+    dump = torch._C._dispatch_dump(f"groupdetr_fast::{op}")
+    return dict(re.findall(r"^((?!debug)\w+(?:\[alias\])?): registered at \S*?([\w.]+):\d+", dump, re.MULTILINE))
+
+
+def test_owner_table_lists_every_op():
+    names = torch._C._dispatch_get_all_op_names()
+    assert {name.split("::")[1] for name in names if name.startswith("groupdetr_fast::")} == set(CPU_OWNERS)
+
+
+@pytest.mark.parametrize("op", CPU_OWNERS)
+def test_owners(op):
+    owners = _owners(op)
+    expected = {"CPU", "Meta", "CompositeExplicitAutograd[alias]"}
+    if op in WITH_AUTOGRAD:
+        expected.add("Autograd[alias]")
+    assert set(owners) - {"CUDA"} == expected
+    assert owners["CPU"] == CPU_OWNERS[op]
+    assert owners["CompositeExplicitAutograd[alias]"] == "_library.py"
+
+
+def test_backends():
+    backends = ops.backends()
+    assert set(backends) == {"grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn"}
+    assert {op: kinds["cpu"] for op, kinds in backends.items()} == {
+        "grouped_attention": "PyTorch",
+        "linear_assignment": "C++",
+        "matching_cost": "C++",
+        "ms_deform_attn": "C++",
+    }
+    for op, kinds in backends.items():
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"groupdetr_fast::{op}", "CUDA")
+        assert (kinds["cuda"] == "reference") is not has_kernel

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+import groupdetr_fast as gd
+
+
+def test_packing():
+    packed = gd.PackedTargets.from_list(
+        [
+            {"labels": torch.tensor([3, 1]), "boxes": torch.rand(2, 4)},
+            {"labels": torch.tensor([], dtype=torch.int64), "boxes": torch.zeros(0, 4)},
+            {"labels": torch.tensor([2]), "boxes": torch.rand(1, 4), "extra": "ignored"},
+        ]
+    )
+    assert packed.labels.tolist() == [[3, 1], [0, 0], [2, 0]]
+    assert packed.boxes.shape == (3, 2, 4)
+    assert not packed.boxes[1].any()
+    assert packed.num_targets.tolist() == [2, 0, 1]
+    assert packed.sizes == (2, 0, 1)
+    assert packed.valid.tolist() == [[True, True], [False, False], [True, False]]
+    assert (packed.batch_size, packed.max_targets, packed.masks) == (3, 2, None)
+
+
+def test_masks_and_device():
+    targets = [{"labels": torch.tensor([0]), "boxes": torch.rand(1, 4), "masks": torch.ones(1, 5, 6, dtype=torch.bool)}]
+    moved = gd.PackedTargets.from_list(targets).to("meta")
+    assert moved.device.type == "meta"
+    assert moved.masks[0].shape == (1, 5, 6)
+    assert moved.masks[0].device.type == "meta"
+
+
+def test_nothing_but_empty_images():
+    packed = gd.PackedTargets.from_list([{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2)
+    assert packed.labels.shape == (2, 0)
+    assert packed.valid.shape == (2, 0)
+
+
+LABELS, BOXES = torch.tensor([0, 1]), torch.rand(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([], ValueError, "targets must hold at least one image"),
+        ([{"labels": LABELS}], ValueError, r'targets\[0\] lacks the key "boxes"'),
+        ([{"labels": LABELS, "boxes": BOXES[:1]}], ValueError, r"boxes must have shape \[2, 4\], got \[1, 4\]"),
+        ([{"labels": LABELS[:, None], "boxes": BOXES}], ValueError, r"labels must have shape \[T\]"),
+        ([{"labels": LABELS.float(), "boxes": BOXES}], TypeError, "labels must be integers, got torch.float32"),
+        ([{"labels": LABELS, "boxes": BOXES.long()}], TypeError, "boxes must be floating point, got torch.int64"),
+        (
+            [{"labels": LABELS, "boxes": BOXES}, {"labels": LABELS, "boxes": BOXES.to("meta")}],
+            ValueError,
+            r"targets\[1\]: labels and boxes must lie on cpu",
+        ),
+        (
+            [{"labels": LABELS, "boxes": BOXES, "masks": torch.ones(1, 2, 2)}],
+            ValueError,
+            r"masks must have shape \[2, H, W\]",
+        ),
+    ],
+)
+def test_wrong_targets_are_refused(targets, error, message):
+    with pytest.raises(error, match=message):
+        gd.PackedTargets.from_list(targets)
