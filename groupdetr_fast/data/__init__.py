@@ -1,0 +1,22 @@
+"""COCO-format data sets, the paper's augmentation, batches, and the embedded digits set (extra ``train``)."""
+
+from .annotations import DataError
+from .batch import Batch, collate
+from .coco import CocoDataset
+from .digits import DigitsConfig, DigitsPaths, digits_dataset
+from .sampling import EpochSampler
+from .transforms import AugmentationConfig, eval_transforms, train_transforms
+
+__all__ = [
+    "AugmentationConfig",
+    "Batch",
+    "CocoDataset",
+    "DataError",
+    "DigitsConfig",
+    "DigitsPaths",
+    "EpochSampler",
+    "collate",
+    "digits_dataset",
+    "eval_transforms",
+    "train_transforms",
+]

@@ -1,0 +1,218 @@
+"""Reading and checking a COCO annotation file."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Annotations", "DataError", "read_annotations", "read_json"]
+
+logger = logging.getLogger(__name__)
+
+_TABLES = ("images", "annotations", "categories")
+_IDS_IN_WARNING = 5
+_NUMBERS = {int, float}
+
+
+class DataError(ValueError):
+    """A fault in the data, told in one sentence that names the file or the id and says what to do."""
+
+    def __init__(self, message: str):
+        # A DataLoader re-raises a worker's error with the worker's traceback as its message; our sentence ends it.
+        super().__init__(message.rpartition("DataError: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A checked annotation file, without crowd regions and degenerate boxes, packed image by image.
+
+    Attributes:
+        path: the file.
+        image_ids: ids of the ``N`` images in the order of the file.
+        file_names: relative to the image folder.
+        image_sizes: ``(height, width)`` of each image in pixels, as the file states them.
+        categories: the file's category entries, ascending by id.
+        boxes: ``[M, 4]`` float32, ``xyxy`` in pixels, clipped to the image; those of image ``i`` are the rows
+            ``offsets[i]:offsets[i + 1]``.
+        category_ids: ``[M]`` int64.
+        offsets: ``N + 1`` integers.
+    """
+
+    path: Path
+    image_ids: list[int]
+    file_names: list[str]
+    image_sizes: list[tuple[int, int]]
+    categories: list[dict]
+    boxes: Tensor
+    category_ids: Tensor
+    offsets: list[int]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a COCO annotation file whose three tables are known to be lists of objects.
+
+    Raises:
+        DataError: if the file is missing, is not json, or lacks "images", "annotations" or "categories".
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"annotation file {path} does not exist; give the path of a COCO json file") from None
+    except OSError as error:
+        raise DataError(f"annotation file {path} cannot be read ({error.strerror}); give a readable file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"annotation file {path} is not valid json ({error}); export or download it again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"annotation file {path} must hold a json object with the keys {', '.join(_TABLES)}")
+    for table in _TABLES:
+        if table not in content:
+            raise DataError(f'annotation file {path} lacks the key "{table}"; a COCO file has {", ".join(_TABLES)}')
+        if not isinstance(content[table], list) or not all(isinstance(entry, dict) for entry in content[table]):
+            raise DataError(f'annotation file {path}: "{table}" must be a list of objects')
+    return content
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """Read and check a COCO annotation file.
+
+    Crowd regions are left out. Boxes are clipped to their image; boxes of zero, negative or non-finite size and boxes
+    entirely outside their image are dropped, with one warning in the log.
+
+    Raises:
+        DataError: for a missing or unreadable file, a missing key, a duplicate id, a value of the wrong type, an
+            unsafe file name, or an annotation whose image or category is not in the tables.
+    """
+    path = Path(path)
+    content = read_json(path)
+    for table in ("images", "categories"):
+        if not content[table]:
+            raise DataError(f'annotation file {path}: "{table}" is empty; give a file with at least one entry')
+    images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
+    categories = _entries(path, "categories", content["categories"], ("name",))
+    annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
+
+    position = {image_id: index for index, image_id in enumerate(images)}
+    file_names = [_file_name(path, image) for image in images.values()]
+    image_sizes = [_image_size(path, image) for image in images.values()]
+
+    kept = []
+    boxes = np.empty((len(annotations), 4))
+    for annotation in annotations.values():
+        _check_reference(path, annotation, "image_id", images, "images")
+        _check_reference(path, annotation, "category_id", categories, "categories")
+        box = _box(path, annotation)
+        if not annotation.get("iscrowd", 0):
+            boxes[len(kept)] = box
+            kept.append(annotation)
+    boxes = boxes[: len(kept)]
+
+    owners = np.array([position[annotation["image_id"]] for annotation in kept], dtype=np.int64)
+    category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
+    boxes, valid = _clip(boxes, np.array(image_sizes)[owners])
+    if not valid.all():
+        dropped = [kept[index]["id"] for index in np.flatnonzero(~valid)]
+        shown = ", ".join(map(str, dropped[:_IDS_IN_WARNING])) + (", ..." if len(dropped) > _IDS_IN_WARNING else "")
+        logger.warning(
+            "%s: dropped %d of %d boxes that are empty, not finite or outside their image (annotation ids %s)",
+            path, len(dropped), len(kept), shown,
+        )  # fmt: skip
+    order = np.flatnonzero(valid)
+    order = order[np.argsort(owners[order], kind="stable")]
+    counts = np.bincount(owners[order], minlength=len(images))
+    return Annotations(
+        path=path,
+        image_ids=list(images),
+        file_names=file_names,
+        image_sizes=image_sizes,
+        categories=[categories[category_id] for category_id in sorted(categories)],
+        boxes=torch.from_numpy(boxes[order]),
+        category_ids=torch.from_numpy(category_ids[order]),
+        offsets=[0, *np.cumsum(counts).tolist()],
+    )
+
+
+def _entries(path: Path, table: str, entries: Sequence[dict], keys: tuple[str, ...]) -> dict[int, dict]:
+    """The entries of one table by their ids."""
+    by_id: dict[int, dict] = {}
+    keys = ("id", *keys)
+    for index, entry in enumerate(entries):
+        for key in keys:
+            if key not in entry:
+                raise DataError(f'annotation file {path}: {table}[{index}] lacks the key "{key}"; add it')
+        entry_id = entry["id"]
+        if type(entry_id) is not int:
+            raise _not_an_integer(path, f"{table}[{index}]", "id", entry_id)
+        if entry_id in by_id:
+            raise DataError(f'annotation file {path}: id {entry_id} occurs twice in "{table}"; make its ids unique')
+        by_id[entry_id] = entry
+    return by_id
+
+
+def _not_an_integer(path: Path, owner: str, key: str, value: Any) -> DataError:
+    return DataError(f'annotation file {path}: {owner}: "{key}" must be an integer, got {value!r}')
+
+
+def _check_reference(path: Path, annotation: dict, key: str, table: Mapping[int, dict], name: str) -> None:
+    value = annotation[key]
+    if type(value) is not int:
+        raise _not_an_integer(path, f"annotation {annotation['id']}", key, value)
+    if value not in table:
+        raise DataError(
+            f'annotation file {path}: annotation {annotation["id"]} has {key} {value}, which is not in "{name}"; '
+            "add the entry or remove the annotation"
+        )
+
+
+def _file_name(path: Path, image: dict) -> str:
+    name = image["file_name"]
+    # The Windows flavour knows both separators and drives, so that one check serves every system.
+    parsed = PureWindowsPath(name) if isinstance(name, str) else None
+    if not parsed or "\0" in name or parsed.drive or parsed.root or ".." in parsed.parts or not parsed.parts:
+        raise DataError(
+            f"annotation file {path}: image {image['id']} has the file name {name!r}; "
+            "it must be a path inside the image folder"
+        )
+    return name
+
+
+def _image_size(path: Path, image: dict) -> tuple[int, int]:
+    height, width = image["height"], image["width"]
+    for key, value in (("height", height), ("width", width)):
+        if type(value) is not int:
+            raise _not_an_integer(path, f"image {image['id']}", key, value)
+    if height < 1 or width < 1:
+        raise DataError(
+            f"annotation file {path}: image {image['id']} has the size {width} x {height}; "
+            "write the image's width and height in pixels"
+        )
+    return height, width
+
+
+def _box(path: Path, annotation: dict) -> tuple[float, float, float, float]:
+    box = annotation["bbox"]
+    try:
+        x, y, width, height = box
+        if {type(x), type(y), type(width), type(height)} <= _NUMBERS:
+            return float(x), float(y), float(width), float(height)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(
+        f"annotation file {path}: annotation {annotation['id']} has the bbox {box!r}; "
+        "it must be four numbers, x, y, width, height in pixels"
+    )
+
+
+def _clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes ``[M, 4]`` xywh and image sizes ``[M, 2]`` (h, w) -> clipped xyxy float32, and which of them are valid."""
+    finite = np.isfinite(boxes).all(axis=1)
+    boxes = np.where(finite[:, None], boxes, 0.0)
+    limits = sizes.reshape(-1, 2)[:, ::-1]
+    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+    clipped = np.clip(corners, 0.0, np.concatenate((limits, limits), axis=1)).astype(np.float32)
+    return clipped, finite & (boxes[:, 2:] > 0).all(axis=1) & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)

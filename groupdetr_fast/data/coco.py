@@ -1,0 +1,191 @@
+"""Data sets in COCO format."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from ..boxes import xyxy_to_cxcywh
+from .annotations import DataError, read_annotations, read_json
+from .sampling import seeded
+
+__all__ = ["CocoDataset"]
+
+
+class CocoDataset(Dataset):
+    """Images with boxes from a folder and a COCO json file.
+
+    A sample is ``(image, target)``: ``image`` float32 ``[3, H, W]`` and ``target`` a dict with
+
+    - ``labels``: ``[T]`` int64,
+    - ``boxes``: ``[T, 4]`` float32, ``cxcywh`` normalised by the size of the transformed image,
+    - ``image_id``: the id in the annotation file,
+    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the image file in pixels.
+
+    ``dataset[index]`` is the sample in epoch 0, ``dataset[epoch, index]`` that of another epoch, as
+    :class:`EpochSampler` asks for it. Every random choice of ``transforms`` is a function of seed, epoch and index
+    alone, as long as it draws from the CPU generators of torch, numpy or ``random``.
+
+    Crowd regions are never targets; degenerate boxes and those outside their image are dropped with one warning, the
+    others are clipped to the image. Images are decoded as stored: like pycocotools, this ignores an EXIF orientation.
+
+    Args:
+        image_folder: where the ``file_name`` entries are looked up.
+        annotation_file: COCO json with "images", "annotations" and "categories".
+        transforms: a torchvision v2 transform of ``(image, {"boxes", "labels"})``, which it gets as tv_tensors
+            (uint8 and ``xyxy`` pixels). None: the image is only scaled to [0, 1].
+        labels: ``"contiguous"``: label = rank of the category among the ascending ids; ``"category_id"``: label =
+            category id, as in the original repositories (91 classes for COCO).
+        seed: of the transforms; not negative.
+        cache_images: decode all images now and keep them in memory as uint8; for small sets.
+
+    Attributes:
+        image_ids: ids in the order of the samples.
+        categories: the category entries of the file, ordered by label.
+        num_classes: size of the label space; in mode ``"category_id"`` the largest id plus 1.
+        category_ids: ``[num_classes]`` int64, the category id of each label.
+
+    Raises:
+        DataError: on construction, for a fault in the folder or the annotation file; on access, for an image file
+            that is missing, unreadable or of another size than the annotation file says.
+        ValueError: for an unknown ``labels`` mode or a negative seed.
+        IndexError: for an index out of range.
+    """
+
+    def __init__(
+        self,
+        image_folder: str | Path,
+        annotation_file: str | Path,
+        transforms: Callable[[Any, dict], tuple[Any, dict]] | None = None,
+        *,
+        labels: Literal["contiguous", "category_id"] = "contiguous",
+        seed: int = 0,
+        cache_images: bool = False,
+    ):
+        if labels not in ("contiguous", "category_id"):
+            raise ValueError(f'labels must be "contiguous" or "category_id", got {labels!r}')
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.image_folder = Path(image_folder)
+        if not self.image_folder.is_dir():
+            raise DataError(f"image folder {image_folder} does not exist; give the folder that holds the images")
+        self.transforms = transforms
+        self.seed = seed
+        self._annotations = read_annotations(annotation_file)
+        self.image_ids = self._annotations.image_ids
+        self.categories = self._annotations.categories
+
+        ids = torch.tensor([category["id"] for category in self.categories])
+        if labels == "contiguous":
+            self.category_ids = ids
+            self._labels = torch.searchsorted(ids, self._annotations.category_ids)
+        else:
+            if ids[0] < 0:
+                raise DataError(f'annotation file {annotation_file}: category id {ids[0]} cannot be a label; use '
+                                'labels="contiguous"')  # fmt: skip
+            self.category_ids = torch.arange(int(ids[-1]) + 1)
+            self._labels = self._annotations.category_ids
+        self.num_classes = len(self.category_ids)
+
+        self._cache: dict[int, Tensor] | None = None
+        if cache_images:
+            self._cache = {index: self._decode(index) for index in range(len(self))}
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, objects = self.image(index), self.ground_truth(index)
+        original_size = image.shape[-2:]
+        if self.transforms is not None:
+            wrapped = tv_tensors.BoundingBoxes(objects["boxes"], format="XYXY", canvas_size=tuple(original_size))
+            with seeded(self.seed, epoch, index):
+                image, objects = self.transforms(tv_tensors.Image(image), {**objects, "boxes": wrapped})
+            image = image.as_subclass(Tensor)
+        if not image.is_floating_point():
+            image = image.float() / 255
+        height, width = image.shape[-2:]
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+        return image, {
+            "labels": objects["labels"].as_subclass(Tensor),
+            "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
+            "image_id": self.image_ids[index],
+            "original_size": torch.tensor(original_size),
+        }
+
+    def image(self, index: int) -> Tensor:
+        """The decoded image, uint8 RGB ``[3, H, W]``, before any transform; not to be modified."""
+        self._check(index)
+        if self._cache is None:
+            return self._decode(index)
+        if index not in self._cache:
+            self._cache[index] = self._decode(index)
+        return self._cache[index]
+
+    def ground_truth(self, index: int) -> dict[str, Tensor]:
+        """The targets before any transform: ``labels [T]`` int64 and ``boxes [T, 4]`` float32, ``xyxy`` in pixels."""
+        self._check(index)
+        start, stop = self._annotations.offsets[index : index + 2]
+        return {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
+
+    def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
+        """The category id of a label, or of every entry of an integer tensor of any shape."""
+        if isinstance(label, Tensor):
+            return self.category_ids.to(label.device)[label]
+        return int(self.category_ids[label])
+
+    @cached_property
+    def coco(self) -> COCO:
+        """The annotation file as pycocotools sees it, crowd regions and all, for evaluation.
+
+        Read again from the file on first use: training does not need it, and the objects of a large file would
+        otherwise be copied into every worker. Missing "iscrowd" and "area" entries are filled in with 0 and width
+        times height.
+        """
+        coco = COCO()
+        coco.dataset = read_json(self._annotations.path)
+        for annotation in coco.dataset["annotations"]:
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a spawned worker gets: sending thousands of small tensors would exhaust its file descriptors.
+        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
+        state["_cache"] = None if self._cache is None else {}
+        return state
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+
+    def _decode(self, index: int) -> Tensor:
+        path = self.image_folder / self._annotations.file_names[index]
+        name = f"image file {path} (image id {self.image_ids[index]})"
+        try:
+            with Image.open(path) as file:
+                pixels = np.array(file.convert("RGB"))
+        except FileNotFoundError:
+            raise DataError(f"{name} does not exist; check the image folder and the annotation file") from None
+        except Exception as error:  # decoders raise anything on damaged files
+            raise DataError(f"{name} cannot be read ({error}); replace the file or remove its entry") from None
+        height, width = self._annotations.image_sizes[index]
+        if pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"{name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but {self._annotations.path} says "
+                f"{width} x {height}; correct the file (EXIF orientation is ignored) or the entry"
+            )
+        return torch.from_numpy(pixels).permute(2, 0, 1)

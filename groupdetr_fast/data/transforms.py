@@ -1,0 +1,164 @@
+"""The augmentation of DETR and Group DETR (section 4.1), from torchvision.transforms.v2."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "AugmentationConfig", "eval_transforms", "train_transforms"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Sizes in pixels and probabilities. The defaults are the paper's; a small-resolution run changes the sizes only.
+
+    Attributes:
+        short_sides: the short side of a training image is one of these, with equal probability.
+        max_size: limit of the long side, or None; it goes before the short side.
+        crop_short_sides: short sides before a crop.
+        crop_min: smallest side of a crop; a shorter image side is kept whole.
+        crop_max: largest side of a crop.
+        flip: probability of a horizontal flip.
+        crop: probability of the branch that resizes to ``crop_short_sides`` and crops, before the final resize.
+        eval_short_side: short side in evaluation.
+        eval_max_size: limit of the long side in evaluation, or None.
+        image_mean, image_std: of the three channels, RGB in [0, 1]; what the backbone was trained with.
+
+    Raises:
+        ValueError: for an empty list, a size below 1, ``crop_min > crop_max``, a probability outside [0, 1] or a
+            standard deviation that is not positive.
+    """
+
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    max_size: int | None = 1333
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_min: int = 384
+    crop_max: int = 600
+    flip: float = 0.5
+    crop: float = 0.5
+    eval_short_side: int = 800
+    eval_max_size: int | None = 1333
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self):
+        for name in ("short_sides", "crop_short_sides"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
+        for name in ("max_size", "crop_min", "crop_max", "eval_short_side", "eval_max_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.crop_min > self.crop_max:
+            raise ValueError(f"crop_min must not exceed crop_max, got {self.crop_min} > {self.crop_max}")
+        for name in ("flip", "crop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std}")
+
+
+def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
+    """Flip, resize, with a crop in between for a part of the images, then normalisation.
+
+    The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``; objects of which a
+    crop leaves less than a pixel are removed. Random numbers come from torch's CPU generator.
+    """
+    config = config or AugmentationConfig()
+    steps: list[v2.Transform] = []
+    if config.flip > 0:
+        steps.append(v2.RandomHorizontalFlip(config.flip))
+    if config.crop > 0:
+        crop = [
+            ResizeShortSide(config.crop_short_sides),
+            RandomSizeCrop(config.crop_min, config.crop_max),
+            # Here, where boxes are clamped exactly, and not after the next resize: rounding may put a corner a hair
+            # outside the canvas, and the sanitizer drops such boxes.
+            v2.SanitizeBoundingBoxes(),
+        ]
+        steps.append(v2.RandomApply(crop, config.crop))
+    steps.append(ResizeShortSide(config.short_sides, config.max_size))
+    return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
+
+
+def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
+    """Resize to the evaluation size, then normalisation; the boxes follow."""
+    config = config or AugmentationConfig()
+    resize = ResizeShortSide((config.eval_short_side,), config.eval_max_size)
+    return v2.Compose([resize, Normalize(config.image_mean, config.image_std)])
+
+
+class ResizeShortSide(v2.Transform):
+    """Resize, keeping the aspect ratio, so that the short side has a size drawn from ``short_sides``.
+
+    Unlike ``v2.RandomShortestSize``, which truncates both sides after a division, the short side gets exactly that
+    size, or, where ``max_size`` limits it, the long side gets exactly ``max_size``.
+    """
+
+    def __init__(self, short_sides: tuple[int, ...], max_size: int | None = None):
+        super().__init__()
+        self.short_sides = tuple(short_sides)
+        self.max_size = max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        size = v2.query_size(flat_inputs)
+        target = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+        short, long = min(size), max(size)
+        if self.max_size is not None and target * long > self.max_size * short:
+            short, long = max(1, round(self.max_size * short / long)), self.max_size
+        else:
+            short, long = target, target * long // short
+        return {"size": [short, long] if size[0] <= size[1] else [long, short]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.resize, inpt, **params)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crop a rectangle whose sides are drawn uniformly from ``[min_side, max_side]``, at a random position.
+
+    A limit beyond the image side is lowered to it.
+    """
+
+    def __init__(self, min_side: int, max_side: int):
+        super().__init__()
+        self.min_side = min_side
+        self.max_side = max_side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        image_height, image_width = v2.query_size(flat_inputs)
+        height, width = self._side(image_height), self._side(image_width)
+        top = int(torch.randint(image_height - height + 1, ()))
+        left = int(torch.randint(image_width - width + 1, ()))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def _side(self, available: int) -> int:
+        low, high = min(self.min_side, available), min(self.max_side, available)
+        return int(torch.randint(low, high + 1, ()))
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+class Normalize(v2.Transform):
+    """uint8 image to contiguous float32, less the mean and divided by the deviation, in few passes over the pixels."""
+
+    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
+        super().__init__()
+        deviation = torch.tensor(std).view(3, 1, 1)
+        self.scale = 1 / (255 * deviation)
+        self.shift = -torch.tensor(mean).view(3, 1, 1) / deviation
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        if inpt.dtype != torch.uint8:
+            raise TypeError(f"image must be uint8, got {inpt.dtype}")
+        pixels = inpt.as_subclass(torch.Tensor).to(torch.float32, memory_format=torch.contiguous_format)
+        return tv_tensors.wrap(pixels.mul_(self.scale).add_(self.shift), like=inpt)

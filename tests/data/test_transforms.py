@@ -1,0 +1,216 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from groupdetr_fast.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentationConfig,
+    Normalize,
+    RandomSizeCrop,
+    ResizeShortSide,
+    eval_transforms,
+    train_transforms,
+)
+
+CONFIG = AugmentationConfig(
+    short_sides=(64, 80, 96),
+    max_size=140,
+    crop_short_sides=(70, 90),
+    crop_min=40,
+    crop_max=80,
+    eval_short_side=96,
+    eval_max_size=140,
+)
+
+
+def scene(height, width, box):
+    """A black image with one red rectangle, and its box."""
+    x1, y1, x2, y2 = box
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[0, y1:y2, x1:x2] = 255
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([box]).float(), format="XYXY", canvas_size=(height, width))
+    return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([4])}
+
+
+def red_extent(image):
+    """The box of the pixels that are at least half red, undoing the normalisation."""
+    red = image[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0] > 0.5
+    rows, columns = red.any(1).nonzero().flatten(), red.any(0).nonzero().flatten()
+    return torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 90), (75, 160), (64, 64), (300, 200)])
+def test_boxes_follow_the_image(height, width):
+    transform = train_transforms(CONFIG)
+    box = (width // 5, height // 3, width // 2, 2 * height // 3)
+    shapes, seen = set(), 0
+    for _ in range(60):
+        image, target = transform(*scene(height, width, box))
+        assert len(target["labels"]) == len(target["boxes"]) <= 1
+        shapes.add(tuple(image.shape[1:]))
+        if len(target["boxes"]) == 0:
+            assert (image[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0] <= 0.5).float().mean() > 0.95
+            continue
+        left, top, right, bottom = target["boxes"][0].tolist()
+        if min(right - left, bottom - top) < 4:
+            continue  # a sliver at the crop's edge is blurred away
+        seen += 1
+        assert target["labels"].tolist() == [4]
+        assert (red_extent(image) - target["boxes"][0]).abs().max() <= 1.5
+    assert seen > 30
+    assert len(shapes) > 5
+
+
+def test_flip_mirrors_image_and_boxes():
+    transform = train_transforms(AugmentationConfig(short_sides=(50,), max_size=None, flip=1.0, crop=0.0))
+    image, target = transform(*scene(50, 100, (10, 5, 30, 40)))
+    assert target["boxes"].tolist() == [[70, 5, 90, 40]]
+    assert red_extent(image).tolist() == [70, 5, 90, 40]
+
+
+def test_sizes_of_training_images():
+    transform = train_transforms(CONFIG)
+    shorts = set()
+    for _ in range(80):
+        image, target = transform(*scene(110, 150, (0, 0, 150, 110)))
+        short, long = sorted(image.shape[1:])
+        assert long <= 140
+        assert short in (64, 80, 96) or long == 140
+        assert target["boxes"].canvas_size == tuple(image.shape[1:])
+        shorts.add(short)
+    assert {64, 80, 96} <= shorts
+
+
+@pytest.mark.parametrize("side", [1, 3, 30])
+def test_images_smaller_than_the_crop(side):
+    transform = v2.Compose([RandomSizeCrop(40, 80), Normalize()])
+    for _ in range(10):
+        image, target = transform(*scene(side, 60, (0, 0, 60, side)))
+        assert image.shape[1] == side
+        assert 40 <= image.shape[2] <= 60
+        assert target["boxes"][0].tolist() == [0, 0, image.shape[2], side]
+    assert train_transforms(CONFIG)(*scene(side, 60, (0, 0, 60, side)))[0].isfinite().all()
+
+
+def test_crop_sides_and_positions():
+    transform = RandomSizeCrop(40, 80)
+    image = tv_tensors.Image(torch.arange(100).view(1, 100, 1).expand(3, 100, 120).to(torch.uint8))
+    tops, heights = set(), set()
+    for _ in range(300):
+        crop = transform(image)
+        heights.add(crop.shape[1])
+        tops.add(int(crop[0, 0, 0]))
+        assert 40 <= crop.shape[1] <= 80
+        assert 40 <= crop.shape[2] <= 80
+    assert min(heights) <= 42
+    assert max(heights) >= 78
+    assert min(tops) <= 2
+    assert max(tops) >= 45
+
+
+def test_a_crop_removes_boxes_that_it_leaves_empty():
+    image, target = scene(100, 100, (0, 0, 100, 100))
+    corners = [[0, 0, 5, 5], [95, 95, 100, 100], [0, 0, 100, 100]]
+    target["boxes"] = tv_tensors.BoundingBoxes(torch.tensor(corners).float(), format="XYXY", canvas_size=(100, 100))
+    target["labels"] = torch.tensor([1, 2, 3])
+    config = AugmentationConfig(
+        short_sides=(50,), max_size=None, crop_short_sides=(100,), crop_min=40, crop_max=60, flip=0.0, crop=1.0
+    )
+    counts = set()
+    for _ in range(40):
+        _, result = train_transforms(config)(image, target)
+        labels = result["labels"].tolist()
+        assert 3 in labels
+        assert not {1, 2} <= set(labels)
+        assert len(result["boxes"]) == len(labels)
+        counts.add(len(labels))
+    assert counts == {1}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1066)),
+        ((640, 480), (1066, 800)),
+        ((427, 640), (800, 1199)),
+        ((300, 1000), (400, 1333)),
+        ((1000, 300), (1333, 400)),
+        ((500, 500), (800, 800)),
+        ((1, 4000), (1, 1333)),
+    ],
+)
+def test_evaluation_size(size, expected):
+    image, target = eval_transforms()(*scene(*size, (0, 0, size[1], size[0])))
+    assert tuple(image.shape[1:]) == expected
+    torch.testing.assert_close(
+        target["boxes"][0].as_subclass(torch.Tensor), torch.tensor([0.0, 0, expected[1], expected[0]])
+    )
+
+
+def test_a_box_at_the_edge_survives_every_resize():
+    """Rounding may put its corner outside the canvas by a hair; nothing may take it for degenerate."""
+    config = AugmentationConfig(short_sides=tuple(range(40, 90)), max_size=None, flip=0.5, crop=0.0)
+    transform = train_transforms(config)
+    for size in range(50, 90):
+        _, target = transform(*scene(size, size + 7, (size, 0, size + 7, size)))
+        assert len(target["boxes"]) == 1
+
+
+def test_normalisation_is_that_of_imagenet():
+    image = tv_tensors.Image(torch.randint(0, 256, (3, 7, 9), dtype=torch.uint8))
+    expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(image)
+    torch.testing.assert_close(Normalize()(image), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(TypeError, match=r"image must be uint8, got torch\.float32"):
+        Normalize()(tv_tensors.Image(torch.rand(3, 4, 4)))
+
+
+def test_normalisation_follows_the_configuration():
+    config = AugmentationConfig(
+        short_sides=(8,), eval_short_side=8, flip=0.0, crop=0.0, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.25, 1.0)
+    )
+    white = tv_tensors.Image(torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    for make in (train_transforms, eval_transforms):
+        image, _ = make(config)(white, {})
+        torch.testing.assert_close(image[:, 0, 0], torch.tensor([1.0, 2.0, 0.5]))
+
+
+def test_resize_draws_from_its_sizes():
+    transform = ResizeShortSide((20, 30))
+    image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
+    assert {tuple(transform(image).shape[1:]) for _ in range(30)} == {(20, 30), (30, 45)}
+
+
+def test_transforms_can_be_sent_to_a_worker():
+    dataset = [0]
+    loader = DataLoader(
+        dataset, num_workers=1, multiprocessing_context="fork", collate_fn=_Apply(train_transforms(CONFIG))
+    )
+    assert next(iter(loader)).shape[0] == 3
+
+
+class _Apply:
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, _):
+        return self.transform(*scene(60, 60, (5, 5, 30, 30)))[0].as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"short_sides": ()}, "short_sides must hold sizes of at least 1"),
+        ({"crop_short_sides": (0, 5)}, "crop_short_sides must hold sizes of at least 1"),
+        ({"max_size": 0}, "max_size must be at least 1, got 0"),
+        ({"crop_min": 700}, "crop_min must not exceed crop_max, got 700 > 600"),
+        ({"image_std": (1.0, 0.0, 1.0)}, "image_std must be positive"),
+        ({"flip": 1.5}, r"flip must be a probability in \[0, 1\], got 1.5"),
+        ({"crop": -0.1}, r"crop must be a probability in \[0, 1\]"),
+    ],
+)
+def test_faulty_configs(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentationConfig(**sizes)
