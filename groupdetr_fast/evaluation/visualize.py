@@ -1,0 +1,102 @@
+"""Pictures of predictions beside the ground truth."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+__all__ = ["draw_detections"]
+
+_CELL = 2.6  # inches, the width of one picture
+_GAP = 0.05  # of that width, between pairs
+_TITLE = 0.3  # inches, the line above the first row
+_PAIRS_PER_ROW = 3
+
+
+def draw_detections(
+    images: Sequence[Tensor],
+    ground_truth: Sequence[Mapping[str, Tensor]],
+    predictions: Sequence[Mapping[str, Tensor]],
+    category_names: Sequence[str],
+    path: str | Path,
+    score_threshold: float = 0.5,
+) -> None:
+    """Write a picture that shows each image twice: with its ground truth, and with its predictions and their scores.
+
+    Each category has one colour. matplotlib's global backend and figures are not touched.
+
+    Args:
+        images: uint8 ``[3, H, W]``, RGB, one or more, of any sizes.
+        ground_truth: per image ``{"labels": [T], "boxes": [T, 4]}``, ``xyxy`` in pixels of that image, as
+            ``CocoDataset.ground_truth`` gives them.
+        predictions: per image ``{"scores": [N], "labels": [N], "boxes": [N, 4]}``, as ``postprocess`` gives them.
+        category_names: the name of each label; other labels are shown by their number.
+        path: the file to write; its ending (png, pdf, svg) is the format.
+        score_threshold: predictions with a lower score are not drawn.
+
+    Raises:
+        ValueError: if there are no images or the three lists differ in length.
+    """
+    if not images or not len(images) == len(ground_truth) == len(predictions):
+        raise ValueError(
+            "need as many images as ground truths and predictions, at least one; "
+            f"got {len(images)}, {len(ground_truth)} and {len(predictions)}"
+        )
+    pairs = min(_PAIRS_PER_ROW, len(images))
+    rows = -(-len(images) // pairs)
+    aspect = sum(image.shape[1] / image.shape[2] for image in images) / len(images)
+    # A pair is two pictures and a gap.
+    widths = [1, 1, _GAP] * pairs
+    figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for index, (image, truth, prediction) in enumerate(zip(images, ground_truth, predictions, strict=True)):
+        column = 3 * (index % pairs)
+        left, right = axes[index // pairs, column : column + 2]
+        _draw(left, image, truth["boxes"], truth["labels"], None, category_names)
+        keep = prediction["scores"] >= score_threshold
+        shown = (prediction[key][keep] for key in ("boxes", "labels", "scores"))
+        _draw(right, image, *shown, category_names)
+        if index < pairs:
+            left.set_title("ground truth", fontsize=9)
+            right.set_title(f"predictions (score ≥ {score_threshold:g})", fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_figure(path, dpi=110)
+
+
+def _draw(
+    axis: Axes, image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, names: Sequence[str]
+) -> None:
+    axis.imshow(image.cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+    height, width = image.shape[1:]
+    # Best last, so that it lies on top.
+    order = range(len(labels)) if scores is None else scores.argsort().tolist()
+    for index in order:
+        x1, y1, x2, y2 = boxes[index].tolist()
+        label = int(labels[index])
+        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](label % (10 if len(names) <= 10 else 20))
+        outline = [patheffects.withStroke(linewidth=2.6, foreground="white")]
+        axis.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
+        )
+        text = names[label] if 0 <= label < len(names) else str(label)
+        if scores is not None:
+            text += f" {scores[index]:.2f}"
+        # Above the box, or inside where the image ends; to the left where it would run out on the right.
+        above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
+        axis.text(
+            min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
+            va="bottom" if above else "top", ha="right" if leftwards else "left",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+    axis.set_xlim(-0.5, width - 0.5)
+    axis.set_ylim(height - 0.5, -0.5)

@@ -1,0 +1,59 @@
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+from groupdetr_fast.evaluation import draw_detections
+
+NAMES = ["cat", "dog", "a much longer name"]
+
+
+def objects(*boxes, scores=None):
+    result = {"labels": torch.arange(len(boxes)) % 3, "boxes": torch.tensor(boxes).float().reshape(-1, 4)}
+    if scores is not None:
+        result["scores"] = torch.tensor(scores)
+    return result
+
+
+def pixels_of_colour(picture, label):
+    colour = np.array(colormaps["tab10"](label)[:3]) * 255
+    return (np.abs(picture.astype(float) - colour).max(axis=-1) < 3).any(axis=0).nonzero()[0]
+
+
+def test_pictures_show_the_truth_left_and_the_predictions_right(tmp_path):
+    images = [torch.full((3, 60, 80), 200, dtype=torch.uint8)]
+    truth = [objects([10, 20, 40, 50])]
+    predictions = [objects([12, 22, 38, 52], [50, 5, 75, 30], [1, 1, 9, 9], scores=[0.9, 0.6, 0.1])]
+    path = tmp_path / "new" / "picture.png"
+    draw_detections(images, truth, predictions, NAMES, path, score_threshold=0.5)
+    picture = np.array(Image.open(path).convert("RGB"))
+    middle = picture.shape[1] / 2
+    cat, dog, third = (pixels_of_colour(picture, label) for label in range(3))
+    assert (cat < middle).any()
+    assert (cat > middle).any()
+    assert len(dog)
+    assert (dog > middle).all()
+    assert len(third) == 0
+
+
+def test_images_of_many_sizes_and_without_objects(tmp_path):
+    sizes = [(60, 80), (30, 30), (100, 20), (64, 64), (50, 70)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    empty = objects(scores=[])
+    truth = [objects([-5, -5, 200, 200], [0, 0, 1, 1]), *([objects()] * 4)]
+    predictions = [*([empty] * 4), objects([60, 0, 70, 50], [0, 0, 10, 50], scores=[1.0, 0.5])]
+    backend, path = matplotlib.get_backend(), tmp_path / "many.png"
+    draw_detections(images, truth, predictions, NAMES, path)
+    picture = Image.open(path)
+    assert picture.width > 1.2 * picture.height
+    assert matplotlib.get_backend() == backend
+
+
+def test_lengths_must_agree(tmp_path):
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="at least one; got 0, 0 and 0"):
+        draw_detections([], [], [], NAMES, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="got 1, 1 and 0"):
+        draw_detections([image], [objects()], [], NAMES, tmp_path / "x.png")
