@@ -1,0 +1,58 @@
+"""Attention over image tokens, shared by the encoder and the decoders."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["SelfAttention", "attend", "split_heads"]
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, L, d]`` -> ``[B, L, H, d / H]`` without a copy."""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> Tensor:
+    """Attention of every query to every unpadded token.
+
+    Args:
+        query: ``[B, L, H, D]``.
+        key: ``[B, S, H, D]``.
+        value: ``[B, S, H, Dv]``.
+        padding: ``[B, S]`` bool, True on tokens that no query may see; None for no padding.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        ``[B, L, H * Dv]``.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if padding is None else ~padding[:, None, None, :]
+    size = value.shape[-1]
+    if value.device.type == "cpu" and dropout_p == 0 and size < key.shape[-1]:
+        # torch's fused CPU kernel, which keeps no L x S weights for the backward pass, wants equal head sizes.
+        value = F.pad(value, (0, key.shape[-1] - size))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+    return out[..., :size].transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of image tokens: queries and keys carry the position, values do not.
+
+    Parameters are named and laid out as in ``torch.nn.MultiheadAttention``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        """``x``, ``position`` ``[B, S, d]``, ``padding`` ``[B, S]`` -> ``[B, S, d]``."""
+        dim = x.shape[-1]
+        query, key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]).chunk(2, -1)
+        value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        heads = (split_heads(part, self.num_heads) for part in (query, key, value))
+        return self.out_proj(attend(*heads, padding, self.dropout if self.training else 0.0))

@@ -1,0 +1,191 @@
+"""Image backbones: torchvision's ResNets, any timm network that gives feature maps, and a plain convolutional one.
+
+Names: ``resnet18`` to ``resnet152`` and the other ResNets of torchvision; ``timm:NAME``; ``conv:W1-W2-...``, one stage
+of stride 2 and two 3x3 convolutions per width, for small images and small machines.
+"""
+
+import itertools
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+__all__ = ["Backbone"]
+
+
+class Backbone(nn.Module):
+    """The last ``num_levels`` feature maps of a network, finest first.
+
+    Batch norms of torchvision and timm networks are frozen (fixed statistics and affine parameters), as in DETR; those
+    of a ``conv:`` network are trained, since it has no pretrained weights.
+
+    Args:
+        name: see this module's documentation.
+        weights: None for random weights; ``"imagenet"`` for those that torchvision or timm publish; or the path of a
+            ``.safetensors``, ``.pth`` or ``.pt`` file with a state dict of the network.
+        num_levels: how many of the last stages to return.
+        dilation: replace the last stage's stride by dilation (the "DC5" models). Not for ``conv:``.
+        frozen_stages: how many of the first stages are not trained; the stem of a ResNet counts as the first. DETR
+            freezes two. Not for ``conv:``, which is always trained.
+
+    Attributes:
+        num_channels: channels of each returned level.
+
+    Raises:
+        ValueError: for an unknown name, an option the network does not have, or weights that do not fit.
+        FileNotFoundError: if the weights file does not exist.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | None = None,
+        *,
+        num_levels: int = 1,
+        dilation: bool = False,
+        frozen_stages: int = 2,
+    ):
+        super().__init__()
+        family, _, variant = name.rpartition(":")
+        if family not in ("", "timm", "conv"):
+            raise ValueError(f"unknown backbone {name!r}: use resnet18 ... resnet152, timm:NAME or conv:W1-W2-...")
+        if family == "conv" and (dilation or weights is not None):
+            raise ValueError(f"backbone {name!r} has neither dilation nor pretrained weights")
+        build = {"": _ResNet, "timm": _TimmNetwork, "conv": _ConvNetwork}[family]
+        self.body = build(variant, weights, num_levels, dilation)
+        if weights not in (None, "imagenet"):
+            _load_weights(self.body, Path(weights), name)
+        if family != "conv":
+            self.body.freeze(frozen_stages)
+        self.num_channels: list[int] = self.body.num_channels
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """``[B, 3, H, W]`` -> one ``[B, C, h, w]`` per level."""
+        return self.body(images)
+
+
+class _ResNet(nn.Module):
+    """A torchvision ResNet without its classifier; parameters are named as there."""
+
+    def __init__(self, name: str, weights: str | None, num_levels: int, dilation: bool):
+        super().__init__()
+        builder = getattr(torchvision.models, name, None)
+        if not ("resne" in name and callable(builder)):
+            raise ValueError(f"unknown backbone {name!r}: torchvision has no ResNet of that name")
+        if not 1 <= num_levels <= 4:
+            raise ValueError(f"num_levels must be 1 to 4 for a ResNet, got {num_levels}")
+        network = builder(
+            weights="IMAGENET1K_V1" if weights == "imagenet" else None,  # the weights that DETR's results rest on
+            replace_stride_with_dilation=[False, False, dilation],
+            norm_layer=FrozenBatchNorm2d,
+        )
+        self.num_levels = num_levels
+        self.conv1, self.bn1 = network.conv1, network.bn1
+        self.maxpool = network.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            network.layer1,
+            network.layer2,
+            network.layer3,
+            network.layer4,
+        )
+        self.num_channels = [network.fc.in_features // 2**i for i in reversed(range(num_levels))]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        levels = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            levels.append(x)
+        return levels[-self.num_levels :]
+
+    def freeze(self, stages: int) -> None:
+        parts = (self.conv1, self.layer1, self.layer2, self.layer3, self.layer4)
+        for part in parts[:stages]:
+            part.requires_grad_(False)
+
+
+class _TimmNetwork(nn.Module):
+    """A timm network; parameters are named as in its feature extractor."""
+
+    def __init__(self, name: str, weights: str | None, num_levels: int, dilation: bool):
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f"backbone 'timm:{name}' needs timm: pip install timm") from error
+        if not timm.is_model(name):
+            raise ValueError(f"unknown backbone 'timm:{name}': timm has no network of that name")
+        options = {"output_stride": 16} if dilation else {}
+        self.network = timm.create_model(name, pretrained=weights == "imagenet", features_only=True, **options)
+        available = len(self.network.feature_info)
+        if not 1 <= num_levels <= available:
+            raise ValueError(f"num_levels must be 1 to {available} for timm:{name}, got {num_levels}")
+        timm.layers.freeze_batch_norm_2d(self.network)
+        self.num_levels = num_levels
+        self.num_channels = self.network.feature_info.channels()[-num_levels:]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.network(x)[-self.num_levels :]
+
+    def freeze(self, stages: int) -> None:
+        """Freeze what comes before the end of stage ``stages``, by the module names that timm reports."""
+        if stages == 0:
+            return
+        last = self.network.feature_info.module_name(min(stages, len(self.network.feature_info)) - 1)
+        # Leaves only: a container that begins before the end of the stage may go on after it.
+        leaves = [(name, module) for name, module in self.network.named_modules() if not any(module.children())]
+        inside = [index for index, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}.")]
+        for _, module in leaves[: inside[-1] + 1]:
+            module.requires_grad_(False)
+
+
+class _ConvNetwork(nn.Module):
+    """A plain network: each stage halves the resolution and has two 3x3 convolutions with batch norm."""
+
+    def __init__(self, variant: str, weights: str | None, num_levels: int, dilation: bool):
+        super().__init__()
+        if not all(width.isdigit() and int(width) > 0 for width in variant.split("-")):
+            raise ValueError(f"backbone 'conv:{variant}' must list the width of each stage, such as conv:32-64-128")
+        widths = [int(width) for width in variant.split("-")]
+        if not 1 <= num_levels <= len(widths):
+            raise ValueError(f"num_levels must be 1 to {len(widths)} for conv:{variant}, got {num_levels}")
+        self.num_levels = num_levels
+        self.num_channels = widths[-num_levels:]
+        self.stages = nn.ModuleList(self._stage(a, b) for a, b in itertools.pairwise([3, *widths]))
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
+        def convolution(channels: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*convolution(in_channels, 2), *convolution(out_channels, 1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        return levels[-self.num_levels :]
+
+
+def _load_weights(body: nn.Module, path: Path, name: str) -> None:
+    """Load a classifier's or a feature extractor's state dict; heads of classifiers are left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone_weights: there is no file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    target = body.network if isinstance(body, _TimmNetwork) else body
+    missing, _ = target.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"backbone_weights: {path} does not fit backbone {name!r}: it lacks {len(missing)} tensors, "
+            f"such as {missing[0]}"
+        )

@@ -1,0 +1,43 @@
+"""The transformer encoder of DETR (post-norm), used by every single-level detector."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import SelfAttention
+
+__all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and feed-forward block, each followed by dropout, residual and layer norm."""
+
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = SelfAttention(dim, num_heads, dropout)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        x = self.norm1(x + self._drop(self.self_attn(x, position, padding)))
+        return self.norm2(x + self._drop(self.linear2(self._drop(self.linear1(x).relu()))))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class TransformerEncoder(nn.Module):
+    """``num_layers`` encoder layers over tokens ``[B, S, d]``; the position embedding enters every layer."""
+
+    def __init__(self, num_layers: int, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerEncoderLayer(dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers)
+        )
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, position, padding)
+        return x

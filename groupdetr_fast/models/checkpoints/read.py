@@ -1,0 +1,97 @@
+"""Reading checkpoint files without running anything that they contain."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+__all__ = ["CheckpointFile", "read_checkpoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """Tensors as the file names them, and the sizes of its queries where the file tells them.
+
+    Attributes:
+        state: tensors by key.
+        num_queries: queries of one group, or None if the file does not say.
+        num_groups: groups, or None if the file does not say.
+    """
+
+    state: dict[str, Tensor]
+    num_queries: int | None = None
+    num_groups: int | None = None
+
+
+def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile:
+    """Read a ``.safetensors`` file, a pickle of tensors, a folder that holds one, or take a state dict as it is.
+
+    Pickles are read with ``weights_only=True``; of other types only the ``argparse.Namespace`` of the original
+    repositories is admitted.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if the file is damaged, holds something else, or holds objects that are not admitted.
+    """
+    if isinstance(source, Mapping):
+        return _from_object(dict(source), "the state dict")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: there is nothing at {path}")
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the unpickler does
+        raise ValueError(
+            f"checkpoint {path} cannot be read as a file of tensors: {str(error).splitlines()[0]}"
+        ) from None
+    return _from_object(content, str(path))
+
+
+def _read_folder(folder: Path) -> CheckpointFile:
+    """A checkpoint of this package or a model directory of transformers, also one split into shards."""
+    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        raise ValueError(f"checkpoint {folder} has neither *.safetensors nor pytorch_model*.bin")
+    parts = [read_checkpoint(shard) for shard in shards]
+    state = {key: tensor for part in parts for key, tensor in part.state.items()}
+    num_queries, num_groups = parts[0].num_queries, parts[0].num_groups
+    config = folder / "config.json"
+    if config.is_file() and num_queries is None:
+        num_queries = json.loads(config.read_text()).get("num_queries")
+        num_groups = 1
+    return CheckpointFile(state, num_queries, num_groups)
+
+
+def _read_safetensors(path: Path) -> CheckpointFile:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("groupdetr_fast", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read as safetensors: {error}") from None
+    config = metadata.get("model_config", {})
+    return CheckpointFile(state, config.get("num_queries"), config.get("num_groups"))
+
+
+def _from_object(content: object, name: str) -> CheckpointFile:
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {name} holds a {type(content).__name__}, not a state dict")
+    args = content.get("args")
+    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"checkpoint {name} holds no tensors")
+    # num_groups of the original Group DETR is called group_detr
+    return CheckpointFile(
+        state, getattr(args, "num_queries", None), getattr(args, "group_detr", None) if args else None
+    )

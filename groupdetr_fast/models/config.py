@@ -1,0 +1,58 @@
+"""Settings that all detectors share. A detector's own configuration extends these and adds its own."""
+
+from dataclasses import dataclass
+
+__all__ = ["DetectorConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """Sizes, backbone and loss weights of a detector.
+
+    Attributes:
+        num_classes: C; class indices are 0 ... C - 1. The original repositories use 91, indexed by COCO's category id.
+        num_groups: K, groups of queries in training.
+        num_queries: N, queries of one group.
+        d_model: size of tokens and queries, a multiple of ``num_heads`` and of 4.
+        num_heads: attention heads.
+        encoder_layers, decoder_layers: numbers of layers.
+        dim_feedforward: hidden size of the feed-forward blocks.
+        dropout: probability, in the encoder and the decoder.
+        backbone, backbone_weights, dilation, frozen_stages: see ``layers.backbone.Backbone``.
+        class_cost, l1_cost, giou_cost: weights of the matching cost.
+        class_loss, l1_loss, giou_loss: weights of the losses.
+        focal_alpha, focal_gamma: of the class cost and the class loss.
+    """
+
+    num_classes: int = 91
+    num_groups: int = 11
+    num_queries: int = 300
+    d_model: int = 256
+    num_heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    dim_feedforward: int = 2048
+    dropout: float = 0.0
+    backbone: str = "resnet50"
+    backbone_weights: str | None = None
+    dilation: bool = False
+    frozen_stages: int = 2
+    class_cost: float = 2.0
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+    class_loss: float = 1.0
+    l1_loss: float = 5.0
+    giou_loss: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+    def __post_init__(self):
+        for name in ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.encoder_layers < 0:
+            raise ValueError(f"encoder_layers must not be negative, got {self.encoder_layers}")
+        if self.d_model < 1 or self.d_model % self.num_heads or self.d_model % 4:
+            raise ValueError(f"d_model must be a multiple of 4 and of num_heads={self.num_heads}, got {self.d_model}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

@@ -1,0 +1,89 @@
+"""Optimiser and learning-rate schedules of the paper (section 4.1)."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+__all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler"]
+
+SCHEDULES = {"12e": (12, 11), "50e": (50, 40)}  # name: (epochs, epoch after which the rates drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How to train.
+
+    Attributes:
+        schedule: a schedule of the paper by name, which sets ``epochs`` and ``lr_drop``; None to set them yourself.
+        epochs: passes over the training images.
+        lr_drop: epochs after which the rates drop to a tenth (``decay="step"``).
+        decay: "step", or "cosine" from the peak to 0 over the whole run.
+        warmup_steps: optimiser steps over which the rates rise linearly to their peak.
+        lr, backbone_lr: peak learning rates of the transformer and of the backbone.
+        weight_decay: of AdamW.
+        clip_norm: largest norm of the gradient; 0 for no clipping.
+        batch_size: images per process and step.
+        accumulate: batches per optimiser step.
+        precision: "no" for float32, or the type of mixed precision.
+        seed: of weights, data order, augmentation and dropout.
+    """
+
+    schedule: Literal["12e", "50e"] | None = None
+    epochs: int = 12
+    lr_drop: int = 11
+    decay: Literal["step", "cosine"] = "step"
+    warmup_steps: int = 0
+    lr: float = 1e-4
+    backbone_lr: float = 1e-5
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    batch_size: int = 2
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 42
+
+    def __post_init__(self):
+        for name in ("epochs", "lr_drop", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "lr", "backbone_lr", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
+
+    def resolved(self) -> "OptimizationConfig":
+        """The same settings with ``epochs`` and ``lr_drop`` taken from the named schedule, if there is one."""
+        if self.schedule is None:
+            return self
+        epochs, lr_drop = SCHEDULES[self.schedule]
+        return replace(self, schedule=None, epochs=epochs, lr_drop=lr_drop)
+
+
+def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, with a rate of its own for those under ``model.backbone``."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    backbone = [parameter for name, parameter in trainable if name.startswith("backbone.")]
+    others = [parameter for name, parameter in trainable if not name.startswith("backbone.")]
+    groups = [{"params": others, "lr": config.lr}]
+    if backbone:
+        groups.append({"params": backbone, "lr": config.backbone_lr})
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as a function of the optimiser step."""
+    total = max(config.epochs * steps_per_epoch, 1)
+
+    def factor(step: int) -> float:
+        warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+        if config.decay == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+        return warm * (0.1 if step >= config.lr_drop * steps_per_epoch else 1.0)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Linear(2, 2)
+        self.backbone.bias.requires_grad_(False)
+        self.head = torch.nn.Linear(2, 2)
+
+
+def rates(config, steps, steps_per_epoch):
+    optimizer = build_optimizer(Model(), config)
+    scheduler = build_scheduler(optimizer, config, steps_per_epoch)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_two_rates_and_no_frozen_parameters():
+    optimizer = build_optimizer(Model(), OptimizationConfig())
+    assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [(2, 1e-4), (1, 1e-5)]
+    assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+
+
+def test_step_drop_after_the_given_epoch():
+    found = rates(OptimizationConfig(epochs=4, lr_drop=3), steps=8, steps_per_epoch=2)
+    assert [row[0] for row in found] == pytest.approx([1e-4] * 6 + [1e-5] * 2)
+    assert [row[1] for row in found] == pytest.approx([1e-5] * 6 + [1e-6] * 2)
+
+
+def test_cosine_with_warmup():
+    config = OptimizationConfig(epochs=5, decay="cosine", warmup_steps=4, lr=1.0, backbone_lr=0.5)
+    found = [row[0] for row in rates(config, steps=11, steps_per_epoch=2)]
+    assert found[0] == pytest.approx(0.25)
+    assert found[1] == pytest.approx(0.5, rel=0.05)
+    assert found[5] == pytest.approx(0.5)
+    assert found[10] == pytest.approx(0)
+
+
+def test_named_schedules_are_the_papers():
+    assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=11)
+    assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"schedule": "24e"}, "schedule must be one of 12e, 50e or None"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizationConfig(**settings)
