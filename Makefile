@@ -1,0 +1,62 @@
+# Every target sets up what it needs in $(VENV), which may be deleted at any time.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+INSTALL := $(BIN)/pip install --disable-pip-version-check
+
+.PHONY: demo test test-fast bench lint format docs build clean
+
+# The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
+demo: $(VENV)/.train
+	$(BIN)/python examples/train_coco.py
+
+# The whole suite.
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --durations=15
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-sort=name
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
+
+# The documentation as web pages, in site/.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+# A wheel in dist/. One file serves every Python from 3.10 and every torch from 2.11.
+build: $(VENV)/.torch
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist site *.egg-info groupdetr_fast/*.so
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.venv
+	$(INSTALL) --quiet torch torchvision 'setuptools>=77' wheel ninja
+	touch $@
+
+# One stamp per extra: .train, .test, .bench, .docs. The package is installed in place, its extension compiled.
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) --verbose --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 60 $(VENV)/install.log; exit 1; }
+	grep -h 'groupdetr_fast: building' $(VENV)/install.log | sort -u
+	$(BIN)/python -c 'import groupdetr_fast as gd; print("kernels:", gd.ops.backends())'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.venv pyproject.toml
+	$(INSTALL) --quiet 'ruff>=0.9' 'clang-format>=19'
+	touch $@

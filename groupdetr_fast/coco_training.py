@@ -1,0 +1,314 @@
+"""Train a detector on COCO-format data: puts data, model, criterion, training loop and COCO evaluation together."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .build import build_criterion
+from .data import (
+    AugmentationConfig,
+    CocoDataset,
+    DataError,
+    DigitsConfig,
+    EpochSampler,
+    collate,
+    digits_dataset,
+    eval_transforms,
+    train_transforms,
+)
+from .evaluation.coco import CocoEvaluator, format_table
+from .evaluation.visualize import draw_detections
+from .models import build_model, load_checkpoint, postprocess
+from .training.engine import Trainer, build_accelerator
+from .training.optimization import OptimizationConfig
+
+__all__ = ["CocoTrainingConfig", "DataConfig", "ModelConfig", "digits_demo", "evaluate", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images and annotations are.
+
+    Attributes:
+        coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
+        train_images, train_annotations: image folder and COCO json to train on.
+        val_images, val_annotations: image folder and COCO json to evaluate on.
+        labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
+            themselves, as the original repositories do (91 classes on COCO).
+        workers: processes that load images, per training process.
+        cache_images: keep decoded images in memory; for small data sets.
+    """
+
+    coco_path: Path | None = None
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    labels: Literal["contiguous", "category_id"] = "contiguous"
+    workers: int = 2
+    cache_images: bool = False
+
+    def paths(self) -> tuple[Path, Path, Path, Path]:
+        """Training images, training annotations, evaluation images, evaluation annotations.
+
+        Raises:
+            DataError: if some are not given, or are given twice.
+        """
+        named = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+        if self.coco_path is not None:
+            if any(named):
+                raise DataError("give either coco_path or the four of train and val images and annotations, not both")
+            root, annotations = self.coco_path, self.coco_path / "annotations"
+            return (
+                root / "train2017",
+                annotations / "instances_train2017.json",
+                root / "val2017",
+                annotations / "instances_val2017.json",
+            )
+        if not all(named):
+            raise DataError("give coco_path, or all of train_images, train_annotations, val_images and val_annotations")
+        return named
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which detector. Every setting that is None keeps the model's own default.
+
+    Attributes:
+        model: name of the detector.
+        num_groups: K, groups of queries in training.
+        load: checkpoint to start from (of this package, an original repository or transformers).
+        new_class_head: with ``load``: train a new class head where the number of classes differs.
+    """
+
+    model: str = "conditional_detr_r50"
+    num_groups: int = 11
+    num_queries: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    dim_feedforward: int | None = None
+    dropout: float | None = None
+    backbone: str | None = None
+    backbone_weights: str | None = None
+    dilation: bool | None = None
+    frozen_stages: int | None = None
+    load: Path | None = None
+    new_class_head: bool = False
+
+    def build(self, num_classes: int) -> nn.Module:
+        """The detector, with the weights of ``load`` if that is given."""
+        own = ("model", "num_groups", "load", "new_class_head")
+        overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        model = build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
+        if self.load is not None:
+            load_checkpoint(model, self.load, new_class_head=self.new_class_head)
+        elif model.config.backbone_weights is None and not model.config.backbone.startswith("conv:"):
+            logger.warning(
+                "the backbone %s starts from random weights, of which the first %d stages stay as they are: "
+                "pass backbone_weights (imagenet or a file) to start from pretrained ones",
+                model.config.backbone,
+                model.config.frozen_stages,
+            )
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoTrainingConfig:
+    """One training run.
+
+    Attributes:
+        data: images and annotations.
+        model: the detector.
+        augmentation: sizes and probabilities of the augmentation.
+        optimization: schedule, rates, batch.
+        output: folder of the run: checkpoints, TensorBoard curves, ``results.json``, ``predictions.png``.
+        resume: continue from the newest checkpoint in ``output``.
+        eval_only: evaluate the weights of ``load`` and stop.
+        evaluate_every: epochs between evaluations.
+        top_k: detections per image in evaluation.
+        pictures: images in ``predictions.png``; 0 for no picture.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    output: Path = Path("runs/coco")
+    resume: bool = False
+    eval_only: bool = False
+    evaluate_every: int = 1
+    top_k: int = 100
+    pictures: int = 12
+
+
+def digits_demo() -> CocoTrainingConfig:
+    """The run of ``make demo``: a small Conditional DETR with groups on the embedded digits, minutes on two CPU cores.
+
+    Composes the data set on first use.
+    """
+    paths = digits_dataset(config=DigitsConfig())
+    size = DigitsConfig().image_size
+    return CocoTrainingConfig(
+        data=DataConfig(**paths._asdict(), workers=0, cache_images=True),
+        model=ModelConfig(
+            num_groups=5,
+            num_queries=20,
+            d_model=128,
+            num_heads=4,
+            encoder_layers=1,
+            decoder_layers=3,
+            dim_feedforward=256,
+            dropout=0.0,
+            backbone="conv:32-64-128",
+        ),
+        # a mirrored digit is another character
+        augmentation=AugmentationConfig(
+            short_sides=(size,), flip=0.0, crop=0.0, eval_short_side=size, max_size=None, eval_max_size=None
+        ),
+        optimization=OptimizationConfig(
+            epochs=12, decay="cosine", warmup_steps=100, lr=1e-3, backbone_lr=1e-3, batch_size=16
+        ),
+        output=Path("runs/demo"),
+        evaluate_every=3,
+    )
+
+
+def train(config: CocoTrainingConfig) -> dict[str, Any]:
+    """Run a training, or an evaluation, and print its COCO table.
+
+    Returns:
+        What ``output/results.json`` holds; with ``eval_only``, the metrics.
+
+    Raises:
+        DataError: for a fault in the data; the sentence names the file or the id.
+        ValueError: for settings that do not fit together.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    optimization = config.optimization.resolved()
+    accelerator = build_accelerator(optimization, config.output)
+    train_images, train_annotations, val_images, val_annotations = config.data.paths()
+    val_set = CocoDataset(
+        val_images,
+        val_annotations,
+        eval_transforms(config.augmentation),
+        labels=config.data.labels,
+        cache_images=config.data.cache_images,
+    )
+    model = config.model.build(val_set.num_classes)
+    val_loader = accelerator.prepare(_loader(val_set, config, shuffle=False))
+
+    def run_evaluation(model: nn.Module) -> dict[str, Any]:
+        return evaluate(accelerator, model, val_loader, val_set, config)
+
+    if config.eval_only:
+        results = metrics = run_evaluation(accelerator.prepare(model))
+    else:
+        train_set = CocoDataset(
+            train_images,
+            train_annotations,
+            train_transforms(config.augmentation),
+            labels=config.data.labels,
+            seed=optimization.seed,
+            cache_images=config.data.cache_images,
+        )
+        _check_categories(train_set, val_set, train_annotations, val_annotations)
+        metadata = {
+            "model": config.model.model,
+            "model_config": asdict(model.config),
+            "categories": val_set.categories,
+            "labels": config.data.labels,
+        }
+        trainer = Trainer(
+            accelerator,
+            model,
+            build_criterion(model),
+            _loader(train_set, config, shuffle=True),
+            run_evaluation,
+            optimization,
+            config.output,
+            metadata,
+            evaluate_every=config.evaluate_every,
+        )
+        if config.resume and not trainer.resume():
+            logger.warning("nothing to resume in %s: starting from the beginning", config.output)
+        results = trainer.fit()
+        metrics = results["epochs"][-1]["metrics"]
+    if accelerator.is_main_process:
+        print(format_table(metrics))
+        print(f"results: {config.output}")
+    return results
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, loader: DataLoader, dataset: CocoDataset, config: CocoTrainingConfig
+) -> dict[str, Any]:
+    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
+    model.eval()
+    evaluator = CocoEvaluator(dataset.coco, category_ids=dataset.category_ids)
+    shown: dict[int, dict[str, torch.Tensor]] = {}
+    wanted = set(dataset.image_ids[: config.pictures])
+    for batch in loader:
+        detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
+        evaluator.update(batch.image_ids, detections)
+        for image_id, detection in zip(batch.image_ids, detections, strict=True):
+            if image_id in wanted:
+                shown[image_id] = {name: value.cpu() for name, value in detection.items()}
+    evaluator.merge(gather_object([evaluator.state]))
+    metrics = evaluator.summarize()
+    if accelerator.is_main_process:
+        (config.output / "detections.json").write_text(json.dumps(evaluator.results) + "\n")
+        _draw(dataset, shown, config)
+    return metrics
+
+
+def _loader(dataset: CocoDataset, config: CocoTrainingConfig, *, shuffle: bool) -> DataLoader:
+    sampler = EpochSampler(dataset, shuffle=shuffle, seed=config.optimization.seed)
+    workers = config.data.workers
+    return DataLoader(
+        dataset,
+        config.optimization.batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
+def _check_categories(train_set: CocoDataset, val_set: CocoDataset, train_file: Path, val_file: Path) -> None:
+    ids = [{category["id"] for category in dataset.categories} for dataset in (train_set, val_set)]
+    if ids[0] != ids[1]:
+        differing = sorted(ids[0] ^ ids[1])
+        raise DataError(
+            f"{train_file} and {val_file} have different category tables (ids {differing[:5]} are in one only): "
+            "give both files the same categories"
+        )
+
+
+def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], config: CocoTrainingConfig) -> None:
+    """Write ``predictions.png`` for the first images, of those that this process evaluated."""
+    indices = [index for index in range(min(config.pictures, len(dataset))) if dataset.image_ids[index] in detections]
+    if not indices:
+        return
+    names = {category["id"]: category["name"] for category in dataset.categories}
+    draw_detections(
+        [dataset.image(index) for index in indices],
+        [dataset.ground_truth(index) for index in indices],
+        [detections[dataset.image_ids[index]] for index in indices],
+        [names.get(category_id, str(category_id)) for category_id in dataset.category_ids.tolist()],
+        config.output / "predictions.png",
+    )

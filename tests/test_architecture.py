@@ -1,0 +1,70 @@
+"""The arrows between the package's parts (see CONTRIBUTING.md), read from the import statements."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import groupdetr_fast
+
+ROOT = Path(groupdetr_fast.__file__).parent
+
+# part: the parts it may import besides itself
+ALLOWED = {
+    "boxes": set(),
+    "groups": set(),
+    "targets": set(),
+    "_library": set(),
+    "testing": set(),
+    "ops": {"_library", "boxes", "groups", "targets"},
+    "layers": {"ops", "boxes", "groups", "targets"},
+    "models": {"layers", "ops", "boxes", "groups", "targets"},
+    "training": {"ops", "boxes", "groups", "targets"},
+    "data": {"boxes", "groups", "targets"},
+    "evaluation": {"boxes", "groups", "targets"},
+}
+MAY_IMPORT_ALL = {"__init__", "build", "coco_training"}
+
+
+def part_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports_of(path):
+    """Parts of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.relative_to(ROOT).parts[:-1]
+            base = folder[: len(folder) - node.level + 1]
+            names = (node.module or "").split(".") if node.module else []
+            if base or names:
+                yield (*base, *names)[0]
+            else:
+                yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "groupdetr_fast":
+            parts = node.module.split(".")[1:]
+            yield from parts[:1] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == "groupdetr_fast":
+                    yield parts[1] if len(parts) > 1 else "__init__"
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_arrows(path):
+    part = part_of(path)
+    assert part in ALLOWED or part in MAY_IMPORT_ALL, f"{part} is not on the map: add it here and in CONTRIBUTING.md"
+    if part in MAY_IMPORT_ALL:
+        return
+    forbidden = {name for name in imports_of(path) if name != part} - ALLOWED[part]
+    assert not forbidden, f"{path.relative_to(ROOT)} must not import {', '.join(sorted(forbidden))}"
+
+
+def test_the_reader_of_imports_sees_them():
+    assert {"layers", "groups", "models"} <= set(imports_of(ROOT / "models" / "conditional_detr.py"))
+    assert {"ops", "groups", "targets"} <= set(imports_of(ROOT / "training" / "matcher.py"))
+    assert "models" in set(imports_of(ROOT / "build.py"))

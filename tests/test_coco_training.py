@@ -1,0 +1,176 @@
+"""Whole runs on a few small images: training, resuming, evaluation, and what happens to wrong input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, digits_demo, train
+from groupdetr_fast.data import AugmentationConfig, DataError, DigitsConfig, digits_dataset
+from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
+from groupdetr_fast.training.optimization import OptimizationConfig
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_coco.py"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    size = DigitsConfig(image_size=48, train_images=10, val_images=4, max_objects=3, min_digit=12, max_digit=24)
+    return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    return CocoTrainingConfig(
+        data=DataConfig(**digits._asdict(), workers=0),
+        model=ModelConfig(
+            num_groups=2,
+            num_queries=5,
+            d_model=32,
+            num_heads=2,
+            encoder_layers=1,
+            decoder_layers=2,
+            dim_feedforward=32,
+            dropout=0.1,
+            backbone="conv:8-16",
+        ),
+        augmentation=AugmentationConfig(
+            short_sides=(40, 48), crop_short_sides=(48,), crop_min=24, crop_max=48, flip=0.5, eval_short_side=48
+        ),
+        optimization=OptimizationConfig(epochs=3, lr_drop=2, lr=1e-3, backbone_lr=1e-3, batch_size=4),
+        output=tmp_path / "run",
+        pictures=2,
+    )
+
+
+def weights(run, epoch):
+    return load_file(run / "checkpoints" / f"epoch_{epoch:04d}" / "model.safetensors")
+
+
+def test_a_run_leaves_everything_it_promises(config, capsys):
+    results = train(config)
+    assert "Average Precision" in capsys.readouterr().out
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
+    assert json.loads((config.output / "results.json").read_text()) == json.loads(json.dumps(results))
+    losses = [row["train"]["loss"] for row in results["epochs"]]
+    assert losses[-1] < losses[0]
+    assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0"} <= set(results["epochs"][0]["train"])
+    assert {"AP", "AP50", "per_category"} <= set(results["epochs"][-1]["metrics"])
+    assert (config.output / "predictions.png").stat().st_size > 1000
+    assert isinstance(json.loads((config.output / "detections.json").read_text()), list)
+    assert list(config.output.glob("tensorboard/**/*events*"))
+    assert [path.parent.name for path in sorted(config.output.glob("checkpoints/*/model.safetensors"))] == [
+        "epoch_0001",
+        "epoch_0002",
+        "epoch_0003",
+    ]
+    assert [path.parent.name for path in config.output.glob("checkpoints/*/state.pt")] == ["epoch_0003"]
+
+
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    train(config)
+    train(replace(config, output=tmp_path / "again"))
+    first, second = weights(config.output, 3), weights(tmp_path / "again", 3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resuming_continues_to_the_same_weights(config, tmp_path, monkeypatch):
+    train(config)
+    interrupted = replace(config, output=tmp_path / "interrupted")
+
+    from groupdetr_fast.training import engine
+
+    finish = engine.Trainer._finish_epoch
+
+    def stop_after_the_first(trainer, row):
+        finish(trainer, row)
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Trainer, "_finish_epoch", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted)
+    monkeypatch.undo()
+    assert latest_checkpoint(interrupted.output).name == "epoch_0001"
+    results = train(replace(interrupted, resume=True))
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
+    first, second = weights(config.output, 3), weights(interrupted.output, 3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_checkpoint_is_refused(config):
+    train(replace(config, optimization=replace(config.optimization, epochs=1)))
+    state = latest_checkpoint(config.output) / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint .*epoch_0001 cannot be read"):
+        train(replace(config, resume=True))
+
+
+def test_evaluation_of_saved_weights_gives_the_same_numbers(config):
+    results = train(config)
+    saved = config.output / "checkpoints" / "epoch_0003"
+    model = replace(config.model, load=saved, num_groups=1)
+    metrics = train(replace(config, model=model, eval_only=True, output=config.output.parent / "eval"))
+    assert metrics == results["epochs"][-1]["metrics"]
+
+
+def test_accumulation_takes_one_step_for_several_batches(config):
+    optimization = replace(config.optimization, epochs=1, batch_size=2, accumulate=2)
+    train(replace(config, optimization=optimization))
+    state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
+    assert state["scheduler"]["last_epoch"] == 3  # 10 images: 5 batches, of which the last stands alone
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_images": None}, "give coco_path, or all of"),
+        ({"coco_path": Path("coco")}, "not both"),
+        ({"train_images": Path("missing")}, "image folder missing does not exist"),
+    ],
+)
+def test_wrong_data_settings_are_refused(config, change, message):
+    with pytest.raises(DataError, match=message):
+        train(replace(config, data=replace(config.data, **change)))
+
+
+def test_different_category_tables_are_refused(config, digits, tmp_path):
+    content = json.loads(digits.train_annotations.read_text())
+    content["categories"].append({"id": 77, "name": "extra"})
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"different category tables \(ids \[77\]"):
+        train(replace(config, data=replace(config.data, train_annotations=tmp_path / "more.json")))
+
+
+def run_example(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_the_example_trains_and_its_errors_are_one_sentence(config, digits, tmp_path):
+    data = [f"--{name.replace('_', '-')}={path}" for name, path in digits._asdict().items()]
+    sizes = ["--backbone=conv:8-16", "--num-queries=5", "--num-groups=2", "--d-model=32", "--num-heads=2"]
+    sizes += ["--encoder-layers=1", "--decoder-layers=1", "--dim-feedforward=32", "--epochs=1", "--workers=0"]
+    done = run_example(*data, *sizes, "--short-sides", "48", "--eval-short-side=48", "--crop=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Average Precision" in done.stdout
+    assert (tmp_path / "runs" / "coco" / "results.json").is_file()
+
+    failed = run_example(*data[1:], "--train-images=nowhere", *sizes, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: image folder nowhere does not exist")
+    assert "Traceback" not in failed.stderr
+
+
+def test_the_demo_is_the_same_code_with_smaller_sizes():
+    config = digits_demo()
+    assert config.model.model == "conditional_detr_r50"
+    assert config.model.num_groups > 1
+    assert config.data.train_annotations.is_file()
