@@ -102,6 +102,7 @@ class ModelConfig:
     dropout: float | None = None
     backbone: str | None = None
     backbone_weights: str | None = None
+    backbone_stages: int | None = None
     dilation: bool | None = None
     frozen_stages: int | None = None
     load: Path | None = None
@@ -159,13 +160,13 @@ def digits_demo() -> CocoTrainingConfig:
 
     Composes the data set on first use.
     """
-    paths = digits_dataset(config=DigitsConfig())
-    size = DigitsConfig().image_size
+    digits = DigitsConfig(image_size=64, min_digit=14, max_digit=36, max_objects=5)
+    size = digits.image_size
     return CocoTrainingConfig(
-        data=DataConfig(**paths._asdict(), workers=0, cache_images=True),
+        data=DataConfig(**digits_dataset(config=digits)._asdict(), workers=0, cache_images=True),
         model=ModelConfig(
             num_groups=5,
-            num_queries=20,
+            num_queries=15,
             d_model=128,
             num_heads=4,
             encoder_layers=1,
@@ -179,7 +180,7 @@ def digits_demo() -> CocoTrainingConfig:
             short_sides=(size,), flip=0.0, crop=0.0, eval_short_side=size, max_size=None, eval_max_size=None
         ),
         optimization=OptimizationConfig(
-            epochs=12, decay="cosine", warmup_steps=100, lr=1e-3, backbone_lr=1e-3, batch_size=16
+            epochs=18, decay="cosine", warmup_steps=100, lr=1e-3, backbone_lr=1e-3, batch_size=16
         ),
         output=Path("runs/demo"),
         evaluate_every=3,

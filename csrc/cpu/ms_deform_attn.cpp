@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "../common.h"

@@ -25,6 +25,7 @@ class Backbone(nn.Module):
         name: see this module's documentation.
         weights: None for random weights; ``"imagenet"`` for those that torchvision or timm publish; or the path of a
             ``.safetensors``, ``.pth`` or ``.pt`` file with a state dict of the network.
+        stages: how many stages the network has; None for all. With one less, the last map has half the stride.
         num_levels: how many of the last stages to return.
         dilation: replace the last stage's stride by dilation (the "DC5" models). Not for ``conv:``.
         frozen_stages: how many of the first stages are not trained; the stem of a ResNet counts as the first. DETR
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
         name: str,
         weights: str | None = None,
         *,
+        stages: int | None = None,
         num_levels: int = 1,
         dilation: bool = False,
         frozen_stages: int = 2,
@@ -54,7 +56,7 @@ class Backbone(nn.Module):
         if family == "conv" and (dilation or weights is not None):
             raise ValueError(f"backbone {name!r} has neither dilation nor pretrained weights")
         build = {"": _ResNet, "timm": _TimmNetwork, "conv": _ConvNetwork}[family]
-        self.body = build(variant, weights, num_levels, dilation)
+        self.body = build(variant, weights, stages, num_levels, dilation)
         if weights not in (None, "imagenet"):
             _load_weights(self.body, Path(weights), name)
         if family != "conv":
@@ -69,13 +71,14 @@ class Backbone(nn.Module):
 class _ResNet(nn.Module):
     """A torchvision ResNet without its classifier; parameters are named as there."""
 
-    def __init__(self, name: str, weights: str | None, num_levels: int, dilation: bool):
+    def __init__(self, name: str, weights: str | None, stages: int | None, num_levels: int, dilation: bool):
         super().__init__()
         builder = getattr(torchvision.models, name, None)
         if not ("resne" in name and callable(builder)):
             raise ValueError(f"unknown backbone {name!r}: torchvision has no ResNet of that name")
-        if not 1 <= num_levels <= 4:
-            raise ValueError(f"num_levels must be 1 to 4 for a ResNet, got {num_levels}")
+        stages = _check_levels(f"a ResNet such as {name}", stages, num_levels, available=4)
+        if dilation and stages < 4:
+            raise ValueError("dilation is of a ResNet's fourth stage, which stages leaves out")
         network = builder(
             weights="IMAGENET1K_V1" if weights == "imagenet" else None,  # the weights that DETR's results rest on
             replace_stride_with_dilation=[False, False, dilation],
@@ -84,32 +87,28 @@ class _ResNet(nn.Module):
         self.num_levels = num_levels
         self.conv1, self.bn1 = network.conv1, network.bn1
         self.maxpool = network.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            network.layer1,
-            network.layer2,
-            network.layer3,
-            network.layer4,
-        )
-        self.num_channels = [network.fc.in_features // 2**i for i in reversed(range(num_levels))]
+        self.stage_names = [f"layer{index + 1}" for index in range(stages)]
+        for stage in self.stage_names:
+            self.add_module(stage, getattr(network, stage))
+        self.num_channels = [network.fc.in_features // 2 ** (4 - stages + i) for i in reversed(range(num_levels))]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
         levels = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)
             levels.append(x)
         return levels[-self.num_levels :]
 
     def freeze(self, stages: int) -> None:
-        parts = (self.conv1, self.layer1, self.layer2, self.layer3, self.layer4)
-        for part in parts[:stages]:
-            part.requires_grad_(False)
+        for name in ["conv1", *self.stage_names][:stages]:
+            self.get_submodule(name).requires_grad_(False)
 
 
 class _TimmNetwork(nn.Module):
-    """A timm network; parameters are named as in its feature extractor."""
+    """A timm network; parameters are named as there, without the classifier's."""
 
-    def __init__(self, name: str, weights: str | None, num_levels: int, dilation: bool):
+    def __init__(self, name: str, weights: str | None, stages: int | None, num_levels: int, dilation: bool):
         super().__init__()
         try:
             import timm
@@ -118,22 +117,25 @@ class _TimmNetwork(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"unknown backbone 'timm:{name}': timm has no network of that name")
         options = {"output_stride": 16} if dilation else {}
-        self.network = timm.create_model(name, pretrained=weights == "imagenet", features_only=True, **options)
-        available = len(self.network.feature_info)
-        if not 1 <= num_levels <= available:
-            raise ValueError(f"num_levels must be 1 to {available} for timm:{name}, got {num_levels}")
+        self.network = timm.create_model(name, pretrained=weights == "imagenet", **options)
+        info = getattr(self.network, "feature_info", [])
+        if not info or not hasattr(self.network, "prune_intermediate_layers"):
+            raise ValueError(f"backbone 'timm:{name}' cannot be used: timm gives no feature maps of it")
+        stages = _check_levels(f"timm:{name}", stages, num_levels, len(info))
+        self.indices = list(range(stages - num_levels, stages))
+        self.network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         timm.layers.freeze_batch_norm_2d(self.network)
-        self.num_levels = num_levels
-        self.num_channels = self.network.feature_info.channels()[-num_levels:]
+        self.stage_modules = [stage["module"] for stage in info]
+        self.num_channels = [stage["num_chs"] for stage in info[stages - num_levels : stages]]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.network(x)[-self.num_levels :]
+        return self.network.forward_intermediates(x, indices=self.indices, intermediates_only=True, stop_early=True)
 
     def freeze(self, stages: int) -> None:
         """Freeze what comes before the end of stage ``stages``, by the module names that timm reports."""
         if stages == 0:
             return
-        last = self.network.feature_info.module_name(min(stages, len(self.network.feature_info)) - 1)
+        last = self.stage_modules[min(stages, len(self.stage_modules)) - 1]
         # Leaves only: a container that begins before the end of the stage may go on after it.
         leaves = [(name, module) for name, module in self.network.named_modules() if not any(module.children())]
         inside = [index for index, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}.")]
@@ -144,13 +146,12 @@ class _TimmNetwork(nn.Module):
 class _ConvNetwork(nn.Module):
     """A plain network: each stage halves the resolution and has two 3x3 convolutions with batch norm."""
 
-    def __init__(self, variant: str, weights: str | None, num_levels: int, dilation: bool):
+    def __init__(self, variant: str, weights: str | None, stages: int | None, num_levels: int, dilation: bool):
         super().__init__()
         if not all(width.isdigit() and int(width) > 0 for width in variant.split("-")):
             raise ValueError(f"backbone 'conv:{variant}' must list the width of each stage, such as conv:32-64-128")
         widths = [int(width) for width in variant.split("-")]
-        if not 1 <= num_levels <= len(widths):
-            raise ValueError(f"num_levels must be 1 to {len(widths)} for conv:{variant}, got {num_levels}")
+        widths = widths[: _check_levels(f"conv:{variant}", stages, num_levels, len(widths))]
         self.num_levels = num_levels
         self.num_channels = widths[-num_levels:]
         self.stages = nn.ModuleList(self._stage(a, b) for a, b in itertools.pairwise([3, *widths]))
@@ -169,6 +170,16 @@ class _ConvNetwork(nn.Module):
             x = stage(x)
             levels.append(x)
         return levels[-self.num_levels :]
+
+
+def _check_levels(name: str, stages: int | None, num_levels: int, available: int) -> int:
+    """The number of stages that are used."""
+    stages = available if stages is None else stages
+    if not 1 <= stages <= available:
+        raise ValueError(f"stages must be 1 to {available} for {name}, got {stages}")
+    if not 1 <= num_levels <= stages:
+        raise ValueError(f"num_levels must be 1 to {stages} for {name}, got {num_levels}")
+    return stages
 
 
 def _load_weights(body: nn.Module, path: Path, name: str) -> None:

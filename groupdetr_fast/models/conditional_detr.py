@@ -83,6 +83,7 @@ class ConditionalDetr(nn.Module):
         self.backbone = Backbone(
             config.backbone,
             config.backbone_weights,
+            stages=config.backbone_stages,
             dilation=config.dilation,
             frozen_stages=config.frozen_stages,
         )

@@ -18,7 +18,7 @@ class DetectorConfig:
         encoder_layers, decoder_layers: numbers of layers.
         dim_feedforward: hidden size of the feed-forward blocks.
         dropout: probability, in the encoder and the decoder.
-        backbone, backbone_weights, dilation, frozen_stages: see ``layers.backbone.Backbone``.
+        backbone, backbone_weights, backbone_stages, dilation, frozen_stages: see ``layers.backbone.Backbone``.
         class_cost, l1_cost, giou_cost: weights of the matching cost.
         class_loss, l1_loss, giou_loss: weights of the losses.
         focal_alpha, focal_gamma: of the class cost and the class loss.
@@ -35,6 +35,7 @@ class DetectorConfig:
     dropout: float = 0.0
     backbone: str = "resnet50"
     backbone_weights: str | None = None
+    backbone_stages: int | None = None
     dilation: bool = False
     frozen_stages: int = 2
     class_cost: float = 2.0

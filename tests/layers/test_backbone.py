@@ -60,6 +60,18 @@ def test_conv_network():
 
 
 @pytest.mark.parametrize(
+    ("name", "stages", "channels", "stride"),
+    [("resnet18", 3, 256, 16), ("timm:tf_efficientnet_lite0", 4, 112, 16), ("conv:8-16-24", 2, 16, 4)],
+)
+def test_fewer_stages(name, stages, channels, stride):
+    backbone = Backbone(name, stages=stages)
+    assert backbone.num_channels == [channels]
+    assert backbone(torch.randn(1, 3, 64, 96))[0].shape == (1, channels, 64 // stride, 96 // stride)
+    whole = Backbone(name)
+    assert sum(p.numel() for p in backbone.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"name": "resnet17"}, ValueError, "torchvision has no ResNet of that name"),
@@ -69,6 +81,8 @@ def test_conv_network():
         ({"name": "conv:8-x"}, ValueError, "must list the width of each stage"),
         ({"name": "conv:8-16", "dilation": True}, ValueError, "has neither dilation nor pretrained weights"),
         ({"name": "resnet18", "num_levels": 5}, ValueError, "num_levels must be 1 to 4"),
+        ({"name": "resnet18", "stages": 5}, ValueError, "stages must be 1 to 4 for a ResNet such as resnet18, got 5"),
+        ({"name": "resnet18", "stages": 3, "dilation": True}, ValueError, "which stages leaves out"),
         ({"name": "resnet18", "weights": "none.pth"}, FileNotFoundError, "there is no file none.pth"),
     ],
 )

@@ -118,11 +118,14 @@ def test_blocks_of_rows_and_of_problems(dropout_p, device, monkeypatch):
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("layout", ["one_query", "groups", "denoising_first", "denoising_every"])
+@pytest.mark.parametrize(
+    "groups",
+    [QueryGroups(1, 1), QueryGroups(2, 3), QueryGroups(2, 2, 2, 1), QueryGroups(2, 1, 1, 2, denoising_scope="every")],
+    ids=["one_query", "groups", "denoising_first", "denoising_every"],
+)
 @pytest.mark.parametrize("value_dim", [3, 2])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(layout, value_dim, dropout_p, device):
-    groups = LAYOUTS[layout]
+def test_gradcheck(groups, value_dim, dropout_p, device):
     inputs = make_inputs(groups, device, batch=1, dim=3, value_dim=value_dim, dtype=torch.float64)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     arguments = settings(groups, device, dropout_p)
