@@ -1,4 +1,5 @@
-// Which costs an assignment problem uses as they are, and what stands in for the others. Shared by CPU and CUDA.
+// Which costs an assignment problem uses as they are, what stands in for the others, and the order of costs as bits.
+// Shared by CPU and CUDA.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +36,23 @@ HOST_DEVICE double sentinel_cost(double smallest, double largest, int64_t pairs)
     range = magnitude > 1 ? magnitude : 1;
   }
   return largest + static_cast<double>(pairs + 1) * range;
+}
+
+// Bits that compare as unsigned integers as the values do, for a value that is not NaN. Both zeros have the same bits.
+HOST_DEVICE uint64_t ordered_bits(double value) {
+  const double without_negative_zero = value + 0.0;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &without_negative_zero, sizeof(bits));
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
+HOST_DEVICE double from_ordered_bits(uint64_t ordered) {
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  const uint64_t bits = ordered & kSign ? ordered ^ kSign : ~ordered;
+  double value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 }  // namespace groupdetr

@@ -126,6 +126,13 @@ def test_accumulation_takes_one_step_for_several_batches(config):
     assert state["scheduler"]["last_epoch"] == 3  # 10 images: 5 batches, of which the last stands alone
 
 
+def test_mixed_precision_trains(config):
+    results = train(replace(config, optimization=replace(config.optimization, precision="bf16")))
+    losses = [row["train"]["loss"] for row in results["epochs"]]
+    assert losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in weights(config.output, 3).values()} <= {torch.float32, torch.int64}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

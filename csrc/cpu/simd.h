@@ -62,8 +62,8 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Body& body) {
 }
 #endif
 
-// Runs `body.operator()<kBytes>()` compiled for the widest vectors of this processor. The body and all that it calls must
-// be ALWAYS_INLINE: what is not inlined is compiled for the baseline.
+// Runs `body.operator()<kBytes>()` compiled for the widest vectors of this processor. The body and all that it calls
+// must be ALWAYS_INLINE: what is not inlined is compiled for the baseline.
 template <class Body>
 void with_simd(const Body& body) {
 #if defined(__x86_64__)
