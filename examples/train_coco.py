@@ -33,7 +33,7 @@ def main() -> None:
             CocoTrainingConfig,
             default=CocoTrainingConfig() if own_data else digits_demo(),
             description=__doc__,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         train(config)
     except (DataError, CheckpointError, CheckpointMismatch, FileNotFoundError, ValueError) as error:

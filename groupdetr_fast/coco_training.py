@@ -41,8 +41,10 @@ class DataConfig:
 
     Attributes:
         coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
-        train_images, train_annotations: image folder and COCO json to train on.
-        val_images, val_annotations: image folder and COCO json to evaluate on.
+        train_images: folder of the images to train on.
+        train_annotations: COCO json to train on.
+        val_images: folder of the images to evaluate on.
+        val_annotations: COCO json to evaluate on.
         labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
             themselves, as the original repositories do (91 classes on COCO).
         workers: processes that load images, per training process.
@@ -87,6 +89,18 @@ class ModelConfig:
     Attributes:
         model: name of the detector.
         num_groups: K, groups of queries in training.
+        num_queries: N, queries of one group.
+        d_model: size of tokens and queries.
+        num_heads: attention heads.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dim_feedforward: hidden size of the feed-forward blocks.
+        dropout: probability.
+        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-...
+        backbone_weights: imagenet, or a file.
+        backbone_stages: use the first stages of the backbone only.
+        dilation: dilate the backbone's last stage (DC5).
+        frozen_stages: stages of the backbone that are not trained.
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
     """

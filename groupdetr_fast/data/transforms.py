@@ -28,7 +28,8 @@ class AugmentationConfig:
         crop: probability of the branch that resizes to ``crop_short_sides`` and crops, before the final resize.
         eval_short_side: short side in evaluation.
         eval_max_size: limit of the long side in evaluation, or None.
-        image_mean, image_std: of the three channels, RGB in [0, 1]; what the backbone was trained with.
+        image_mean: of the channels red, green, blue in [0, 1]; that which the backbone was trained with.
+        image_std: standard deviation of the same.
 
     Raises:
         ValueError: for an empty list, a size below 1, ``crop_min > crop_max``, a probability outside [0, 1] or a

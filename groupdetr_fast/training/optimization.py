@@ -22,7 +22,8 @@ class OptimizationConfig:
         lr_drop: epochs after which the rates drop to a tenth (``decay="step"``).
         decay: "step", or "cosine" from the peak to 0 over the whole run.
         warmup_steps: optimiser steps over which the rates rise linearly to their peak.
-        lr, backbone_lr: peak learning rates of the transformer and of the backbone.
+        lr: peak learning rate of everything but the backbone.
+        backbone_lr: peak learning rate of the backbone.
         weight_decay: of AdamW.
         clip_norm: largest norm of the gradient; 0 for no clipping.
         batch_size: images per process and step.
