@@ -101,6 +101,7 @@ class ModelConfig:
         backbone_stages: use the first stages of the backbone only.
         dilation: dilate the backbone's last stage (DC5).
         frozen_stages: stages of the backbone that are not trained.
+        input_norm: normalise the projected features (for backbones whose features are large).
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
     """
@@ -119,6 +120,7 @@ class ModelConfig:
     backbone_stages: int | None = None
     dilation: bool | None = None
     frozen_stages: int | None = None
+    input_norm: bool | None = None
     load: Path | None = None
     new_class_head: bool = False
 

@@ -88,6 +88,7 @@ class ConditionalDetr(nn.Module):
             frozen_stages=config.frozen_stages,
         )
         self.input_proj = nn.Conv2d(self.backbone.num_channels[-1], dim, 1)
+        self.input_norm = nn.GroupNorm(math.gcd(32, dim), dim) if config.input_norm else nn.Identity()
         self.encoder = TransformerEncoder(
             config.encoder_layers, dim, config.num_heads, config.dim_feedforward, config.dropout
         )
@@ -139,7 +140,7 @@ class ConditionalDetr(nn.Module):
         return DetectorOutput(self.class_embed(outputs), boxes, groups)
 
     def _encode(self, images: Tensor, masks: Tensor | None) -> Memory:
-        features = self.input_proj(self.backbone(images)[-1])  # [B, d, h, w]
+        features = self.input_norm(self.input_proj(self.backbone(images)[-1]))  # [B, d, h, w]
         dim, height, width = features.shape[1:]
         if masks is None:
             padding = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)

@@ -19,6 +19,8 @@ class DetectorConfig:
         dim_feedforward: hidden size of the feed-forward blocks.
         dropout: probability, in the encoder and the decoder.
         backbone, backbone_weights, backbone_stages, dilation, frozen_stages: see ``layers.backbone.Backbone``.
+        input_norm: normalise the projected features by GroupNorm, as Deformable DETR does. For backbones whose features
+            are large (those of linear bottlenecks, such as EfficientNet's): they would drown the position embedding.
         class_cost, l1_cost, giou_cost: weights of the matching cost.
         class_loss, l1_loss, giou_loss: weights of the losses.
         focal_alpha, focal_gamma: of the class cost and the class loss.
@@ -38,6 +40,7 @@ class DetectorConfig:
     backbone_stages: int | None = None
     dilation: bool = False
     frozen_stages: int = 2
+    input_norm: bool = False
     class_cost: float = 2.0
     l1_cost: float = 5.0
     giou_cost: float = 2.0
