@@ -385,7 +385,7 @@ Tensor ms_deform_attn(const Tensor& value, std::vector<int64_t> spatial_shapes, 
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_out, const Tensor& value,
                                                            std::vector<int64_t> spatial_shapes, const Tensor& locations,
-                                                           const Tensor& weights) {
+                                                           const Tensor& weights, bool /*deterministic*/) {
   const Problem p = check_inputs(value, spatial_shapes, locations, weights);
   STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.dim() == 3 && grad_out.size(0) == p.images &&
                       grad_out.size(1) == p.queries && grad_out.size(2) == p.row(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +30,9 @@ LOG_EVERY = 10  # steps between two points of a TensorBoard curve
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
     """Devices, precision, accumulation, processes; curves go to ``run/tensorboard``. Seeds everything."""
+    # Accelerate keeps precision and accumulation in globals; a second run of one process may want others.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.precision,

@@ -37,6 +37,19 @@ def make_inputs(
     return value.to(device, dtype), flat, locations.to(device, location_dtype), weights.to(device, location_dtype)
 
 
+class RecordFlags(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the last argument of each call of the backward op; one that is left out has its default."""
+
+    def __init__(self, flags):
+        super().__init__()
+        self._flags = flags
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is OP_BACKWARD.default:
+            self._flags.append(args[5] if len(args) > 5 else False)
+        return op(*args, **(kwargs or {}))
+
+
 def pairs(flat):
     return list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -283,6 +296,20 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         grad.sum().backward()
+
+
+def test_backward_asks_for_the_deterministic_kernel_where_torch_does(device):
+    value, flat, locations, weights = make_inputs(device)
+    value.requires_grad_()
+    seen = []
+    with RecordFlags(seen):
+        for enabled in (False, True):
+            torch.use_deterministic_algorithms(enabled)
+            try:
+                ms_deform_attn(value, pairs(flat), locations, weights).sum().backward()
+            finally:
+                torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]
 
 
 def test_autocast_does_not_lower_the_precision(device):

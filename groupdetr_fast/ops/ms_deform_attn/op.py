@@ -39,7 +39,9 @@ def ms_deform_attn(
     finer than a good part of a pixel.
 
     On the CPU forward and backward are deterministic for a given number of threads, and independent of that number
-    where ``B * H`` is at least as large. There is no double backward.
+    where ``B * H`` is at least as large. On a GPU the forward is deterministic; the backward adds up the gradient of
+    ``value`` in any order, unless ``torch.use_deterministic_algorithms`` is on. There is no double backward. The
+    kernels for GPUs take up to 16 levels.
 
     Raises:
         TypeError: if a dtype is none of these.
@@ -80,7 +82,12 @@ def _fake(value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, 
 
 
 def _fake_backward(
-    grad_out: Tensor, value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad_out: Tensor,
+    value: Tensor,
+    spatial_shapes: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (value, sampling_locations, attention_weights)
     return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
@@ -95,7 +102,7 @@ define_op(
 )
 define_op(
     "ms_deform_attn_backward(Tensor grad_out, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-    "Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+    "Tensor attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
     reference=ms_deform_attn_backward_reference,
     fake=_fake_backward,
 )
@@ -109,7 +116,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out):
     value, sampling_locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.groupdetr_fast.ms_deform_attn_backward(
-        grad_out, value, ctx.spatial_shapes, sampling_locations, attention_weights
+        grad_out,
+        value,
+        ctx.spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        torch.are_deterministic_algorithms_enabled(),
     )
     no_grad_spatial_shapes = None
     return grad_value, no_grad_spatial_shapes, grad_locations, grad_weights

@@ -33,9 +33,17 @@ def ms_deform_attn_reference(
 
 
 def ms_deform_attn_backward_reference(
-    grad_out: Tensor, value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+    grad_out: Tensor,
+    value: Tensor,
+    spatial_shapes: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of value, sampling_locations and attention_weights."""
+    """The gradients of value, sampling_locations and attention_weights.
+
+    ``deterministic`` is for kernels that have a choice; what torch's own ops do is up to torch.
+    """
     _, vjp = torch.func.vjp(
         lambda value, locations, weights: ms_deform_attn_reference(value, spatial_shapes, locations, weights),
         value,

@@ -1,0 +1,107 @@
+"""The CUDA kernels of ``ms_deform_attn`` on the CPU, for tensors.
+
+As a script, runs a library given by its path over problems of many sizes, for AddressSanitizer to watch.
+"""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import torch
+from cuda_on_cpu.build import Library, build
+
+BINDING = Path(__file__).with_name("ms_deform_attn_binding.cpp")
+MAX_LEVELS = 16
+
+
+class Level(ctypes.Structure):
+    """``DeformLevel`` of csrc/cuda/ms_deform_attn.cuh."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("height", "width", "start"))
+
+
+class Problem(ctypes.Structure):
+    """``DeformProblem`` of csrc/cuda/ms_deform_attn.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("images", "pixels", "heads", "channels", "queries", "levels", "points")),
+        ("level", Level * MAX_LEVELS),
+    )
+
+
+class EmulatedDeformAttn:
+    """``forward`` and ``backward`` are called as the ops are; locations and weights are of the arithmetic's dtype."""
+
+    def __init__(self, library):
+        self._library = Library(library)
+
+    def forward(self, value, flat, locations, weights, **options):
+        out = value.new_full((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]), torch.nan)
+        self._call("forward", value, flat, weights, (value, locations, weights, out), options)
+        return out
+
+    def backward(self, grad, value, flat, locations, weights, in_order=False, **options):
+        grad_value = torch.zeros_like(value, dtype=locations.dtype)
+        grads = torch.full_like(locations, torch.nan), torch.full_like(weights, torch.nan)
+        arguments = (value, locations, weights, grad, None if in_order else grad_value, *grads)
+        self._call("backward", value, flat, weights, arguments, options)
+        grad_value = grad_value.to(value.dtype)
+        if in_order:
+            grad_value = torch.full_like(value, torch.nan)
+            self._call("grad_value_in_order", value, flat, weights, (locations, weights, grad, grad_value), options)
+        return grad_value, *grads
+
+    def _call(self, function, value, flat, weights, tensors, options):
+        problem = Problem(*value.shape, weights.shape[1], *weights.shape[3:])
+        start = 0
+        for level, (h, w) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
+            problem.level[level] = Level(h, w, start)
+            start += h * w
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+        pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+        name = f"{function}_{value.dtype}".replace("torch.", "")
+        self._library.call(name, ctypes.byref(problem), *pointers, **options)
+
+
+def emulate(checks="races", **options):
+    return EmulatedDeformAttn(build(BINDING, checks, **options))
+
+
+def make_inputs(batch=2, queries=5, heads=2, dim=8, shapes=((4, 6), (3, 2)), points=3, dtype=torch.float32):
+    """value, flat spatial shapes, locations (some outside of the maps), weights."""
+    generator = torch.Generator().manual_seed(dim)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    size = (batch, queries, heads, len(shapes), points)
+    value = torch.randn(batch, sum(h * w for h, w in shapes), heads, dim, generator=generator, dtype=wide).to(dtype)
+    locations = torch.rand(*size, 2, generator=generator, dtype=wide) * 1.6 - 0.3
+    weights = torch.randn(*size, generator=generator, dtype=wide)
+    return value, [number for shape in shapes for number in shape], locations, weights
+
+
+def own_memory(tensor):
+    """A copy in a block of memory of its own size, whose ends AddressSanitizer watches."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    size = tensor.numel() * tensor.element_size()
+    memory = (ctypes.c_char * size).from_address(libc.malloc(size))
+    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def main():
+    emulated = EmulatedDeformAttn(sys.argv[1])
+    all_dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    for dtype in all_dtypes if len(sys.argv) == 2 else (torch.float32,):
+        for case in [{"dim": 32, "points": 5}, {"dim": 30}, {"dim": 71, "batch": 1}, {"shapes": ((1, 1), (0, 3))}]:
+            value, flat, locations, weights = make_inputs(dtype=dtype, **case)
+            value, locations, weights = (own_memory(tensor) for tensor in (value, locations, weights))
+            out = own_memory(torch.zeros(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(dtype))
+            emulated._call("forward", value, flat, weights, (value, locations, weights, out), {})
+            grads = [own_memory(torch.zeros_like(t, dtype=locations.dtype)) for t in (value, locations, weights)]
+            emulated._call("backward", value, flat, weights, (value, locations, weights, out, *grads), {})
+            emulated._call("grad_value_in_order", value, flat, weights, (locations, weights, out, value), {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""The CUDA kernels of ms_deform_attn, run on the CPU (see tests/cuda_on_cpu)."""
+
+import math
+
+import emulated_ms_deform_attn
+import pytest
+import torch
+from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
+from emulated_ms_deform_attn import BINDING, emulate, make_inputs
+
+from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
+from groupdetr_fast.testing import assert_matches_reference
+
+KERNEL = "cuda/ms_deform_attn.cuh"
+OP = torch.ops.groupdetr_fast.ms_deform_attn
+OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+IN_ORDER = pytest.mark.parametrize("in_order", [False, True], ids=["atomics", "in_order"])
+
+CASES = {
+    "plain": {},
+    "one_of_everything": {"batch": 1, "queries": 1, "heads": 1, "dim": 1, "shapes": ((1, 1),), "points": 1},
+    "encoder_like": {"queries": 17, "heads": 4, "dim": 32, "shapes": ((5, 7), (3, 4), (2, 2), (1, 1)), "points": 4},
+    "dim_1": {"dim": 1, "queries": 37, "heads": 3},
+    "dim_4": {"dim": 4, "points": 1},
+    "dim_30": {"dim": 30, "points": 5},
+    "dim_64": {"dim": 64, "batch": 1},
+    "dim_71": {"dim": 71, "batch": 1, "points": 7},
+    "dim_264": {"dim": 264, "batch": 1, "queries": 2},  # more than 32 vectors
+    "several_tiles": {"dim": 2, "queries": 70, "heads": 1, "shapes": ((9, 40), (3, 5)), "points": 1},
+    "empty_levels": {"shapes": ((0, 3), (4, 6), (2, 0), (3, 2), (0, 0))},
+    "sixteen_levels": {"shapes": ((2, 3),) * 16, "points": 1, "queries": 3},
+    "long_batch": {"batch": 35, "queries": 3, "heads": 1, "dim": 4},
+}
+EMPTY = {
+    "no_queries": {"queries": 0},
+    "no_images": {"batch": 0},
+    "no_heads": {"heads": 0},
+    "no_channels": {"dim": 0},
+    "no_points": {"points": 0},
+    "no_pixels": {"shapes": ((0, 4), (2, 0))},
+    "no_levels": {"shapes": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return emulate()
+
+
+def grad_of_result(value, locations):
+    generator = torch.Generator().manual_seed(0)
+    shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
+    return torch.randn(shape, generator=generator, dtype=locations.dtype).to(value.dtype)
+
+
+def assert_equal_to_cpu(kernel, inputs, **options):
+    """The arithmetic is that of the CPU kernel; only the order of additions differs."""
+    grad = grad_of_result(inputs[0], inputs[2])
+    actual = kernel.forward(*inputs, **options), *kernel.backward(grad, *inputs, **options)
+    assert_all_close(actual, (OP(*inputs), *OP_BACKWARD(grad, *inputs)))
+
+
+def assert_all_close(actual, expected, slack=1):
+    names = "out", "grad_value", "grad_locations", "grad_weights"
+    for name, tensor, wanted in zip(names[-len(actual) :], actual, expected, strict=True):
+        exponent = {torch.float64: -48, torch.float32: -20, torch.float16: -9, torch.bfloat16: -6}[tensor.dtype]
+        scale = wanted.abs().max().item() if wanted.numel() else 0
+        torch.testing.assert_close(
+            tensor, wanted, rtol=0, atol=slack * 2.0**exponent * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@IN_ORDER
+def test_matches_reference_and_cpu_kernel(kernel, case, dtype, in_order):
+    inputs = make_inputs(**CASES[case], dtype=dtype)
+    grad = grad_of_result(inputs[0], inputs[2])
+    out, grads = kernel.forward(*inputs, schedule=1), kernel.backward(grad, *inputs, schedule=2, in_order=in_order)
+    assert_matches_reference(out, ms_deform_attn_reference, *inputs)
+    for index, actual in enumerate(grads):
+        assert_matches_reference(
+            actual, lambda *args, i=index: ms_deform_attn_backward_reference(*args)[i], grad, *inputs
+        )
+    assert_all_close((out, *grads), (OP(*inputs), *OP_BACKWARD(grad, *inputs)))
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@IN_ORDER
+def test_empty_sizes(kernel, case, in_order):
+    inputs = make_inputs(**EMPTY[case])
+    grad = grad_of_result(inputs[0], inputs[2])
+    assert (kernel.forward(*inputs) == 0).all()
+    assert all((tensor == 0).all() for tensor in kernel.backward(grad, *inputs, in_order=in_order))
+
+
+@pytest.mark.parametrize("case", ["plain", "encoder_like", "dim_71", "several_tiles"])
+@pytest.mark.parametrize("schedule", range(5))
+def test_every_schedule(kernel, case, schedule):
+    inputs = make_inputs(**CASES[case])
+    grad = grad_of_result(inputs[0], inputs[2])
+    out = kernel.forward(*inputs, schedule=schedule)
+    grads = kernel.backward(grad, *inputs, schedule=schedule)
+    assert_all_close((out, *grads), (OP(*inputs), *OP_BACKWARD(grad, *inputs)))
+    ordered = kernel.backward(grad, *inputs, schedule=schedule, in_order=True)
+    for tensor, first in zip(
+        (out, *grads[1:], *ordered),
+        (kernel.forward(*inputs), *grads[1:], *kernel.backward(grad, *inputs, in_order=True)),
+        strict=True,
+    ):
+        assert torch.equal(tensor, first)
+
+
+def test_order_of_atomics_shows_without_the_fixed_order(kernel):
+    inputs = make_inputs(queries=40, shapes=((2, 2),))
+    grad = grad_of_result(inputs[0], inputs[2])
+    results = [kernel.backward(grad, *inputs, schedule=schedule)[0] for schedule in range(4)]
+    assert not all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, 25.0])
+@IN_ORDER
+def test_samples_that_touch_no_pixel_count_nothing(kernel, bad, in_order):
+    value, flat, locations, weights = make_inputs()
+    locations[:, :, :, :, 0, 0] = bad
+    locations[:, :, :, :, 1, 1] = bad
+    weights[0, :, :, :, :2] = math.nan
+    inputs = value, flat, locations, weights
+    rest = value, flat, locations[..., 2:, :].contiguous(), weights[..., 2:].contiguous()
+    grad = grad_of_result(value, locations)
+    assert_all_close([kernel.forward(*inputs)], [OP(*rest)])
+    grad_value, grad_locations, grad_weights = kernel.backward(grad, *inputs, in_order=in_order)
+    assert (grad_locations[..., :2, :] == 0).all()
+    assert (grad_weights[..., :2] == 0).all()
+    actual = grad_value, grad_locations[..., 2:, :], grad_weights[..., 2:]
+    assert_all_close(actual, OP_BACKWARD(grad, *rest))
+
+
+@pytest.mark.parametrize("pixel", [-1.0, -0.5, 0.0, 2.5, 3.0, 3.5, 4.0])
+@IN_ORDER
+def test_samples_on_edges(kernel, pixel, in_order):
+    value, flat, locations, weights = make_inputs(shapes=((4, 4),), dtype=torch.float64)
+    locations.fill_((pixel + 0.5) / 4)
+    inputs = value, flat, locations, weights
+    grad = grad_of_result(value, locations)
+    actual = kernel.forward(*inputs), *kernel.backward(grad, *inputs, in_order=in_order)
+    assert_all_close(actual, (OP(*inputs), *OP_BACKWARD(grad, *inputs)))
+
+
+def test_a_pixel_that_no_sample_touches_is_not_read(kernel):
+    value, flat, locations, weights = make_inputs(shapes=((4, 6),))
+    locations = locations * 0.2 + 0.1
+    expected = kernel.forward(value, flat, locations, weights)
+    touched = kernel.backward(torch.ones_like(expected), value, flat, locations, weights)[0]
+    value[:, (touched == 0).all(dim=(0, 2, 3))] = math.nan
+    assert value.isnan().any()
+    assert torch.equal(kernel.forward(value, flat, locations, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_vectors_do_not_fit(kernel, dtype):
+    value, flat, locations, weights = make_inputs(dtype=dtype)
+    shifted = torch.empty(value.numel() + 1, dtype=dtype)[1:].view(value.shape)
+    assert shifted.data_ptr() % 16 != 0
+    assert_equal_to_cpu(kernel, (shifted.copy_(value), flat, locations, weights))
+
+
+def test_more_images_than_a_grid_has_rows():
+    small = emulate(defines=["FLOAT32_ONLY"], changes={KERNEL: [("kMaxGridY = 65535", "kMaxGridY = 2")]})
+    inputs = make_inputs(batch=5, queries=3, dim=4)
+    assert_equal_to_cpu(small, inputs)
+    grad = grad_of_result(inputs[0], inputs[2])
+    assert_all_close(small.backward(grad, *inputs, in_order=True), OP_BACKWARD(grad, *inputs))
+
+
+def test_scalar_atomics_of_older_gpus():
+    older = emulate(defines=["__CUDA_ARCH__=800"])
+    for dtype in DTYPES:
+        assert_equal_to_cpu(older, make_inputs(dtype=dtype), schedule=1)
+
+
+def test_no_access_out_of_bounds():
+    process = run_with_address_sanitizer(emulated_ms_deform_attn.__file__, build(BINDING, "addresses"))
+    assert process.returncode == 0, process.stderr
+
+
+# --- Bugs planted in the kernels, each of which the tests must find ---
+
+
+def change(old, new):
+    return {"defines": ["FLOAT32_ONLY"], "changes": {KERNEL: [(old, new)]}}
+
+
+def run_all(kernel, inputs, **options):
+    grad = grad_of_result(inputs[0], inputs[2])
+    kernel.forward(*inputs, **options)
+    for in_order in (False, True):
+        kernel.backward(grad, *inputs, in_order=in_order, **options)
+
+
+NO_BARRIER = {
+    "before the corners are read, forward": (
+        "corners[group.lane] = own_sample.corners;\n        __syncwarp();",
+        "corners[group.lane] = own_sample.corners;",
+    ),
+    "before the corners are read, backward": (
+        "corners[group.lane] = own_sample.corners;\n      __syncwarp();",
+        "corners[group.lane] = own_sample.corners;",
+    ),
+    "before the corners are overwritten": (
+        "        __syncwarp();\n      }\n      if (exists &&",
+        "      }\n      if (exists &&",
+    ),
+    "before the sums are read": ("      __syncwarp();\n      if (sample_exists) {", "      if (sample_exists) {"),
+    "before the corners are read, in order": (
+        "corners[lane] = own;\n          __syncwarp();",
+        "corners[lane] = own;",
+    ),
+    "before the corners are overwritten, in order": (
+        "          __syncwarp();\n        }\n      }\n      for (int64_t pixel",
+        "        }\n      }\n      for (int64_t pixel",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", NO_BARRIER)
+def test_missing_barrier_is_found(place):
+    broken = emulate(**change(*NO_BARRIER[place]))
+    with pytest.raises(KernelError, match="race in shared memory"):
+        run_all(broken, make_inputs(queries=9, points=12), schedule=1)
+
+
+PLAIN_UPDATE = (
+    "atomicAdd(reinterpret_cast<float4*>(to), values);",
+    "for (int k = 0; k < 4; ++k) to[k] += (&values.x)[k];",
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("high += __shfl_xor_sync(kAllLanes,", "high += __shfl_xor_sync(0xffff,", "the mask of .* lacks"),
+        ("if (sample.touches_map()) {", "if (!sample.touches_map()) continue;\n        {", "lanes disagree|deadlock"),
+        ("pixel >= begin && pixel < end && weight", "pixel >= begin && weight", "race in shared memory"),
+        ("(group.lane < 4) sums", "(true) sums", "race in shared memory"),
+    ],
+    ids=["mask", "skipped sample", "pixel of another warp", "all lanes"],
+)
+def test_planted_bug_is_reported(old, new, message):
+    broken = emulate(**change(old, new))
+    with pytest.raises(KernelError, match=message):
+        run_all(broken, make_inputs(dim=32, shapes=((3, 5), (9, 15))), schedule=1)
+
+
+@pytest.mark.parametrize(
+    ("dim", "old", "new"),
+    [(32, *PLAIN_UPDATE), (33, "atomicAdd(to + k, weight * from[k]);", "to[k] += weight * from[k];")],
+    ids=["vector", "scalar"],
+)
+def test_plain_update_is_found(dim, old, new):
+    broken = emulate(**change(old, new))
+    with pytest.raises(KernelError, match="race in global memory"):
+        run_all(broken, make_inputs(dim=dim), schedule=1)
+
+
+def test_lost_update_needs_preemption_to_show():
+    broken = emulate(**change(*PLAIN_UPDATE))
+    inputs = make_inputs(queries=40, shapes=((2, 2),), dtype=torch.float32)
+    assert_equal_to_cpu(broken, inputs, ignore_races=True)  # one thread after the other loses nothing
+    grad = grad_of_result(inputs[0], inputs[2])
+    expected = OP_BACKWARD(grad, *inputs)[0]
+    results = [broken.backward(grad, *inputs, schedule=schedule, ignore_races=True)[0] for schedule in range(1, 8)]
+    assert any((result - expected).abs().max() > 1e-3 for result in results)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("low_row + x.high;", "low_row + x.low;"),
+        ("high += __shfl_xor_sync(kAllLanes, odd ? own[2] : own[3], 1)", "high += odd ? own[2] : own[3]"),
+        ("step = kMinGroup; step <", "step = kMinGroup; 2 * step <"),
+    ],
+    ids=["corner", "missing shuffle", "last step"],
+)
+def test_wrong_number_is_found(old, new):
+    broken = emulate(**change(old, new))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_equal_to_cpu(broken, make_inputs(dim=32))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("high_row + x.high;", "high_row + x.low + 1;"),
+        ("high_row = map.start + y.high * map.width", "high_row = map.start + y.high * map.height"),
+        ("bool has_channels = channel < p.channels;", "bool has_channels = channel <= p.channels;"),
+        ("begin + kTile, static_cast<int64_t>(p.pixels)", "begin + kTile, static_cast<int64_t>(p.pixels + 1)"),
+        ("channels % kVectorSize<T> == 0 &&", "channels % 2 == 0 &&"),
+    ],
+    ids=["corner", "row", "channel", "last pixel", "vector"],
+)
+def test_off_by_one_is_found(old, new):
+    library = build(BINDING, "addresses", **change(old, new))
+    process = run_with_address_sanitizer(emulated_ms_deform_attn.__file__, library, "float32 only")
+    assert process.returncode != 0
+    assert "AddressSanitizer" in process.stderr
+
+
+# --- On a GPU ---
+
+GPU_SLACK = 32  # it rounds products and sums in other places
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph():
+    value, flat, locations, weights = (
+        tensor.cuda() if torch.is_tensor(tensor) else tensor for tensor in make_inputs(dim=32)
+    )
+    grad = grad_of_result(value.cpu(), locations.cpu()).cuda()
+    OP_BACKWARD(grad, value, flat, locations, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = OP(value, flat, locations, weights)
+        grads = OP_BACKWARD(grad, value, flat, locations, weights)
+    value.mul_(2)
+    locations.add_(0.1)
+    graph.replay()
+    inputs = value.cpu(), flat, locations.cpu(), weights.cpu()
+    assert_all_close([out.cpu()], [OP(*inputs)], GPU_SLACK)
+    assert_all_close([tensor.cpu() for tensor in grads], OP_BACKWARD(grad.cpu(), *inputs), GPU_SLACK)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_deterministic_on_a_gpu():
+    value, flat, locations, weights = (
+        tensor.cuda() if torch.is_tensor(tensor) else tensor for tensor in make_inputs(queries=2000, dim=32)
+    )
+    grad = grad_of_result(value.cpu(), locations.cpu()).cuda()
+    results = [OP_BACKWARD(grad, value, flat, locations, weights, True) for _ in range(3)]
+    for result in results[1:]:
+        assert all(torch.equal(tensor, first) for tensor, first in zip(result, results[0], strict=True))
+    expected = OP_BACKWARD(grad.cpu(), value.cpu(), flat, locations.cpu(), weights.cpu())
+    assert_all_close([tensor.cpu() for tensor in results[0]], expected, GPU_SLACK)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_too_many_levels_for_a_gpu():
+    value, flat, locations, weights = (
+        tensor.cuda() if torch.is_tensor(tensor) else tensor for tensor in make_inputs(shapes=((2, 3),) * 17)
+    )
+    with pytest.raises(RuntimeError, match="at most 16 levels, got 17"):
+        OP(value, flat, locations, weights)
