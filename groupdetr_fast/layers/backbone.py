@@ -62,10 +62,12 @@ class Backbone(nn.Module):
         if family != "conv":
             self.body.freeze(frozen_stages)
         self.num_channels: list[int] = self.body.num_channels
+        # Channels last is the layout of torch's fast convolutions, and makes maps into tokens without a copy.
+        self.body.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``[B, 3, H, W]`` -> one ``[B, C, h, w]`` per level."""
-        return self.body(images)
+        return self.body(images.contiguous(memory_format=torch.channels_last))
 
 
 class _ResNet(nn.Module):
