@@ -62,11 +62,11 @@ class Backbone(nn.Module):
         if family != "conv":
             self.body.freeze(frozen_stages)
         self.num_channels: list[int] = self.body.num_channels
-        # Channels last is the layout of torch's fast convolutions, and makes maps into tokens without a copy.
-        self.body.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``[B, 3, H, W]`` -> one ``[B, C, h, w]`` per level."""
+        # Channels last is the layout of torch's fast convolutions, and makes maps into tokens without a copy. The weights
+        # keep the default layout, in which safetensors can write them.
         return self.body(images.contiguous(memory_format=torch.channels_last))
 
 

@@ -15,14 +15,14 @@ def test_resnet_equals_torchvision(tmp_path):
             module.running_var.uniform_(0.5, 1.5)
     path = tmp_path / "resnet18.pth"
     torch.save(theirs.state_dict(), path)
-    ours = Backbone("resnet18", str(path), num_levels=2)
-    images = torch.randn(2, 3, 64, 96)
-    theirs.eval()
+    ours = Backbone("resnet18", str(path), num_levels=2).double()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    theirs.double().eval()
     expected = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer3": "3", "layer4": "4"})(images)
     levels = ours(images)
     assert ours.num_channels == [256, 512]
     for level, value in zip(levels, expected.values(), strict=True):
-        torch.testing.assert_close(level, value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(level, value, rtol=1e-9, atol=1e-9)
 
 
 def test_resnet_norms_are_frozen_and_stages_too():
