@@ -65,8 +65,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``[B, 3, H, W]`` -> one ``[B, C, h, w]`` per level."""
-        # Channels last is the layout of torch's fast convolutions, and makes maps into tokens without a copy. The weights
-        # keep the default layout, in which safetensors can write them.
+        # Channels last is the layout of torch's fast convolutions, and makes maps into tokens without a copy. The
+        # weights keep the default layout, in which safetensors can write them.
         return self.body(images.contiguous(memory_format=torch.channels_last))
 
 
