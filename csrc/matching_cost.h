@@ -2,13 +2,10 @@
 //
 //   cost = class_weight * focal + l1_weight * |query - target|_1 - giou_weight * GIoU(query, target)
 //
-// The float functions are polynomials rather than library calls, so that loops over them become vector code. They are
-// accurate to a few units in the last place, and NaN and infinities go through them to the cost.
+// NaN and infinities in a logit or a box go through to the cost.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
+#include "focal.h"
 #include "host_device.h"
 
 namespace groupdetr {
@@ -18,75 +15,13 @@ struct CostWeights {
   T class_weight, l1_weight, giou_weight, alpha, gamma;
 };
 
-template <typename T>
-HOST_DEVICE T absolute(T x) {
-  return x < 0 ? -x : x;
-}
-
-// exp(x) for x <= 0; smaller x than -87 count as -87, where exp is about 1e-38.
-HOST_DEVICE float exp_nonpositive(float x) {
-  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits of the sum.
-  constexpr float kRounder = 12582912.0f;
-  constexpr uint32_t kRounderBits = 0x4B400000;
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * kLog2E + kRounder;
-  const float whole = shifted - kRounder;
-  const float r = (x - whole * kLn2High) - whole * kLn2Low;
-  // Minimax polynomial of (exp(r) - 1 - r) / r^2 for |r| <= 0.35; relative error of the result 4e-9.
-  float poly = 0.00138131424f;
-  poly = poly * r + 0.00836941879f;
-  poly = poly * r + 0.0416684560f;
-  poly = poly * r + 0.166665152f;
-  poly = poly * r + 0.499999940f;
-  const float fraction = (poly * r) * r + r + 1.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits - kRounderBits + 127) << 23;
-  float power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  return fraction * power;
-}
-
-HOST_DEVICE double exp_nonpositive(double x) { return std::exp(x); }
-
-// log(1 + t) for t in [0, 1], as 2 atanh(t / (2 + t)).
-HOST_DEVICE float log1p_unit(float t) {
-  const float s = t / (2.0f + t);
-  const float z = s * s;
-  // Minimax polynomial of (atanh(s) / s - 1) / z for z <= 1/9; relative error of the result 5e-9.
-  float poly = 0.140122324f;
-  poly = poly * z + 0.139995694f;
-  poly = poly * z + 0.200108498f;
-  poly = poly * z + 0.333332062f;
-  const float twice = 2.0f * s;
-  return (poly * z) * twice + twice;
-}
-
-HOST_DEVICE double log1p_unit(double t) { return std::log1p(t); }
-
 // class_weight * (focal loss of the class if present - focal loss if absent). kSquare promises gamma == 2.
 template <bool kSquare, typename T>
 HOST_DEVICE T class_cost(T logit, const CostWeights<T>& weights) {
-  const T t = exp_nonpositive(-absolute(logit));
-  const T rest = log1p_unit(t);
-  const T minus_log_present = rest + (logit < 0 ? -logit : T(0));
-  const T minus_log_absent = rest + (logit > 0 ? logit : T(0));
-  T present, absent;  // the focal factors (1 - p)^gamma and p^gamma
-  if constexpr (kSquare) {
-    const T larger = 1 / (1 + t);
-    const T smaller = t * larger;
-    present = logit < 0 ? larger : smaller;
-    absent = logit < 0 ? smaller : larger;
-    present *= present;
-    absent *= absent;
-  } else {
-    present = exp_nonpositive(-weights.gamma * minus_log_absent);
-    absent = exp_nonpositive(-weights.gamma * minus_log_present);
-  }
-  const T focal_present = weights.alpha * present * minus_log_present;
-  const T focal_absent = (1 - weights.alpha) * absent * minus_log_absent;
-  return weights.class_weight * (focal_present - focal_absent);
+  const ClassProbability<T> p = class_probability(logit);
+  const T if_present = focal_factor<kSquare>(p.absent, p.minus_log_absent, weights.gamma) * p.minus_log_present;
+  const T if_absent = focal_factor<kSquare>(p.present, p.minus_log_present, weights.gamma) * p.minus_log_absent;
+  return weights.class_weight * (weights.alpha * if_present - (1 - weights.alpha) * if_absent);
 }
 
 template <typename T>

@@ -1,13 +1,13 @@
 """Helpers for the tests and benchmarks of this package; not part of its public surface."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["assert_matches_reference", "poisoned_memory"]
+__all__ = ["assert_matches_reference", "ms_deform_attn_inputs", "poisoned_memory"]
 
 # Where the reference itself is exact (one key, one sample), twice its error is 0: allow this many units in the last
 # place of the largest value instead.
@@ -45,6 +45,40 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def ms_deform_attn_inputs(
+    device: torch.device | str = "cpu",
+    *,
+    batch: int = 2,
+    queries: int = 5,
+    heads: int = 2,
+    dim: int = 8,
+    shapes: Sequence[tuple[int, int]] = ((4, 6), (3, 2)),
+    points: int = 3,
+    dtype: torch.dtype = torch.float32,
+    location_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """Arguments of the operator ``ms_deform_attn``, the same in every call; some locations lie outside of the maps.
+
+    Args:
+        shapes: (height, width) of each level.
+        dtype: of the value.
+        location_dtype: of the locations and weights; by default the one that the kernels compute in.
+
+    Returns:
+        value ``[batch, pixels, heads, dim]``; heights and widths in one flat list; locations
+        ``[batch, queries, heads, levels, points, 2]``; weights, the same without the 2.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    options = {"generator": torch.Generator().manual_seed(dim), "dtype": wide}
+    samples = (batch, queries, heads, len(shapes), points)
+    value = torch.randn(batch, sum(height * width for height, width in shapes), heads, dim, **options)
+    locations = torch.rand(*samples, 2, **options) * 1.6 - 0.3
+    weights = torch.randn(*samples, **options)
+    flat = [size for shape in shapes for size in shape]
+    location_dtype = location_dtype or wide
+    return value.to(device, dtype), flat, locations.to(device, location_dtype), weights.to(device, location_dtype)
 
 
 def _to_double(value: Any) -> Any:

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "../linear_assignment_arguments.h"
 #include "simd.h"
 
 namespace groupdetr {
@@ -459,32 +460,15 @@ void solve_batch(const Batch& batch) {
 
 torch::stable::Tensor linear_assignment(const torch::stable::Tensor& cost, const torch::stable::Tensor& num_targets) {
   using torch::headeronly::ScalarType;
-  const int64_t leading = cost.dim() - 2;
-  STD_TORCH_CHECK(leading >= 0, "linear_assignment: cost must have at least 2 dimensions");
-  STD_TORCH_CHECK(cost.scalar_type() == ScalarType::Float || cost.scalar_type() == ScalarType::Double,
-                  "linear_assignment: cost must be float32 or float64");
-  STD_TORCH_CHECK(num_targets.scalar_type() == ScalarType::Long, "linear_assignment: num_targets must be int64");
-  STD_TORCH_CHECK(num_targets.is_cpu(), "linear_assignment: num_targets must lie on the device of cost");
-  STD_TORCH_CHECK(num_targets.dim() == leading, "linear_assignment: num_targets must have the leading shape of cost");
-  std::vector<int64_t> shape;
-  int64_t problems = 1;
-  for (int64_t dim = 0; dim < leading; ++dim) {
-    STD_TORCH_CHECK(num_targets.size(dim) == cost.size(dim),
-                    "linear_assignment: num_targets must have the leading shape of cost");
-    shape.push_back(cost.size(dim));
-    problems *= cost.size(dim);
-  }
-  const int64_t rows = cost.size(leading), columns = cost.size(leading + 1);
-  STD_TORCH_CHECK(rows <= INT32_MAX && columns <= INT32_MAX, "linear_assignment: a problem is too large");
-  shape.push_back(rows);
-  const bool rows_contiguous = columns <= 1 || cost.stride(leading + 1) == 1;
+  const AssignmentSizes sizes = check_assignment(cost, num_targets);
+  const bool rows_contiguous = sizes.queries <= 1 || cost.stride(sizes.leading_dims + 1) == 1;
   const Batch batch{rows_contiguous ? cost : torch::stable::contiguous(cost),
                     num_targets,
-                    torch::stable::new_empty(cost, shape, ScalarType::Long),
-                    problems,
-                    rows,
-                    columns};
-  if (problems > 0 && rows > 0) {
+                    torch::stable::new_empty(cost, sizes.result, ScalarType::Long),
+                    sizes.problems,
+                    sizes.targets,
+                    sizes.queries};
+  if (sizes.problems > 0 && sizes.targets > 0) {
     cost.scalar_type() == ScalarType::Float ? solve_batch<float>(batch) : solve_batch<double>(batch);
   }
   return batch.result;

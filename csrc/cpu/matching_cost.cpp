@@ -43,10 +43,10 @@ ALWAYS_INLINE void load_boxes(const T* boxes, int64_t query_stride, int64_t coor
   }
 }
 
-template <bool kSquare, typename T>
-ALWAYS_INLINE void compute_class_costs(const T* logits, int64_t query_stride, int64_t count,
+template <bool kSquare, typename T, typename L>
+ALWAYS_INLINE void compute_class_costs(const L* logits, int64_t query_stride, int64_t count,
                                        const CostWeights<T>& weights, QueryBlock<T>& block) {
-  for (int64_t i = 0; i < count; ++i) block.class_costs[i] = logits[i * query_stride];
+  for (int64_t i = 0; i < count; ++i) block.class_costs[i] = static_cast<T>(logits[i * query_stride]);
   for (int64_t i = 0; i < count; ++i) block.class_costs[i] = class_cost<kSquare>(block.class_costs[i], weights);
 }
 
@@ -80,9 +80,10 @@ std::vector<int64_t> order_by_class(const int64_t* labels, const int64_t* label_
   return order;
 }
 
-template <typename T>
+// L is the dtype of the logits.
+template <typename T, typename L>
 void compute(const Batch& batch, const CostWeights<T>& weights) {
-  const T* logits = batch.logits.const_data_ptr<T>();
+  const L* logits = batch.logits.const_data_ptr<L>();
   const T* boxes = batch.boxes.const_data_ptr<T>();
   const int64_t* labels = batch.labels.const_data_ptr<int64_t>();
   const T* target_boxes = batch.target_boxes.const_data_ptr<T>();
@@ -110,7 +111,7 @@ void compute(const Batch& batch, const CostWeights<T>& weights) {
         int64_t targets = num_targets[image * count_stride];
         targets = targets < 0 ? 0 : targets < batch.max_targets ? targets : batch.max_targets;
         T* own_cost = cost + problem * batch.max_targets * batch.queries + first;
-        const T* own_logits =
+        const L* own_logits =
             logits + leading_offset(problem, leading, sizes, logit_strides) + first * logit_strides[leading];
         load_boxes(boxes + leading_offset(problem, leading, sizes, box_strides) + first * box_strides[leading],
                    box_strides[leading], box_strides[leading + 1], count, block);
@@ -173,22 +174,36 @@ torch::stable::Tensor matching_cost(const torch::stable::Tensor& logits, const t
                       target_boxes.size(1) == max_targets,
                   "matching_cost: targets must belong to the images of logits");
   const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "matching_cost: logits must be float32 or float64");
-  STD_TORCH_CHECK(boxes.scalar_type() == dtype && target_boxes.scalar_type() == dtype,
-                  "matching_cost: boxes must have the dtype of logits");
+  const ScalarType box_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(boxes.scalar_type() == box_dtype && target_boxes.scalar_type() == box_dtype,
+                  "matching_cost: boxes must have the dtype of logits, or float32 where that is lower");
   STD_TORCH_CHECK(target_labels.scalar_type() == ScalarType::Long && num_targets.scalar_type() == ScalarType::Long,
                   "matching_cost: labels and num_targets must be int64");
   STD_TORCH_CHECK(boxes.is_cpu() && target_labels.is_cpu() && target_boxes.is_cpu() && num_targets.is_cpu(),
                   "matching_cost: all tensors must lie on one device");
-  const Batch batch{logits, boxes,   target_labels, target_boxes, num_targets, torch::stable::new_empty(logits, shape),
+  const Batch batch{logits, boxes,   target_labels, target_boxes, num_targets, torch::stable::new_empty(boxes, shape),
                     images, queries, classes,       max_targets};
   if (batch.cost.numel() == 0) return batch.cost;
-  const auto run = [&]<typename T>(T) {
-    compute<T>(batch, {static_cast<T>(class_weight), static_cast<T>(l1_weight), static_cast<T>(giou_weight),
-                       static_cast<T>(alpha), static_cast<T>(gamma)});
+  const auto run = [&]<typename T, typename L>() {
+    compute<T, L>(batch, {static_cast<T>(class_weight), static_cast<T>(l1_weight), static_cast<T>(giou_weight),
+                          static_cast<T>(alpha), static_cast<T>(gamma)});
   };
-  dtype == ScalarType::Float ? run(0.0f) : run(0.0);
+  switch (dtype) {
+    case ScalarType::Float:
+      run.template operator()<float, float>();
+      break;
+    case ScalarType::Double:
+      run.template operator()<double, double>();
+      break;
+    case ScalarType::Half:
+      run.template operator()<float, torch::headeronly::Half>();
+      break;
+    case ScalarType::BFloat16:
+      run.template operator()<float, torch::headeronly::BFloat16>();
+      break;
+    default:
+      STD_TORCH_CHECK(false, "matching_cost: logits must be float32, float64, float16 or bfloat16");
+  }
   return batch.cost;
 }
 

@@ -1,9 +1,9 @@
 // Checks and launch of linear_assignment on the GPU; registers key CUDA.
 
 #include <optional>
-#include <vector>
 
 #include "../cuda_common.h"
+#include "../linear_assignment_arguments.h"
 #include "linear_assignment.cuh"
 
 namespace groupdetr {
@@ -27,42 +27,25 @@ void launch(const AssignmentBatch& batch, const Tensor& cost, const Tensor& num_
 
 Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_argument) {
   Tensor cost = cost_argument, num_targets = num_targets_argument;
-  const int64_t leading = cost.dim() - 2;
-  STD_TORCH_CHECK(leading >= 0, "linear_assignment: cost must have at least 2 dimensions");
-  STD_TORCH_CHECK(cost.scalar_type() == ScalarType::Float || cost.scalar_type() == ScalarType::Double,
-                  "linear_assignment: cost must be float32 or float64");
-  STD_TORCH_CHECK(num_targets.scalar_type() == ScalarType::Long, "linear_assignment: num_targets must be int64");
-  STD_TORCH_CHECK(num_targets.is_cuda() && num_targets.get_device_index() == cost.get_device_index(),
-                  "linear_assignment: num_targets must lie on the device of cost");
-  STD_TORCH_CHECK(num_targets.dim() == leading, "linear_assignment: num_targets must have the leading shape of cost");
-  std::vector<int64_t> shape;
-  int64_t problems = 1;
-  for (int64_t dim = 0; dim < leading; ++dim) {
-    STD_TORCH_CHECK(num_targets.size(dim) == cost.size(dim),
-                    "linear_assignment: num_targets must have the leading shape of cost");
-    shape.push_back(cost.size(dim));
-    problems *= cost.size(dim);
-  }
-  const int64_t targets = cost.size(leading), queries = cost.size(leading + 1);
-  STD_TORCH_CHECK(targets <= INT32_MAX && queries <= INT32_MAX, "linear_assignment: a problem is too large");
-  STD_TORCH_CHECK(problems <= INT32_MAX, "linear_assignment: there are too many problems");
-  shape.push_back(targets);
+  const AssignmentSizes sizes = check_assignment(cost, num_targets);
+  STD_TORCH_CHECK(sizes.problems <= INT32_MAX, "linear_assignment: there are too many problems");
 
   const torch::stable::accelerator::DeviceGuard guard(cost.get_device_index());
-  Tensor result = torch::stable::new_empty(cost, shape, ScalarType::Long);
-  if (problems == 0 || targets == 0) return result;
+  Tensor result = torch::stable::new_empty(cost, sizes.result, ScalarType::Long);
+  if (sizes.problems == 0 || sizes.targets == 0) return result;
   AssignmentBatch batch = {};
-  batch.problems = static_cast<int32_t>(problems);
-  batch.targets = static_cast<int32_t>(targets);
-  batch.queries = static_cast<int32_t>(queries);
-  const bool queries_contiguous = queries <= 1 || cost.stride(leading + 1) == 1;
+  batch.problems = static_cast<int32_t>(sizes.problems);
+  batch.targets = static_cast<int32_t>(sizes.targets);
+  batch.queries = static_cast<int32_t>(sizes.queries);
+  const int64_t leading = sizes.leading_dims;
+  const bool queries_contiguous = sizes.queries <= 1 || cost.stride(leading + 1) == 1;
   if (!queries_contiguous || leading > kMaxLeadingDims) cost = torch::stable::contiguous(cost);
   batch.target_stride = cost.stride(leading);
   if (leading > kMaxLeadingDims) {
     num_targets = torch::stable::contiguous(num_targets);
     batch.leading_dims = 1;
     batch.leading_sizes[0] = batch.problems;
-    batch.cost_strides[0] = targets * queries;
+    batch.cost_strides[0] = sizes.targets * sizes.queries;
     batch.num_targets_strides[0] = 1;
   } else {
     batch.leading_dims = static_cast<int32_t>(leading);

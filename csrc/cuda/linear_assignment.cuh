@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "../linear_assignment.h"
+#include "warp.cuh"
 
 extern __shared__ double dynamic_shared_memory[];
 
@@ -37,8 +38,6 @@ struct AssignmentBatch {
 
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr uint32_t kAllLanes = 0xffffffff;
 constexpr uint32_t kNone = 0xffffffff;  // larger than every index
 constexpr double kInfinity = __builtin_huge_val();
 

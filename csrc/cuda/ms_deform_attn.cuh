@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "../ms_deform_attn.h"
+#include "warp.cuh"
 
 namespace groupdetr {
 
@@ -42,8 +43,6 @@ using DeformArithmetic = std::conditional_t<std::is_same_v<T, double>, double, f
 
 namespace {
 
-constexpr uint32_t kAllLanes = 0xffffffff;
-constexpr int kWarpSize = 32;
 constexpr int kDeformThreads = 128;
 constexpr int kMinGroup = 4;
 constexpr int kMaxGridY = 65535;
@@ -208,6 +207,33 @@ __device__ __forceinline__ int64_t own_item(const DeformGroup& group) {
   return static_cast<int64_t>(blockIdx.x) * (kDeformThreads / group.size) + threadIdx.x / group.size;
 }
 
+// The sample that a lane computes for its group.
+template <typename A>
+struct OwnSample {
+  bool exists;
+  int64_t place;  // among all samples of the problem
+  DeformSample<A> sample;
+
+  // `item` is the group's query and head among those of all images; `index` is the sample among their `count`.
+  __device__ __forceinline__ OwnSample(const DeformProblem& p, int64_t item, bool item_exists, int32_t index,
+                                       int32_t count, const A* locations, const A* weights)
+      : exists(item_exists && index < count),
+        place(item * count + index),
+        sample(p, exists ? index / p.points : 0, locations + place * 2, weights + place, exists) {}
+};
+
+// Loads a lane's channels of the four corners of a sample and says where in `value` they are. `map` is where the lane's
+// channels of the image's first pixel are, `row` the distance between pixels.
+template <int kVector, typename T, typename A>
+__device__ __forceinline__ void load_corners(const T* value, int64_t map, int32_t row, const SharedCorners<A>& sample,
+                                             int64_t (&offset)[4], A (&values)[4][kVector]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    offset[c] = map + static_cast<int64_t>(sample.pixel[c]) * row;
+    load_channels<kVector>(value + offset[c], values[c]);
+  }
+}
+
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kDeformThreads, 8)
     deform_forward(const __grid_constant__ DeformProblem p, int32_t group_size, const T* __restrict__ value,
@@ -223,7 +249,7 @@ __global__ void __launch_bounds__(kDeformThreads, 8)
   const int32_t head = static_cast<int32_t>(item) % p.heads, row = p.heads * p.channels;
   const int32_t samples = p.levels * p.points;
   for (int32_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-    const T* const map = value + static_cast<int64_t>(image) * p.pixels * row + head * p.channels;
+    const int64_t map = static_cast<int64_t>(image) * p.pixels * row + head * p.channels;
     const int64_t index = image * items + item;
     // All lanes of a warp make the same number of turns, as the calls in which they meet require.
     for (int32_t chunk = 0; chunk < p.channels; chunk += group.size * kVector) {
@@ -231,23 +257,17 @@ __global__ void __launch_bounds__(kDeformThreads, 8)
       const bool has_channels = channel < p.channels;
       A sums[kVector] = {};
       for (int32_t first = 0; first < samples; first += group.size) {
-        const int32_t own_index = first + group.lane;
-        const bool sample_exists = exists && own_index < samples;
-        const int64_t place = index * samples + own_index;
-        const DeformSample<A> own_sample(p, sample_exists ? own_index / p.points : 0, locations + place * 2,
-                                         weights + place, sample_exists);
-        corners[group.lane] = own_sample.corners;
+        const OwnSample<A> own_sample(p, index, exists, first + group.lane, samples, locations, weights);
+        corners[group.lane] = own_sample.sample.corners;
         __syncwarp();
         const int32_t count = min(group.size, samples - first);
 #pragma unroll 2
         for (int32_t s = 0; s < count; ++s) {
           const SharedCorners<A> sample = corners[s];
           if (!sample.touches_map() || !has_channels) continue;
+          int64_t offset[4];
           A values[4][kVector];
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            load_channels<kVector>(map + static_cast<int64_t>(sample.pixel[c]) * row + channel, values[c]);
-          }
+          load_corners<kVector>(value, map + channel, row, sample, offset, values);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -288,12 +308,8 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
     A grads[kVector] = {};
     if (first_channel < p.channels) load_channels<kVector>(grad + first_channel, grads);
     for (int32_t first = 0; first < samples; first += group.size) {
-      const int32_t own_index = first + group.lane;
-      const bool sample_exists = exists && own_index < samples;
-      const int64_t place = index * samples + own_index;
-      const DeformSample<A> own_sample(p, sample_exists ? own_index / p.points : 0, locations + place * 2,
-                                       weights + place, sample_exists);
-      corners[group.lane] = own_sample.corners;
+      const OwnSample<A> own_sample(p, index, exists, first + group.lane, samples, locations, weights);
+      corners[group.lane] = own_sample.sample.corners;
       __syncwarp();
       const int32_t count = min(group.size, samples - first);
       for (int32_t s = 0; s < count; ++s) {
@@ -305,11 +321,7 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
             if (!one_chunk) load_channels<kVector>(grad + channel, grads);
             int64_t offset[4];
             A values[4][kVector];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              offset[c] = map + static_cast<int64_t>(sample.pixel[c]) * row + channel;
-              load_channels<kVector>(value + offset[c], values[c]);
-            }
+            load_corners<kVector>(value, map + channel, row, sample, offset, values);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -325,8 +337,9 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
         if (group.lane < 4) sums[s].corner[group.lane] = sum;
       }
       __syncwarp();
-      if (sample_exists) {
-        own_sample.store_gradients(sums[group.lane], grad_locations + place * 2, grad_weights + place);
+      if (own_sample.exists) {
+        const int64_t place = own_sample.place;
+        own_sample.sample.store_gradients(sums[group.lane], grad_locations + place * 2, grad_weights + place);
       }
     }
   }

@@ -1,4 +1,4 @@
-"""The four ops of the package, as functions on tensors; see each function's docstring.
+"""The ops of the package, as functions on tensors; see each function's docstring.
 
 Every op has a PyTorch reference in its folder (``reference.py``), which is its meaning and its fallback; ``backends()``
 tells what runs where.
@@ -9,7 +9,15 @@ from .grouped_attention import grouped_attention
 from .linear_assignment import linear_assignment
 from .matching_cost import matching_cost
 from .ms_deform_attn import ms_deform_attn
+from .sigmoid_focal_loss import sigmoid_focal_loss
 
 load_extension()
 
-__all__ = ["backends", "grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn"]
+__all__ = [
+    "backends",
+    "grouped_attention",
+    "linear_assignment",
+    "matching_cost",
+    "ms_deform_attn",
+    "sigmoid_focal_loss",
+]

@@ -6,10 +6,11 @@ import emulated_ms_deform_attn
 import pytest
 import torch
 from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
-from emulated_ms_deform_attn import BINDING, emulate, make_inputs
+from emulated_ms_deform_attn import BINDING, emulate
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
 from groupdetr_fast.testing import assert_matches_reference
+from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
 
 KERNEL = "cuda/ms_deform_attn.cuh"
 OP = torch.ops.groupdetr_fast.ms_deform_attn
@@ -180,8 +181,16 @@ def test_scalar_atomics_of_older_gpus():
         assert_equal_to_cpu(older, make_inputs(dtype=dtype), schedule=1)
 
 
-def test_no_access_out_of_bounds():
-    process = run_with_address_sanitizer(emulated_ms_deform_attn.__file__, build(BINDING, "addresses"))
+def run_sanitized(library, folder, dtypes=DTYPES):
+    """Run a library over problems of many sizes under AddressSanitizer; return the finished process."""
+    sizes = [{"dim": 32, "points": 5}, {"dim": 30}, {"dim": 71, "batch": 1}, {"shapes": ((1, 1), (0, 3))}]
+    inputs = [make_inputs(dtype=dtype, **size) for dtype in dtypes for size in sizes]
+    torch.save(inputs, folder / "inputs.pt")
+    return run_with_address_sanitizer(emulated_ms_deform_attn.__file__, library, folder / "inputs.pt")
+
+
+def test_no_access_out_of_bounds(tmp_path):
+    process = run_sanitized(build(BINDING, "addresses"), tmp_path)
     assert process.returncode == 0, process.stderr
 
 
@@ -201,18 +210,21 @@ def run_all(kernel, inputs, **options):
 
 NO_BARRIER = {
     "before the corners are read, forward": (
-        "corners[group.lane] = own_sample.corners;\n        __syncwarp();",
-        "corners[group.lane] = own_sample.corners;",
+        "corners[group.lane] = own_sample.sample.corners;\n        __syncwarp();",
+        "corners[group.lane] = own_sample.sample.corners;",
     ),
     "before the corners are read, backward": (
-        "corners[group.lane] = own_sample.corners;\n      __syncwarp();",
-        "corners[group.lane] = own_sample.corners;",
+        "corners[group.lane] = own_sample.sample.corners;\n      __syncwarp();",
+        "corners[group.lane] = own_sample.sample.corners;",
     ),
     "before the corners are overwritten": (
         "        __syncwarp();\n      }\n      if (exists &&",
         "      }\n      if (exists &&",
     ),
-    "before the sums are read": ("      __syncwarp();\n      if (sample_exists) {", "      if (sample_exists) {"),
+    "before the sums are read": (
+        "      __syncwarp();\n      if (own_sample.exists) {",
+        "      if (own_sample.exists) {",
+    ),
     "before the corners are read, in order": (
         "corners[lane] = own;\n          __syncwarp();",
         "corners[lane] = own;",
@@ -300,11 +312,10 @@ def test_wrong_number_is_found(old, new):
     ],
     ids=["corner", "row", "channel", "last pixel", "vector"],
 )
-def test_off_by_one_is_found(old, new):
-    library = build(BINDING, "addresses", **change(old, new))
-    process = run_with_address_sanitizer(emulated_ms_deform_attn.__file__, library, "float32 only")
+def test_off_by_one_is_found(old, new, tmp_path):
+    process = run_sanitized(build(BINDING, "addresses", **change(old, new)), tmp_path, dtypes=[torch.float32])
     assert process.returncode != 0
-    assert "AddressSanitizer" in process.stderr
+    assert "ERROR: AddressSanitizer" in process.stderr
 
 
 # --- On a GPU ---

@@ -117,8 +117,9 @@ def class_terms(logits):
 def test_class_term_is_accurate_everywhere(device):
     logits = torch.linspace(-40, 40, 20001, device=device)
     for term, expected in zip(class_terms(logits), class_terms(logits.double()), strict=True):
-        # The original's log(p + 1e-8) is off by 100 % at a logit of -18.
-        torch.testing.assert_close(term.double(), expected, rtol=12 * 2**-23, atol=1e-37)
+        # The original's log(p + 1e-8) is off by 100 % at a logit of -18. A GPU's quotients are off by two units each.
+        units = 12 if device.type == "cpu" else 24
+        torch.testing.assert_close(term.double(), expected, rtol=units * 2**-23, atol=1e-37)
 
 
 def test_extreme_logits_stay_finite(device):
@@ -236,6 +237,9 @@ def test_half_precision_is_converted(device, dtype):
     cost = ops.matching_cost(logits, boxes, targets)
     assert cost.dtype == torch.float32
     assert torch.equal(cost, ops.matching_cost(logits.float(), boxes, targets))
+    inputs = op_inputs(logits, boxes, targets)
+    assert_matches_reference(OP(*inputs), matching_cost_reference, *inputs)
+    torch.library.opcheck(OP, inputs)
 
 
 def test_mixed_dtypes_give_the_wider_one(device):

@@ -9,32 +9,10 @@ import torch
 from groupdetr_fast.ops import ms_deform_attn
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
 from groupdetr_fast.testing import assert_matches_reference, poisoned_memory
+from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
 
 OP = torch.ops.groupdetr_fast.ms_deform_attn
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
-
-
-def make_inputs(
-    device="cpu",
-    *,
-    batch=2,
-    queries=5,
-    heads=2,
-    dim=8,
-    shapes=((4, 6), (3, 2)),
-    points=3,
-    dtype=torch.float32,
-    location_dtype=None,
-):
-    """value, flat spatial shapes, locations (some outside of the maps), weights."""
-    pixels = sum(h * w for h, w in shapes)
-    levels = len(shapes)
-    value = torch.randn(batch, pixels, heads, dim, dtype=torch.float64)
-    locations = torch.rand(batch, queries, heads, levels, points, 2, dtype=torch.float64) * 1.4 - 0.2
-    weights = torch.randn(batch, queries, heads, levels, points, dtype=torch.float64)
-    flat = [size for shape in shapes for size in shape]
-    location_dtype = location_dtype or dtype
-    return value.to(device, dtype), flat, locations.to(device, location_dtype), weights.to(device, location_dtype)
 
 
 class RecordFlags(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,5 +1,6 @@
 """Which kernel runs where: at most one owner per (op, dispatch key), asked from the dispatcher."""
 
+import importlib.util
 import re
 
 import pytest
@@ -16,9 +17,20 @@ CPU_OWNERS = {
     "matching_cost": "matching_cost.cpp",
     "ms_deform_attn": "ms_deform_attn.cpp",
     "ms_deform_attn_backward": "ms_deform_attn.cpp",
+    "sigmoid_focal_loss": "sigmoid_focal_loss.cpp",
+    "sigmoid_focal_loss_backward": "sigmoid_focal_loss.cpp",
 }
+# Public ops whose CUDA kernel is in Triton, where that is installed.
+TRITON_OWNERS = {"grouped_attention", "matching_cost", "sigmoid_focal_loss"}
 # Ops with an Autograd kernel: the differentiable ones, and their backward ops, where it blocks double backward.
-WITH_AUTOGRAD = {"grouped_attention", "grouped_attention_backward", "ms_deform_attn", "ms_deform_attn_backward"}
+WITH_AUTOGRAD = {
+    "grouped_attention",
+    "grouped_attention_backward",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_backward",
+}
 
 
 def _owners(op):
@@ -45,13 +57,17 @@ def test_owners(op):
 
 def test_backends():
     backends = ops.backends()
-    assert set(backends) == {"grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn"}
+    public = {"grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn", "sigmoid_focal_loss"}
+    assert set(backends) == public
     assert {op: kinds["cpu"] for op, kinds in backends.items()} == {
         "grouped_attention": "PyTorch",
         "linear_assignment": "C++",
         "matching_cost": "C++",
         "ms_deform_attn": "C++",
+        "sigmoid_focal_loss": "C++",
     }
+    in_triton = {op for op, kinds in backends.items() if kinds["cuda"] == "Triton"}
+    assert in_triton == (TRITON_OWNERS if importlib.util.find_spec("triton") else set())
     for op, kinds in backends.items():
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"groupdetr_fast::{op}", "CUDA")
         assert (kinds["cuda"] == "reference") is not has_kernel

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..._library import block_double_backward, define_op, register_autograd
 from ...groups import QueryGroups
+from .._triton import register_triton
 from . import cpu
 from .dropout import new_seed
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
@@ -23,7 +24,8 @@ def grouped_attention(
 ) -> Tensor:
     """Softmax attention in which every query sees its own group only (Group DETR, section 3.2).
 
-    With one group this is ``scaled_dot_product_attention``. No array of size L x L is ever allocated.
+    With one group this is ``scaled_dot_product_attention``. No array of size L x L is ever allocated, but on GPUs with
+    float64 or heads of more than 128 channels, which run on the reference.
 
     Args:
         query: ``[B, L, H, D]``: images, queries, heads, channels.
@@ -40,8 +42,9 @@ def grouped_attention(
         ``[B, L, H, Dv]``, contiguous, in the dtype of the inputs.
 
     The inputs share one dtype: float32, float64, float16 or bfloat16. Sums over keys and channels are accumulated in
-    float32 (float64 for float64), also under autocast. Forward and backward are deterministic on the CPU. There is no
-    double backward.
+    float32 (float64 for float64), also under autocast. On GPUs, products of float32 lose precision to TF32 only if
+    torch may use that for matrices (``torch.set_float32_matmul_precision``). Forward and backward are deterministic.
+    There is no double backward.
 
     Raises:
         TypeError: if the dtypes differ or are none of these.
@@ -130,3 +133,5 @@ def _backward(ctx, grad_out, grad_lse):
 register_autograd("grouped_attention", setup_context=_setup_context, backward=_backward)
 block_double_backward("grouped_attention_backward")
 cpu.register()
+for op, launcher in (("grouped_attention", "forward"), ("grouped_attention_backward", "backward")):
+    register_triton(op, f"{__package__}.triton_kernels", launcher)

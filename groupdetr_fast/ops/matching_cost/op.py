@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..._library import define_op
 from ...targets import PackedTargets
+from .._triton import register_triton
 from .reference import matching_cost_reference
 
 
@@ -54,8 +55,10 @@ def matching_cost(
     """
     _check(logits, boxes, targets, gamma)
     dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
+    # Kernels convert half types as they read: few of the logits take part.
+    converts_itself = dtype == torch.float32 and logits.dtype in (torch.float16, torch.bfloat16)
     return torch.ops.groupdetr_fast.matching_cost(
-        logits.to(dtype),
+        logits if converts_itself else logits.to(dtype),
         boxes.to(dtype),
         targets.labels,
         targets.boxes.to(dtype),
@@ -101,7 +104,7 @@ def _fake(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    return logits.new_empty((*logits.shape[:-2], target_labels.shape[-1], logits.shape[-2]))
+    return boxes.new_empty((*logits.shape[:-2], target_labels.shape[-1], logits.shape[-2]))
 
 
 define_op(
@@ -111,3 +114,4 @@ define_op(
     fake=_fake,
     public=True,
 )
+register_triton("matching_cost", f"{__package__}.triton_kernels", "forward")

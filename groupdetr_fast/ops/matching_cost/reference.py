@@ -19,11 +19,11 @@ def matching_cost_reference(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """See :func:`groupdetr_fast.ops.matching_cost`; the boxes have the dtype of ``logits``."""
+    """See :func:`groupdetr_fast.ops.matching_cost`; the boxes have the dtype of the result."""
     num_classes = logits.shape[-1]
     labels = target_labels.clamp(0, num_classes - 1).unsqueeze(-1)  # [B, T, 1]
     labels = labels.expand(*logits.shape[:-2], -1, logits.shape[-2])  # [..., B, T, Q]
-    logits = logits.transpose(-1, -2).gather(-2, labels)  # [..., B, T, Q]
+    logits = logits.transpose(-1, -2).gather(-2, labels).to(boxes.dtype)  # [..., B, T, Q]
     if_present = alpha * (-logits).sigmoid() ** gamma * -logsigmoid(logits)
     if_absent = (1 - alpha) * logits.sigmoid() ** gamma * -logsigmoid(-logits)
     focal = if_present - if_absent

@@ -1,0 +1,62 @@
+"""What the ops that have Triton kernels share: how they are registered, and how their kernels are listed."""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .._library import LIB, without_autocast
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
+
+class CompileCase(NamedTuple):
+    """One configuration of a Triton kernel, with all that it takes to compile it without a GPU.
+
+    Every module of Triton kernels has a function ``compile_cases()`` that yields these; ``make compile-gpu`` and the
+    tests compile them.
+
+    Attributes:
+        name: ``<op>/<kernel>/<configuration>``, unique in the package.
+        kernel: the function under ``triton.jit``.
+        signature: the type of every parameter in Triton's words, such as ``"*fp32"``, ``"i32"`` or ``"constexpr"``.
+        constexprs: the value of every parameter that is a ``constexpr``.
+        num_warps, num_stages: as at the launch.
+        aligned: parameters that are multiples of 16 where the kernel usually runs: addresses in bytes, and sizes.
+            Triton compiles for that, and reads several elements at a time.
+    """
+
+    name: str
+    kernel: "JITFunction"
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...] = ()
+
+    def attributes(self) -> dict[tuple[int], list]:
+        """``aligned`` as ``triton.compiler.ASTSource`` takes it."""
+        return {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+
+
+def kernel_signature(kernel: "JITFunction", types: dict[str, str], constexprs: dict[str, object]) -> dict[str, str]:
+    """The signature of a :class:`CompileCase`; parameters are ``i32`` unless ``types`` or ``constexprs`` name them."""
+    return {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
+
+
+def register_triton(op: str, module: str, launcher: str) -> None:
+    """Run function ``launcher`` of ``module`` as the kernel of ``op`` on CUDA tensors, if Triton is installed.
+
+    The first call imports the module, so that nothing imports Triton where no GPU is used.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def kernel(*args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments say
+            return getattr(importlib.import_module(module), launcher)(*args)
+
+    LIB.impl(op, without_autocast(kernel), "CUDA")

@@ -1,0 +1,145 @@
+"""The parts of the Triton kernels of ``grouped_attention``: who meets whom, memory, and dropout.
+
+A program owns one block of rows of one *problem* (a head of an image) and walks, a step at a time, over the rows at the
+other side of the attention matrix that these meet. Blocks do not straddle segments, so that what a program meets is at
+most two ranges (see ``QueryGroups``), found by arithmetic on the numbers of the layout.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(
+    num_groups,
+    queries_per_group,
+    denoising_sets,
+    denoising_groups,
+    queries_per_denoising_group,
+    BLOCK: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+):
+    """What this program owns, and what that meets. Its rows are keys, which meet queries, or the other way round.
+
+    Returns:
+        The problem, ``image * heads + head``; the first row that the program owns; the range ``start, stop`` of its
+        segment, which it meets; a second range ``more_start, more_stop`` that it meets, possibly empty.
+    """
+    blocks_per_group = tl.cdiv(queries_per_group, BLOCK)
+    blocks_per_denoising_group = tl.cdiv(queries_per_denoising_group, BLOCK)
+    denoising_blocks = denoising_sets * denoising_groups * blocks_per_denoising_group
+    blocks = denoising_blocks + num_groups * blocks_per_group
+    queries_per_set = denoising_groups * queries_per_denoising_group
+    first_group = denoising_sets * queries_per_set
+    block = tl.program_id(0) % blocks
+    if block < denoising_blocks:
+        denoising_group = block // blocks_per_denoising_group
+        start = denoising_group * queries_per_denoising_group
+        stop = start + queries_per_denoising_group
+        first = start + block % blocks_per_denoising_group * BLOCK
+        more_start = first_group + denoising_group // denoising_groups * queries_per_group
+        more_stop = more_start
+        if not OF_KEYS:
+            more_stop += queries_per_group
+    else:
+        block -= denoising_blocks
+        group = block // blocks_per_group
+        start = first_group + group * queries_per_group
+        stop = start + queries_per_group
+        first = start + block % blocks_per_group * BLOCK
+        more_start = group * queries_per_set
+        more_stop = more_start
+        if OF_KEYS:
+            more_stop += tl.where(group < denoising_sets, queries_per_set, 0)
+    return tl.program_id(0) // blocks, first, start, stop, more_start, more_stop
+
+
+@triton.jit
+def count_steps(start, stop, more_start, more_stop, STEP: tl.constexpr):
+    return tl.cdiv(stop - start, STEP) + tl.cdiv(more_stop - more_start, STEP)
+
+
+@triton.jit
+def step_at(index, start, stop, more_start, more_stop, STEP: tl.constexpr):
+    """The first row of step ``index`` through the two ranges, and how many rows its range has from there on."""
+    own_steps = tl.cdiv(stop - start, STEP)
+    first = tl.where(index < own_steps, start + index * STEP, more_start + (index - own_steps) * STEP)
+    return first, tl.where(index < own_steps, stop, more_stop) - first
+
+
+@triton.jit
+def of_problem(tensor, problem, num_heads, stride_b, stride_h):
+    """The address of one head of one image."""
+    return tensor + (problem // num_heads).to(tl.int64) * stride_b + (problem % num_heads).to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_rows(tensor, first, count, stride_l, stride_d, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[ROWS, BLOCK_D]`` from row ``first`` on; zero after ``count`` rows and DIM channels."""
+    rows, channels = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if DIM < BLOCK_D:
+        mask = mask & (channels < DIM)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_l + channels.to(tl.int64)[None, :] * stride_d
+    return tl.load(tensor + first.to(tl.int64) * stride_l + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows_repeating_last(
+    tensor, first, count, stride_l, stride_d, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """As :func:`load_rows`, with row ``count - 1`` in place of those after it."""
+    rows, channels = tl.minimum(tl.arange(0, ROWS), count - 1), tl.arange(0, BLOCK_D)
+    offsets = rows.to(tl.int64)[:, None] * stride_l + channels.to(tl.int64)[None, :] * stride_d
+    addresses = tensor + first.to(tl.int64) * stride_l + offsets
+    if DIM < BLOCK_D:
+        return tl.load(addresses, mask=(channels < DIM)[None, :], other=0.0)
+    return tl.load(addresses)
+
+
+@triton.jit
+def store_rows(tensor, tile, first, count, stride_l, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of :func:`load_rows` for adjacent channels."""
+    rows, channels = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if DIM < BLOCK_D:
+        mask = mask & (channels < DIM)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_l + channels[None, :]
+    tl.store(tensor + first.to(tl.int64) * stride_l + offsets, tile.to(tensor.dtype.element_ty), mask=mask)
+
+
+# Dropout, as dropout.py defines it. The first step of word(column ^ key0) distributes over the xor, so that it is done
+# once per row and once per column, not once per pair.
+
+
+@triton.jit
+def _first_step(x):
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _other_steps(x, key):
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15) ^ key
+    x = x * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _word(x):
+    return _other_steps(_first_step(x), 0)
+
+
+@triton.jit
+def dropout_keys(seed, problem, rows):
+    """key0, after the first step, and key1 of each row."""
+    bits = tl.load(seed)
+    low, high, head = bits.to(tl.uint32), (bits >> 32).to(tl.uint32), problem.to(tl.uint32)
+    head_key0 = _word(_word(_word(low) ^ high) ^ head)
+    head_key1 = _word(_word(_word(high + 0x9E3779B9) ^ low) ^ head)
+    return _first_step(_word(head_key0 ^ rows.to(tl.uint32))), _word(head_key1 ^ rows.to(tl.uint32))
+
+
+@triton.jit
+def is_kept(row_key0, row_key1, columns, threshold):
+    return _other_steps(_first_step(columns.to(tl.uint32)) ^ row_key0, row_key1) >= threshold.to(tl.uint32)

@@ -1,0 +1,183 @@
+"""``matching_cost`` on NVIDIA GPUs: the three terms of same-image pairs in one pass over queries and targets."""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import CompileCase, kernel_signature
+from .._triton_focal import class_probability, focal_factor
+
+_BLOCK_Q = 64
+_LAUNCH = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _corners(box, stride, mask):
+    """Centre, size and corners of boxes at ``box``, whose coordinates lie ``stride`` apart."""
+    cx = tl.load(box, mask=mask, other=0.0)
+    cy = tl.load(box + stride, mask=mask, other=0.0)
+    width = tl.load(box + 2 * stride, mask=mask, other=0.0)
+    height = tl.load(box + 3 * stride, mask=mask, other=0.0)
+    return cx, cy, width, height, cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
+
+
+@triton.jit
+def _safe_divide(numerator, denominator):
+    """The quotient, and 0 where the denominator is 0."""
+    zero = denominator == 0
+    return tl.where(zero, 0, numerator) / tl.where(zero, 1, denominator)
+
+
+@triton.jit
+def _class_costs(logit, CLASS_WEIGHT: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    present, absent, minus_log_present, minus_log_absent = class_probability(logit)
+    if_present = focal_factor(absent, minus_log_absent, GAMMA) * minus_log_present
+    if_absent = focal_factor(present, minus_log_present, GAMMA) * minus_log_absent
+    return CLASS_WEIGHT * (ALPHA * if_present - (1 - ALPHA) * if_absent)
+
+
+@triton.jit
+def _matching_cost_kernel(
+    cost,  # [P, T, Q]
+    logits,  # [P, Q, C], problem p of image p % images
+    boxes,  # [P, Q, 4]
+    labels,  # [images, T]
+    target_boxes,  # [images, T, 4]
+    num_targets,  # [images]
+    logits_stride_p,
+    logits_stride_q,
+    logits_stride_c,
+    boxes_stride_p,
+    boxes_stride_q,
+    boxes_stride_c,
+    images,
+    max_targets,
+    queries,
+    classes,
+    CLASS_WEIGHT: tl.constexpr,
+    L1_WEIGHT: tl.constexpr,
+    GIOU_WEIGHT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    # Programs that read the same logits follow one another.
+    target_blocks = tl.cdiv(max_targets, BLOCK_T)
+    query_blocks = tl.cdiv(queries, BLOCK_Q)
+    program = tl.program_id(0)
+    first_target = program % target_blocks * BLOCK_T
+    q = program // target_blocks % query_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    problem = (program // target_blocks // query_blocks).to(tl.int64)
+    image = problem % images
+    t = first_target + tl.arange(0, BLOCK_T)
+    count = tl.load(num_targets + image)
+    is_query = q < queries
+    is_target = (t < count) & (t < max_targets)
+
+    result = tl.zeros([BLOCK_T, BLOCK_Q], cost.dtype.element_ty)
+    if first_target < count:
+        # Lanes of a warp run along the targets here: the classes of one query share a few cache lines.
+        label = tl.load(labels + image * max_targets + t, mask=is_target, other=-1)
+        has_class = (label >= 0) & (label < classes)
+        row = logits + problem * logits_stride_p + q.to(tl.int64) * logits_stride_q
+        logit = tl.load(
+            row[:, None] + (label * logits_stride_c)[None, :], mask=is_query[:, None] & has_class[None, :], other=0.0
+        ).to(cost.dtype.element_ty)  # [BLOCK_Q, BLOCK_T]
+        # From here on along the queries, as the costs are stored.
+        class_cost = tl.trans(_class_costs(logit, CLASS_WEIGHT, ALPHA, GAMMA))
+        class_cost = tl.where(has_class[:, None], class_cost, float("nan"))
+
+        target = target_boxes + (image * max_targets + t) * 4
+        cx, cy, width, height, left, top, right, bottom = _corners(target[:, None], 1, is_target[:, None])
+        query = boxes + problem * boxes_stride_p + q.to(tl.int64) * boxes_stride_q
+        q_cx, q_cy, q_width, q_height, q_left, q_top, q_right, q_bottom = _corners(
+            query[None, :], boxes_stride_c, is_query[None, :]
+        )
+        l1 = tl.abs(cx - q_cx) + tl.abs(cy - q_cy) + tl.abs(width - q_width) + tl.abs(height - q_height)
+        overlap_width = tl.minimum(right, q_right) - tl.maximum(left, q_left)
+        overlap_height = tl.minimum(bottom, q_bottom) - tl.maximum(top, q_top)
+        intersection = tl.maximum(overlap_width, 0.0) * tl.maximum(overlap_height, 0.0)
+        union = (right - left) * (bottom - top) + (q_right - q_left) * (q_bottom - q_top) - intersection
+        hull_width = tl.maximum(right, q_right) - tl.minimum(left, q_left)
+        hull_height = tl.maximum(bottom, q_bottom) - tl.minimum(top, q_top)
+        hull = hull_width * hull_height
+        giou = _safe_divide(intersection, union) - _safe_divide(hull - union, hull)
+        result = tl.where(is_target[:, None], class_cost + (L1_WEIGHT * l1 - GIOU_WEIGHT * giou), 0.0)
+
+    own_cost = cost + (problem * max_targets + t)[:, None] * queries + q[None, :]
+    tl.store(own_cost, result, mask=(t < max_targets)[:, None] & is_query[None, :])
+
+
+def forward(
+    logits: Tensor,
+    boxes: Tensor,
+    target_labels: Tensor,
+    target_boxes: Tensor,
+    num_targets: Tensor,
+    class_weight: float,
+    l1_weight: float,
+    giou_weight: float,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
+    queries, classes = logits.shape[-2:]
+    images, max_targets = target_labels.shape
+    cost = boxes.new_empty((*logits.shape[:-2], max_targets, queries))
+    if cost.numel() == 0:
+        return cost
+    logits = logits.reshape(-1, queries, classes)
+    boxes = boxes.reshape(-1, queries, 4)
+    block_t = _block_t(max_targets)
+    grid = (len(logits) * triton.cdiv(queries, _BLOCK_Q) * triton.cdiv(max_targets, block_t),)
+    _matching_cost_kernel[grid](
+        cost,
+        logits,
+        boxes,
+        target_labels.contiguous(),
+        target_boxes.contiguous(),
+        num_targets.contiguous(),
+        *logits.stride(),
+        *boxes.stride(),
+        images,
+        max_targets,
+        queries,
+        classes,
+        CLASS_WEIGHT=class_weight,
+        L1_WEIGHT=l1_weight,
+        GIOU_WEIGHT=giou_weight,
+        ALPHA=alpha,
+        GAMMA=gamma,
+        BLOCK_T=block_t,
+        BLOCK_Q=_BLOCK_Q,
+        **_LAUNCH,
+    )
+    return cost
+
+
+def _block_t(max_targets: int) -> int:
+    return min(16, triton.next_power_of_2(max_targets))
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every dtype and every size of a block, with the squared focal factor and with a general one."""
+    for logits in ("fp32", "fp16", "bf16", "fp64"):
+        for gamma in (2.0, 1.5):
+            for max_targets in (16, 8, 4, 2, 1) if logits == "fp32" else (16,):
+                box = "fp64" if logits == "fp64" else "fp32"
+                types = {"cost": f"*{box}", "logits": f"*{logits}", "boxes": f"*{box}", "target_boxes": f"*{box}"}
+                types |= {"labels": "*i64", "num_targets": "*i64"}
+                constexprs = {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0, "ALPHA": 0.25, "GAMMA": gamma}
+                constexprs |= {"BLOCK_T": _block_t(max_targets), "BLOCK_Q": _BLOCK_Q}
+                constexprs |= {"logits_stride_c": 1, "boxes_stride_c": 1}  # Triton makes a constant of a stride of 1
+                yield CompileCase(
+                    f"matching_cost/{logits}/gamma{gamma}/{max_targets}targets",
+                    _matching_cost_kernel,
+                    kernel_signature(_matching_cost_kernel, types, constexprs),
+                    constexprs,
+                    **_LAUNCH,
+                    aligned=tuple(types),
+                )

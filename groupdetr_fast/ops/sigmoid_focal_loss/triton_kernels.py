@@ -1,0 +1,173 @@
+"""``sigmoid_focal_loss`` on NVIDIA GPUs: one pass over the logits forward, one backward."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import CompileCase, kernel_signature
+from .._triton_focal import class_probability, focal_factor
+from . import reference
+
+_NO_OBJECT = tl.constexpr(reference.NO_OBJECT)
+_IGNORED = tl.constexpr(reference.IGNORED)
+_LAUNCH = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _rows_of_program(target_classes, queries, classes, BLOCK_Q: tl.constexpr):
+    """The problem and the queries of this program, their targets, and which queries count and have a known target."""
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    q = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    target = tl.load(target_classes + problem * queries + q, mask=q < queries, other=_IGNORED)
+    return problem, q, target, target != _IGNORED, (target >= _NO_OBJECT) & (target < classes)
+
+
+@triton.jit
+def _load_logits(row, c, stride_c, mask, DTYPE: tl.constexpr):
+    return tl.load(row[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _sigmoid_focal_loss_fwd_kernel(
+    partial,  # [P, blocks of queries]
+    logits,  # [P, Q, C]
+    target_classes,  # [P, Q]
+    stride_p,
+    stride_q,
+    stride_c,
+    queries,
+    classes,
+    ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    problem, q, target, counts, known = _rows_of_program(target_classes, queries, classes, BLOCK_Q)
+    row = logits + problem * stride_p + q.to(tl.int64) * stride_q
+    DTYPE: tl.constexpr = partial.dtype.element_ty
+    total = tl.zeros([BLOCK_Q, BLOCK_C], DTYPE)
+    for first in range(0, classes, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = counts[:, None] & (c < classes)[None, :]
+        logit = _load_logits(row, c, stride_c, mask, DTYPE)
+        is_target = target[:, None] == c[None, :]
+        # By symmetry a present class costs what an absent one of the opposite logit does.
+        present, _, minus_log_present, minus_log_absent = class_probability(tl.where(is_target, -logit, logit))
+        loss = focal_factor(present, minus_log_present, GAMMA) * minus_log_absent
+        total += tl.where(mask, tl.where(is_target, ALPHA * loss, (1 - ALPHA) * loss), 0.0)
+    total = tl.where((counts & ~known)[:, None], float("nan"), total)
+    tl.store(partial + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _sigmoid_focal_loss_bwd_kernel(
+    grad_logits,  # [P, Q, C]
+    grad_loss,  # [P]
+    logits,  # [P, Q, C]
+    target_classes,  # [P, Q]
+    stride_p,
+    stride_q,
+    stride_c,
+    queries,
+    classes,
+    ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    problem, q, target, counts, known = _rows_of_program(target_classes, queries, classes, BLOCK_Q)
+    row = logits + problem * stride_p + q.to(tl.int64) * stride_q
+    grad_row = grad_logits + (problem * queries + q) * classes
+    upstream = tl.load(grad_loss + problem)
+    for first in range(0, classes, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (q < queries)[:, None] & (c < classes)[None, :]
+        logit = _load_logits(row, c, stride_c, inside & counts[:, None], grad_loss.dtype.element_ty)
+        is_target = target[:, None] == c[None, :]
+        present, absent, minus_log_present, minus_log_absent = class_probability(tl.where(is_target, -logit, logit))
+        derivative = focal_factor(present, minus_log_present, GAMMA) * (GAMMA * absent * minus_log_absent + present)
+        grad = upstream * tl.where(is_target, -ALPHA * derivative, (1 - ALPHA) * derivative)
+        grad = tl.where(known[:, None], grad, float("nan"))
+        grad = tl.where(counts[:, None], grad, 0.0)
+        tl.store(grad_row[:, None] + c[None, :], grad.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+def forward(logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
+    queries, classes = logits.shape[-2:]
+    leading = logits.shape[:-2]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.numel() == 0:
+        return logits.new_zeros(leading, dtype=dtype)
+    logits = logits.reshape(-1, queries, classes)
+    blocks = _blocks(classes)
+    partial = logits.new_empty((len(logits), triton.cdiv(queries, blocks["BLOCK_Q"])), dtype=dtype)
+    _sigmoid_focal_loss_fwd_kernel[(partial.numel(),)](
+        partial,
+        logits,
+        target_classes.contiguous(),
+        *logits.stride(),
+        queries,
+        classes,
+        ALPHA=alpha,
+        GAMMA=gamma,
+        **blocks,
+        **_LAUNCH,
+    )
+    return partial.sum(1).view(leading)
+
+
+def backward(grad_loss: Tensor, logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
+    queries, classes = logits.shape[-2:]
+    grad_logits = logits.new_empty(logits.shape)
+    if logits.numel() == 0:
+        return grad_logits
+    logits = logits.reshape(-1, queries, classes)
+    blocks = _blocks(classes)
+    _sigmoid_focal_loss_bwd_kernel[(len(logits) * triton.cdiv(queries, blocks["BLOCK_Q"]),)](
+        grad_logits,
+        grad_loss.contiguous(),
+        logits,
+        target_classes.contiguous(),
+        *logits.stride(),
+        queries,
+        classes,
+        ALPHA=alpha,
+        GAMMA=gamma,
+        **blocks,
+        **_LAUNCH,
+    )
+    return grad_logits
+
+
+def _blocks(classes: int) -> dict[str, int]:
+    """Tiles of 512 logits. Rows are cut into 32 classes or less, so that few lanes lie beyond the last one."""
+    block_c = min(32, triton.next_power_of_2(classes))
+    return {"BLOCK_Q": 512 // block_c, "BLOCK_C": block_c}
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every dtype and every size of a block, with the squared focal factor and with a general one."""
+    for logits in ("fp32", "fp16", "bf16", "fp64"):
+        loss = "fp64" if logits == "fp64" else "fp32"
+        types = {"partial": f"*{loss}", "grad_loss": f"*{loss}", "logits": f"*{logits}", "grad_logits": f"*{logits}"}
+        types |= {"target_classes": "*i64"}
+        for gamma in (2.0, 1.5):
+            for classes in (32, 16, 8, 4, 2, 1) if logits == "fp32" else (32,):
+                constexprs = {"ALPHA": 0.25, "GAMMA": gamma, **_blocks(classes)}
+                constexprs["stride_c"] = 1  # Triton makes a constant of a stride of 1
+                for kernel in (_sigmoid_focal_loss_fwd_kernel, _sigmoid_focal_loss_bwd_kernel):
+                    direction = "forward" if kernel is _sigmoid_focal_loss_fwd_kernel else "backward"
+                    yield CompileCase(
+                        f"sigmoid_focal_loss/{direction}/{logits}/gamma{gamma}/{classes}classes",
+                        kernel,
+                        kernel_signature(kernel, types, constexprs),
+                        constexprs,
+                        **_LAUNCH,
+                        aligned=tuple(types.keys() & kernel.arg_names),
+                    )
