@@ -3,42 +3,32 @@
     python examples/train_coco.py
         a small Conditional DETR on the embedded digits, minutes on a CPU
 
-    python examples/train_coco.py --coco-path DIR --model conditional_detr_r50 --num-groups 11 --schedule 12e
-        on COCO: DIR holds train2017/, val2017/ and annotations/
+    python examples/train_coco.py --coco-path DIR --recipe group_conditional_detr_r50_12e
+        a run of the paper on COCO: DIR holds train2017/, val2017/ and annotations/
 
     python examples/train_coco.py --train-images DIR --train-annotations FILE --val-images DIR --val-annotations FILE
         on any pair of folders with COCO json
 
-Every setting is a flag: see --help. Without data flags, the defaults are those of the digits demo.
+Every setting is a flag: see --help. Without data flags, the defaults are those of the digits demo. The command
+``groupdetr train`` is the same without the demo.
 """
 
-import logging
 import sys
 
 import tyro
 
-from groupdetr_fast.coco_training import CocoTrainingConfig, digits_demo, train
-from groupdetr_fast.data import DataError
-from groupdetr_fast.models import CheckpointMismatch
-from groupdetr_fast.training.checkpoint import CheckpointError
+from groupdetr_fast.cli import FLAGS, TrainCommand, run, training_defaults
+from groupdetr_fast.coco_training import digits_demo
 
 DATA_FLAGS = ("--coco-path", "--train-", "--val-", "--help", "-h")
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    own_data = any(argument.startswith(DATA_FLAGS) for argument in sys.argv[1:])
-    try:
-        config = tyro.cli(
-            CocoTrainingConfig,
-            default=CocoTrainingConfig() if own_data else digits_demo(),
-            description=__doc__,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        train(config)
-    except (DataError, CheckpointError, CheckpointMismatch, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def parse() -> TrainCommand:
+    arguments = sys.argv[1:]
+    own_data = any(argument.startswith(DATA_FLAGS) for argument in arguments)
+    default = training_defaults(arguments, otherwise=None if own_data else digits_demo())
+    return tyro.cli(TrainCommand, default=default, description=__doc__, config=FLAGS)
 
 
 if __name__ == "__main__":
-    main()
+    run(parse)

@@ -3,7 +3,17 @@
 from . import ops
 from .build import build_criterion
 from .groups import QueryGroups
-from .models import DetectorOutput, build_model, load_checkpoint, model_names, postprocess
+from .models import (
+    DetectorOutput,
+    SegmentationOutput,
+    build_model,
+    export_checkpoint,
+    export_onnx,
+    export_program,
+    load_checkpoint,
+    model_names,
+    postprocess,
+)
 from .targets import PackedTargets
 
 __version__ = "0.1.0"
@@ -12,9 +22,13 @@ __all__ = [
     "DetectorOutput",
     "PackedTargets",
     "QueryGroups",
+    "SegmentationOutput",
     "__version__",
     "build_criterion",
     "build_model",
+    "export_checkpoint",
+    "export_onnx",
+    "export_program",
     "load_checkpoint",
     "model_names",
     "ops",

@@ -11,6 +11,7 @@ __all__ = [
     "aligned_generalized_box_iou",
     "box_area",
     "cxcywh_to_xyxy",
+    "masks_to_xyxy",
     "pairwise_generalized_box_iou",
     "xyxy_to_cxcywh",
 ]
@@ -57,3 +58,16 @@ def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """``numerator / denominator``, 0 (with zero gradient) where the denominator is 0."""
     zero = denominator == 0
     return (numerator / denominator.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
+def masks_to_xyxy(masks: Tensor) -> Tensor:
+    """The boxes ``[N, 4]``, ``xyxy`` from edge to edge of the pixels, around masks ``[N, H, W]``; 0 where empty."""
+    sides = []
+    for along in (masks.any(1), masks.any(2)):  # columns, rows
+        size = along.shape[1]
+        steps = torch.arange(size, device=masks.device)
+        first = torch.where(along, steps, size).amin(1)
+        last = torch.where(along, steps + 1, 0).amax(1)
+        sides.append((torch.minimum(first, last), last))
+    (left, right), (top, bottom) = sides
+    return torch.stack((left, top, right, bottom), dim=1).float()

@@ -2,37 +2,76 @@
 
 from torch import nn
 
-from .models.config import DetectorConfig
+from .models.config import BaseConfig, DetectorConfig
+from .models.mask2former import Mask2FormerConfig
 from .models.registry import model_config
 from .training.criterion import SetCriterion
-from .training.matcher import GroupMatcher
+from .training.mask_criterion import MaskCriterion
+from .training.mask_matcher import MaskMatcher
+from .training.matcher import Assignment, GroupMatcher
 
 __all__ = ["build_criterion"]
 
 
-def build_criterion(model_or_config_or_name: nn.Module | DetectorConfig | str) -> SetCriterion:
+def build_criterion(
+    model_or_config_or_name: nn.Module | BaseConfig | str,
+    *,
+    assignment: Assignment = "group",
+    positives: int | None = None,
+) -> SetCriterion | MaskCriterion:
     """The criterion with the weights of a model.
 
     Args:
         model_or_config_or_name: a model of this package (also wrapped, as by DistributedDataParallel), its
             configuration, or its name.
+        assignment, positives: see ``training.matcher.GroupMatcher``; the defaults are those of Group DETR.
 
     Raises:
         TypeError: for anything else.
+        ValueError: for another assignment than "group" with a model that predicts masks, or one that does not exist.
     """
     source = model_or_config_or_name
     if isinstance(source, str):
         source = model_config(source)
     elif isinstance(source, nn.Module):
         source = getattr(getattr(source, "module", source), "config", source)
-    if not isinstance(source, DetectorConfig):
-        raise TypeError(f"expected a model of this package, its configuration or its name, got {type(source).__name__}")
-    matcher = GroupMatcher(source.class_cost, source.l1_cost, source.giou_cost, source.focal_alpha, source.focal_gamma)
+    if isinstance(source, Mask2FormerConfig):
+        if assignment != "group" or positives is not None:
+            raise ValueError(f'{type(source).__name__} is trained with the default assignment, "group", alone')
+        return _mask_criterion(source)
+    if isinstance(source, DetectorConfig):
+        return _box_criterion(source, assignment, positives)
+    raise TypeError(f"expected a model of this package, its configuration or its name, got {type(source).__name__}")
+
+
+def _box_criterion(config: DetectorConfig, assignment: Assignment, positives: int | None) -> SetCriterion:
+    matcher = GroupMatcher(
+        config.class_cost,
+        config.l1_cost,
+        config.giou_cost,
+        config.focal_alpha,
+        config.focal_gamma,
+        assignment,
+        positives,
+    )
     return SetCriterion(
         matcher,
-        class_loss=source.class_loss,
-        l1_loss=source.l1_loss,
-        giou_loss=source.giou_loss,
-        alpha=source.focal_alpha,
-        gamma=source.focal_gamma,
+        class_loss=config.class_loss,
+        l1_loss=config.l1_loss,
+        giou_loss=config.giou_loss,
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
+    )
+
+
+def _mask_criterion(config: Mask2FormerConfig) -> MaskCriterion:
+    return MaskCriterion(
+        MaskMatcher(config.class_cost, config.mask_cost, config.dice_cost, config.loss_points),
+        class_loss=config.class_loss,
+        mask_loss=config.mask_loss,
+        dice_loss=config.dice_loss,
+        no_object_weight=config.no_object_weight,
+        num_points=config.loss_points,
+        oversample_ratio=config.oversample_ratio,
+        importance_ratio=config.importance_ratio,
     )

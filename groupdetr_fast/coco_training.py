@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .build import build_criterion
 from .data import (
@@ -19,6 +21,7 @@ from .data import (
     DataError,
     DigitsConfig,
     EpochSampler,
+    SkipUnreadable,
     collate,
     digits_dataset,
     eval_transforms,
@@ -26,8 +29,9 @@ from .data import (
 )
 from .evaluation.coco import CocoEvaluator, format_table
 from .evaluation.visualize import draw_detections
-from .models import build_model, load_checkpoint, postprocess
+from .models import build_model, load_checkpoint, model_config, postprocess
 from .training.engine import Trainer, build_accelerator
+from .training.matcher import Assignment
 from .training.optimization import OptimizationConfig
 
 __all__ = ["CocoTrainingConfig", "DataConfig", "ModelConfig", "digits_demo", "evaluate", "train"]
@@ -51,6 +55,7 @@ class DataConfig:
             themselves, as the original repositories do (91 classes on COCO).
         workers: processes that load images, per training process.
         cache_images: keep decoded images in memory; for small data sets.
+        max_unreadable_images: images to train on that may be missing or damaged; another one stands in for each.
     """
 
     coco_path: Path | None = None
@@ -61,27 +66,28 @@ class DataConfig:
     labels: Literal["contiguous", "category_id"] = "contiguous"
     workers: int = 2
     cache_images: bool = False
+    max_unreadable_images: int = 10
 
-    def paths(self) -> tuple[Path, Path, Path, Path]:
-        """Training images, training annotations, evaluation images, evaluation annotations.
+    def train_paths(self) -> tuple[Path, Path]:
+        """Folder of images and annotation file to train on.
 
         Raises:
-            DataError: if some are not given, or are given twice.
+            DataError: if they are not given, or are given twice.
         """
-        named = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+        return self._paths("train", self.train_images, self.train_annotations)
+
+    def val_paths(self) -> tuple[Path, Path]:
+        """Folder of images and annotation file to evaluate on; raises as :meth:`train_paths`."""
+        return self._paths("val", self.val_images, self.val_annotations)
+
+    def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
         if self.coco_path is not None:
-            if any(named):
+            if any((self.train_images, self.train_annotations, self.val_images, self.val_annotations)):
                 raise DataError("give either coco_path or the four of train and val images and annotations, not both")
-            root, annotations = self.coco_path, self.coco_path / "annotations"
-            return (
-                root / "train2017",
-                annotations / "instances_train2017.json",
-                root / "val2017",
-                annotations / "instances_val2017.json",
-            )
-        if not all(named):
-            raise DataError("give coco_path, or all of train_images, train_annotations, val_images and val_annotations")
-        return named
+            return self.coco_path / f"{part}2017", self.coco_path / "annotations" / f"instances_{part}2017.json"
+        if images is None or annotations is None:
+            raise DataError(f"give coco_path, or both {part}_images and {part}_annotations")
+        return images, annotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,7 @@ class ModelConfig:
         encoder_layers: number of encoder layers.
         decoder_layers: number of decoder layers.
         dim_feedforward: hidden size of the feed-forward blocks.
+        encoder_dim_feedforward: the same in the pixel decoder of Mask2Former.
         dropout: probability.
         backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-...
         backbone_weights: imagenet, or a file.
@@ -104,6 +111,7 @@ class ModelConfig:
         dilation: dilate the backbone's last stage (DC5).
         frozen_stages: stages of the backbone that are not trained.
         input_norm: normalise the projected features (for backbones whose features are large).
+        loss_points: points of a mask at which Mask2Former computes costs and losses.
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
     """
@@ -116,6 +124,7 @@ class ModelConfig:
     encoder_layers: int | None = None
     decoder_layers: int | None = None
     dim_feedforward: int | None = None
+    encoder_dim_feedforward: int | None = None
     dropout: float | None = None
     backbone: str | None = None
     backbone_weights: str | None = None
@@ -123,8 +132,14 @@ class ModelConfig:
     dilation: bool | None = None
     frozen_stages: int | None = None
     input_norm: bool | None = None
+    loss_points: int | None = None
     load: Path | None = None
     new_class_head: bool = False
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether the detector predicts masks, and not boxes."""
+        return model_config(self.model).predicts_masks
 
     def build(self, num_classes: int) -> nn.Module:
         """The detector, with the weights of ``load`` if that is given."""
@@ -153,10 +168,16 @@ class CocoTrainingConfig:
         model: the detector.
         augmentation: sizes and probabilities of the augmentation.
         optimization: schedule, rates, batch.
+        assignment: how targets are assigned to queries: "group" is Group DETR; "one_to_one" and "one_to_many" assign
+            them to all queries together, for comparison.
+        positives: queries that each target gets, or None for ``num_groups``.
         output: folder of the run: checkpoints, TensorBoard curves, ``results.json``, ``predictions.png``.
         resume: continue from the newest checkpoint in ``output``.
-        eval_only: evaluate the weights of ``load`` and stop.
+        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
         evaluate_every: epochs between evaluations.
+        checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
+        max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
+        strict: stop at the first unreadable image and the first loss that is not finite.
         top_k: detections per image in evaluation.
         pictures: images in ``predictions.png``; 0 for no picture.
     """
@@ -165,23 +186,29 @@ class CocoTrainingConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    assignment: Assignment = "group"
+    positives: int | None = None
     output: Path = Path("runs/coco")
     resume: bool = False
     eval_only: bool = False
     evaluate_every: int = 1
+    checkpoint_every: int = 0
+    max_skipped_steps: int = 10
+    strict: bool = False
     top_k: int = 100
     pictures: int = 12
 
 
-def digits_demo() -> CocoTrainingConfig:
+def digits_demo(*, compose: bool = True) -> CocoTrainingConfig:
     """The run of ``make demo``: a small Conditional DETR with groups on the embedded digits, minutes on two CPU cores.
 
-    Composes the data set on first use.
+    Args:
+        compose: find the data set, composing it on first use; without, the configuration names no files.
     """
     digits = DigitsConfig(image_size=64, min_digit=14, max_digit=36, max_objects=5)
     size = digits.image_size
     return CocoTrainingConfig(
-        data=DataConfig(**digits_dataset(config=digits)._asdict(), workers=0, cache_images=True),
+        data=DataConfig(**digits_dataset(config=digits)._asdict() if compose else {}, workers=0, cache_images=True),
         model=ModelConfig(
             num_groups=5,
             num_queries=15,
@@ -205,25 +232,35 @@ def digits_demo() -> CocoTrainingConfig:
     )
 
 
-def train(config: CocoTrainingConfig) -> dict[str, Any]:
+def train(
+    config: CocoTrainingConfig, *, observe: Callable[[int, nn.Module, Any, Any], None] | None = None
+) -> dict[str, Any]:
     """Run a training, or an evaluation, and print its COCO table.
+
+    Args:
+        config: the run.
+        observe: see ``training.engine.Trainer``.
 
     Returns:
         What ``output/results.json`` holds; with ``eval_only``, the metrics.
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
+        TrainingStopped: after SIGTERM, once a checkpoint is written.
         ValueError: for settings that do not fit together.
     """
     config.output.mkdir(parents=True, exist_ok=True)
     optimization = config.optimization.resolved()
     accelerator = build_accelerator(optimization, config.output)
-    train_images, train_annotations, val_images, val_annotations = config.data.paths()
+    val_images, val_annotations = config.data.val_paths()
+    if not config.eval_only:
+        train_images, train_annotations = config.data.train_paths()
     val_set = CocoDataset(
         val_images,
         val_annotations,
         eval_transforms(config.augmentation),
         labels=config.data.labels,
+        masks=config.model.predicts_masks,
         cache_images=config.data.cache_images,
     )
     model = config.model.build(val_set.num_classes)
@@ -240,10 +277,12 @@ def train(config: CocoTrainingConfig) -> dict[str, Any]:
             train_annotations,
             train_transforms(config.augmentation),
             labels=config.data.labels,
+            masks=config.model.predicts_masks,
             seed=optimization.seed,
             cache_images=config.data.cache_images,
         )
         _check_categories(train_set, val_set, train_annotations, val_annotations)
+        readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
         metadata = {
             "model": config.model.model,
             "model_config": asdict(model.config),
@@ -253,13 +292,16 @@ def train(config: CocoTrainingConfig) -> dict[str, Any]:
         trainer = Trainer(
             accelerator,
             model,
-            build_criterion(model),
-            _loader(train_set, config, shuffle=True),
+            build_criterion(model, assignment=config.assignment, positives=config.positives),
+            _loader(readable_set, config, shuffle=True, min_size=config.augmentation.jitter_size or 0),
             run_evaluation,
             optimization,
             config.output,
             metadata,
             evaluate_every=config.evaluate_every,
+            checkpoint_every=config.checkpoint_every,
+            max_skipped_steps=0 if config.strict else config.max_skipped_steps,
+            observe=observe,
         )
         if config.resume and not trainer.resume():
             logger.warning("nothing to resume in %s: starting from the beginning", config.output)
@@ -277,7 +319,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
     model.eval()
-    evaluator = CocoEvaluator(dataset.coco, category_ids=dataset.category_ids)
+    iou_type = "segm" if config.model.predicts_masks else "bbox"
+    evaluator = CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids)
     shown: dict[int, dict[str, torch.Tensor]] = {}
     wanted = set(dataset.image_ids[: config.pictures])
     for batch in loader:
@@ -294,7 +337,7 @@ def evaluate(
     return metrics
 
 
-def _loader(dataset: CocoDataset, config: CocoTrainingConfig, *, shuffle: bool) -> DataLoader:
+def _loader(dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0) -> DataLoader:
     sampler = EpochSampler(dataset, shuffle=shuffle, seed=config.optimization.seed)
     workers = config.data.workers
     return DataLoader(
@@ -302,7 +345,7 @@ def _loader(dataset: CocoDataset, config: CocoTrainingConfig, *, shuffle: bool) 
         config.optimization.batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, min_size=min_size),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )

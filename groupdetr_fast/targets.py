@@ -1,6 +1,6 @@
 """The ground truth of a batch, packed into tensors whose shapes depend on host-side numbers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,8 @@ class PackedTargets:
         boxes: ``[B, T_max, 4]`` floating point, ``cxcywh`` normalised to [0, 1] by the image size.
         num_targets: ``[B]`` int64, objects per image.
         sizes: the same numbers as Python integers.
-        masks: one ``[T_b, H_b, W_b]`` bool tensor per image for segmentation, or None.
+        masks: one ``[T_b, H_b, W_b]`` bool tensor per image for segmentation, at the image's size without its padding;
+            None without. They are not padded to ``T_max``: the largest tensors here take the room they need.
     """
 
     labels: Tensor
@@ -39,7 +40,7 @@ class PackedTargets:
         Raises:
             ValueError: if the list is empty, a key is missing or a shape or device does not fit; the message names
                 the image by its index.
-            TypeError: if ``labels`` are not integers or ``boxes`` not floating point.
+            TypeError: if ``labels`` are not integers, ``boxes`` not floating point or ``masks`` not bool.
         """
         if len(targets) == 0:
             raise ValueError("targets must hold at least one image")
@@ -75,15 +76,19 @@ class PackedTargets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
         """The same targets on another device."""
-        masks = self.masks
-        if masks is not None:
-            masks = tuple(mask.to(device, non_blocking=non_blocking) for mask in masks)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedTargets":
+        """The same targets in pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PackedTargets":
         return replace(
             self,
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            boxes=self.boxes.to(device, non_blocking=non_blocking),
-            num_targets=self.num_targets.to(device, non_blocking=non_blocking),
-            masks=masks,
+            labels=function(self.labels),
+            boxes=function(self.boxes),
+            num_targets=function(self.num_targets),
+            masks=None if self.masks is None else tuple(map(function, self.masks)),
         )
 
 
@@ -104,7 +109,14 @@ def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]
         raise ValueError(f"targets[{index}]: labels and boxes must lie on {first['boxes'].device}, as those of image 0")
     if ("masks" in target) != ("masks" in first):
         raise ValueError(f"targets[{index}]: either every image has masks or none")
-    if "masks" in target and (target["masks"].dim() != 3 or len(target["masks"]) != len(labels)):
-        raise ValueError(
-            f"targets[{index}]: masks must have shape [{len(labels)}, H, W], got {list(target['masks'].shape)}"
-        )
+    if "masks" in target:
+        _check_masks(index, target["masks"], len(labels), boxes.device)
+
+
+def _check_masks(index: int, masks: Tensor, size: int, device: torch.device) -> None:
+    if masks.dim() != 3 or len(masks) != size:
+        raise ValueError(f"targets[{index}]: masks must have shape [{size}, H, W], got {list(masks.shape)}")
+    if masks.dtype != torch.bool:
+        raise TypeError(f"targets[{index}]: masks must be bool, got {masks.dtype}")
+    if masks.device != device:
+        raise ValueError(f"targets[{index}]: masks must lie on {device}, as labels and boxes")

@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"boxes", "groups", "targets"},
     "evaluation": {"boxes", "groups", "targets"},
 }
-MAY_IMPORT_ALL = {"__init__", "build", "coco_training"}
+MAY_IMPORT_ALL = {"__init__", "__main__", "analysis", "build", "cli", "coco_training", "integrations", "recipes"}
 
 
 def part_of(path):

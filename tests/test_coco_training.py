@@ -69,7 +69,10 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
         "epoch_0002",
         "epoch_0003",
     ]
-    assert [path.parent.name for path in config.output.glob("checkpoints/*/state.pt")] == ["epoch_0003"]
+    assert sorted(path.parent.name for path in config.output.glob("checkpoints/*/state.pt")) == [
+        "epoch_0002",
+        "epoch_0003",
+    ]
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
@@ -87,8 +90,8 @@ def test_resuming_continues_to_the_same_weights(config, tmp_path, monkeypatch):
 
     finish = engine.Trainer._finish_epoch
 
-    def stop_after_the_first(trainer, row):
-        finish(trainer, row)
+    def stop_after_the_first(trainer):
+        finish(trainer)
         if trainer.epoch == 1:
             raise KeyboardInterrupt
 
@@ -115,7 +118,8 @@ def test_evaluation_of_saved_weights_gives_the_same_numbers(config):
     results = train(config)
     saved = config.output / "checkpoints" / "epoch_0003"
     model = replace(config.model, load=saved, num_groups=1)
-    metrics = train(replace(config, model=model, eval_only=True, output=config.output.parent / "eval"))
+    data = replace(config.data, train_images=None, train_annotations=None)
+    metrics = train(replace(config, data=data, model=model, eval_only=True, output=config.output.parent / "eval"))
     assert metrics == results["epochs"][-1]["metrics"]
 
 
@@ -133,10 +137,39 @@ def test_mixed_precision_trains(config):
     assert {tensor.dtype for tensor in weights(config.output, 3).values()} <= {torch.float32, torch.int64}
 
 
+def test_masks_train_and_are_evaluated(config, digits, tmp_path):
+    paths = {"train": digits.train_annotations, "val": digits.val_annotations}
+    for split, path in paths.items():
+        content = json.loads(path.read_text())
+        for entry in content["annotations"]:
+            x, y, width, height = entry["bbox"]
+            entry["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        paths[split] = tmp_path / f"{split}.json"
+        paths[split].write_text(json.dumps(content))
+    data = replace(config.data, train_annotations=paths["train"], val_annotations=paths["val"])
+    model = replace(
+        config.model,
+        model="mask2former_r50",
+        backbone="conv:8-16-16-16",
+        encoder_dim_feedforward=32,
+        loss_points=64,
+    )
+    augmentation = replace(config.augmentation, jitter_size=48, jitter_scale=(0.5, 1.5))
+    results = train(replace(config, data=data, model=model, augmentation=augmentation))
+    losses = [row["train"]["loss"] for row in results["epochs"]]
+    assert losses[-1] < losses[0]
+    assert {"loss_ce", "loss_mask", "loss_dice", "loss_dice_0"} <= set(results["epochs"][0]["train"])
+    assert {"AP", "AP50", "per_category"} <= set(results["epochs"][-1]["metrics"])
+    assert (config.output / "predictions.png").stat().st_size > 1000
+    detections = json.loads((config.output / "detections.json").read_text())
+    assert detections[0]["segmentation"]["size"] == [48, 48]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_images": None}, "give coco_path, or all of"),
+        ({"val_images": None}, "give coco_path, or both val_images and val_annotations"),
+        ({"train_annotations": None}, "give coco_path, or both train_images and train_annotations"),
         ({"coco_path": Path("coco")}, "not both"),
         ({"train_images": Path("missing")}, "image folder missing does not exist"),
     ],

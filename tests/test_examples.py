@@ -56,3 +56,33 @@ def test_compare_runs_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
     assert lines[2:4] == ["| 2 | 0.200 | 0.200 | 0.200 | 0.200 |", "| 3 | 0.300 | 0.300 | 0.200 | 0.200 |"]
     assert "K=3: 1.5 minutes of training, peak memory 100 MiB" in lines
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_subset_coco_keeps_and_repeats_images(tmp_path, monkeypatch):
+    content = {
+        "categories": [{"id": 3, "name": "car"}, {"id": 17, "name": "cat"}],
+        "images": [{"id": image_id, "file_name": f"{image_id}.jpg", "height": 9, "width": 9} for image_id in (4, 7, 9)],
+        "annotations": [
+            {"id": 50 + index, "image_id": image_id, "category_id": 3, "bbox": [0, 0, 5, 5], "iscrowd": index % 2}
+            for index, image_id in enumerate((7, 4, 9, 7))
+        ],
+    }
+    source, target = tmp_path / "all.json", tmp_path / "some.json"
+    source.write_text(json.dumps(content))
+    images, annotations = {}, {}
+    for repeat in (1, 3):
+        arguments = [str(source), str(target), "--image-ids", "9", "7", "--repeat", str(repeat)]
+        monkeypatch.setattr("sys.argv", ["subset_coco", *arguments])
+        load_example("subset_coco").main()
+        result = json.loads(target.read_text())
+        assert result["categories"] == content["categories"]
+        images[repeat] = {image["id"]: image["file_name"] for image in result["images"]}
+        annotations[repeat] = [(entry["id"], entry["image_id"], entry["iscrowd"]) for entry in result["annotations"]]
+    assert images[1] == {9: "9.jpg", 7: "7.jpg"}
+    assert annotations[1] == [(1, 9, 0), (2, 7, 0), (3, 7, 1)]
+    assert list(images[3].values()) == ["9.jpg"] * 3 + ["7.jpg"] * 3
+    assert len({entry[0] for entry in annotations[3]}) == len(annotations[3]) == 9
+    assert [entry[1] for entry in annotations[3]] == [1, 2, 3, 4, 4, 5, 5, 6, 6]
+    monkeypatch.setattr("sys.argv", ["subset_coco", str(source), str(target), "--image-ids", "5"])
+    with pytest.raises(SystemExit, match="the file has no image 5"):
+        load_example("subset_coco").main()

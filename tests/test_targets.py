@@ -57,6 +57,11 @@ LABELS, BOXES = torch.tensor([0, 1]), torch.rand(2, 4)
             ValueError,
             r"masks must have shape \[2, H, W\]",
         ),
+        (
+            [{"labels": LABELS, "boxes": BOXES, "masks": torch.ones(2, 2, 2)}],
+            TypeError,
+            r"targets\[0\]: masks must be bool, got torch.float32",
+        ),
     ],
 )
 def test_wrong_targets_are_refused(targets, error, message):

@@ -6,6 +6,7 @@ from .coco import CocoDataset
 from .digits import DigitsConfig, DigitsPaths, digits_dataset
 from .sampling import EpochSampler
 from .transforms import AugmentationConfig, eval_transforms, train_transforms
+from .unreadable import SkipUnreadable
 
 __all__ = [
     "AugmentationConfig",
@@ -15,6 +16,7 @@ __all__ = [
     "DigitsConfig",
     "DigitsPaths",
     "EpochSampler",
+    "SkipUnreadable",
     "collate",
     "digits_dataset",
     "eval_transforms",

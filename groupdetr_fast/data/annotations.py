@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .segmentations import Segmentation, Segmentations, parse_segmentation
+
 __all__ = ["Annotations", "DataError", "read_annotations", "read_json"]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Annotations:
             ``offsets[i]:offsets[i + 1]``.
         category_ids: ``[M]`` int64.
         offsets: ``N + 1`` integers.
+        segmentations: of the same ``M`` objects, or None.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Annotations:
     boxes: Tensor
     category_ids: Tensor
     offsets: list[int]
+    segmentations: Segmentations | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,15 +82,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_annotations(path: str | Path) -> Annotations:
+def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annotations:
     """Read and check a COCO annotation file.
 
     Crowd regions are left out. Boxes are clipped to their image; boxes of zero, negative or non-finite size and boxes
-    entirely outside their image are dropped, with one warning in the log.
+    entirely outside their image are dropped, with one warning in the log; with ``segmentations``, objects without one
+    as well.
 
     Raises:
         DataError: for a missing or unreadable file, a missing key, a duplicate id, a value of the wrong type, an
-            unsafe file name, or an annotation whose image or category is not in the tables.
+            unsafe file name, or an annotation whose image or category is not in the tables; with ``segmentations``,
+            for one that cannot be understood, or if there is none at all.
     """
     path = Path(path)
     content = read_json(path)
@@ -115,13 +121,14 @@ def read_annotations(path: str | Path) -> Annotations:
     owners = np.array([position[annotation["image_id"]] for annotation in kept], dtype=np.int64)
     category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
     boxes, valid = _clip(boxes, np.array(image_sizes)[owners])
-    if not valid.all():
-        dropped = [kept[index]["id"] for index in np.flatnonzero(~valid)]
-        shown = ", ".join(map(str, dropped[:_IDS_IN_WARNING])) + (", ..." if len(dropped) > _IDS_IN_WARNING else "")
-        logger.warning(
-            "%s: dropped %d of %d boxes that are empty, not finite or outside their image (annotation ids %s)",
-            path, len(dropped), len(kept), shown,
-        )  # fmt: skip
+    _warn(path, kept, ~valid, "boxes that are empty, not finite or outside their image")
+    if segmentations:
+        parsed = [_segmentation(path, annotation, images) for annotation in kept]
+        usable = np.array([segmentation is not None for segmentation in parsed], dtype=bool)
+        if kept and not usable.any():
+            raise DataError(f"annotation file {path} has no segmentations; give a file with polygons or run lengths")
+        _warn(path, kept, valid & ~usable, "objects without a usable segmentation")
+        valid &= usable
     order = np.flatnonzero(valid)
     order = order[np.argsort(owners[order], kind="stable")]
     counts = np.bincount(owners[order], minlength=len(images))
@@ -134,7 +141,16 @@ def read_annotations(path: str | Path) -> Annotations:
         boxes=torch.from_numpy(boxes[order]),
         category_ids=torch.from_numpy(category_ids[order]),
         offsets=[0, *np.cumsum(counts).tolist()],
+        segmentations=Segmentations.pack([parsed[index] for index in order]) if segmentations else None,
     )
+
+
+def _warn(path: Path, annotations: Sequence[dict], dropped: np.ndarray, what: str) -> None:
+    if not dropped.any():
+        return
+    ids = [annotations[index]["id"] for index in np.flatnonzero(dropped)]
+    shown = ", ".join(map(str, ids[:_IDS_IN_WARNING])) + (", ..." if len(ids) > _IDS_IN_WARNING else "")
+    logger.warning("%s: dropped %d of %d %s (annotation ids %s)", path, len(ids), len(annotations), what, shown)
 
 
 def _entries(path: Path, table: str, entries: Sequence[dict], keys: tuple[str, ...]) -> dict[int, dict]:
@@ -206,6 +222,14 @@ def _box(path: Path, annotation: dict) -> tuple[float, float, float, float]:
         f"annotation file {path}: annotation {annotation['id']} has the bbox {box!r}; "
         "it must be four numbers, x, y, width, height in pixels"
     )
+
+
+def _segmentation(path: Path, annotation: dict, images: Mapping[int, dict]) -> Segmentation | None:
+    image = images[annotation["image_id"]]
+    try:
+        return parse_segmentation(annotation.get("segmentation", []), image["height"], image["width"])
+    except ValueError as error:
+        raise DataError(f"annotation file {path}: annotation {annotation['id']}: the segmentation {error}") from None
 
 
 def _clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

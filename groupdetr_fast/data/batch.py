@@ -19,7 +19,7 @@ class Batch:
     Attributes:
         images: ``[B, 3, H, W]`` float32, 0 on padding.
         masks: ``[B, H, W]`` bool, True on padding.
-        targets: labels and boxes; the boxes are normalised by each image's own size, not by ``H`` and ``W``.
+        targets: labels and boxes, which are normalised by each image's own size, not by ``H`` and ``W``; and masks.
         image_ids: the images' ids in the annotation file.
         original_sizes: ``[B, 2]`` int64, ``(height, width)`` of the image files in pixels.
     """
@@ -44,15 +44,17 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch with its large tensors in pinned memory; ``DataLoader(pin_memory=True)`` calls this."""
-        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
+        """The same batch in pinned memory; ``DataLoader(pin_memory=True)`` calls this."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("images", "masks", "targets", "original_sizes")}
+        return replace(self, **pinned)
 
 
-def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> Batch:
+def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, min_size: int = 0) -> Batch:
     """Batch samples of :class:`CocoDataset`; the ``collate_fn`` of a DataLoader.
 
     Args:
         samples: ``(image [3, H_b, W_b], target)`` pairs, at least one.
+        min_size: smallest height and width of the batch; with that of a fixed crop, all batches have one shape.
 
     Raises:
         ValueError: if there are no samples, or a target does not fit :class:`PackedTargets`.
@@ -60,7 +62,7 @@ def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> Batch:
     if not samples:
         raise ValueError("samples must hold at least one sample")
     images, targets = zip(*samples, strict=True)
-    height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
+    height, width = (max(min_size, *(image.shape[dim] for image in images)) for dim in (1, 2))
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     masks = torch.ones(len(images), height, width, dtype=torch.bool)
     for index, image in enumerate(images):

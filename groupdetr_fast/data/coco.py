@@ -29,6 +29,7 @@ class CocoDataset(Dataset):
 
     - ``labels``: ``[T]`` int64,
     - ``boxes``: ``[T, 4]`` float32, ``cxcywh`` normalised by the size of the transformed image,
+    - ``masks``: ``[T, H, W]`` bool, if they are asked for,
     - ``image_id``: the id in the annotation file,
     - ``original_size``: ``[2]`` int64, ``(height, width)`` of the image file in pixels.
 
@@ -37,15 +38,18 @@ class CocoDataset(Dataset):
     alone, as long as it draws from the CPU generators of torch, numpy or ``random``.
 
     Crowd regions are never targets; degenerate boxes and those outside their image are dropped with one warning, the
-    others are clipped to the image. Images are decoded as stored: like pycocotools, this ignores an EXIF orientation.
+    others are clipped to the image. With masks, so are objects without a segmentation, and, without a warning, those of
+    which the transforms leave no pixel. Images are decoded as stored: like pycocotools, this ignores an EXIF
+    orientation.
 
     Args:
         image_folder: where the ``file_name`` entries are looked up.
         annotation_file: COCO json with "images", "annotations" and "categories".
-        transforms: a torchvision v2 transform of ``(image, {"boxes", "labels"})``, which it gets as tv_tensors
-            (uint8 and ``xyxy`` pixels). None: the image is only scaled to [0, 1].
+        transforms: a torchvision v2 transform of ``(image, {"boxes", "labels"[, "masks"]})``, which it gets as
+            tv_tensors (uint8 and ``xyxy`` pixels). None: the image is only scaled to [0, 1].
         labels: ``"contiguous"``: label = rank of the category among the ascending ids; ``"category_id"``: label =
             category id, as in the original repositories (91 classes for COCO).
+        masks: whether samples have masks, made from the polygons or run lengths of the annotations.
         seed: of the transforms; not negative.
         cache_images: decode all images now and keep them in memory as uint8; for small sets.
 
@@ -69,6 +73,7 @@ class CocoDataset(Dataset):
         transforms: Callable[[Any, dict], tuple[Any, dict]] | None = None,
         *,
         labels: Literal["contiguous", "category_id"] = "contiguous",
+        masks: bool = False,
         seed: int = 0,
         cache_images: bool = False,
     ):
@@ -81,7 +86,7 @@ class CocoDataset(Dataset):
             raise DataError(f"image folder {image_folder} does not exist; give the folder that holds the images")
         self.transforms = transforms
         self.seed = seed
-        self._annotations = read_annotations(annotation_file)
+        self._annotations = read_annotations(annotation_file, segmentations=masks)
         self.image_ids = self._annotations.image_ids
         self.categories = self._annotations.categories
 
@@ -109,20 +114,30 @@ class CocoDataset(Dataset):
         image, objects = self.image(index), self.ground_truth(index)
         original_size = image.shape[-2:]
         if self.transforms is not None:
-            wrapped = tv_tensors.BoundingBoxes(objects["boxes"], format="XYXY", canvas_size=tuple(original_size))
+            objects["boxes"] = tv_tensors.BoundingBoxes(
+                objects["boxes"], format="XYXY", canvas_size=tuple(original_size)
+            )
+            if "masks" in objects:
+                objects["masks"] = tv_tensors.Mask(objects["masks"])
             with seeded(self.seed, epoch, index):
-                image, objects = self.transforms(tv_tensors.Image(image), {**objects, "boxes": wrapped})
+                image, objects = self.transforms(tv_tensors.Image(image), objects)
             image = image.as_subclass(Tensor)
+        if "masks" in objects:
+            visible = objects["masks"].as_subclass(Tensor).flatten(1).bool().any(1)
+            objects = {name: value[visible] for name, value in objects.items()}
         if not image.is_floating_point():
             image = image.float() / 255
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        return image, {
+        target = {
             "labels": objects["labels"].as_subclass(Tensor),
             "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
             "image_id": self.image_ids[index],
             "original_size": torch.tensor(original_size),
         }
+        if "masks" in objects:
+            target["masks"] = objects["masks"].as_subclass(Tensor).bool()
+        return image, target
 
     def image(self, index: int) -> Tensor:
         """The decoded image, uint8 RGB ``[3, H, W]``, before any transform; not to be modified."""
@@ -134,10 +149,19 @@ class CocoDataset(Dataset):
         return self._cache[index]
 
     def ground_truth(self, index: int) -> dict[str, Tensor]:
-        """The targets before any transform: ``labels [T]`` int64 and ``boxes [T, 4]`` float32, ``xyxy`` in pixels."""
+        """The targets before any transform.
+
+        Returns:
+            ``labels [T]`` int64, ``boxes [T, 4]`` float32, ``xyxy`` in pixels, and, if the data set has masks, ``masks
+            [T, H, W]`` uint8.
+        """
         self._check(index)
         start, stop = self._annotations.offsets[index : index + 2]
-        return {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
+        objects = {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
+        if self._annotations.segmentations is not None:
+            size = self._annotations.image_sizes[index]
+            objects["masks"] = self._annotations.segmentations.masks(start, stop, *size)
+        return objects
 
     def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
         """The category id of a label, or of every entry of an integer tensor of any shape."""

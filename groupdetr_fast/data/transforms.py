@@ -26,14 +26,17 @@ class AugmentationConfig:
         crop_max: largest side of a crop.
         flip: probability of a horizontal flip.
         crop: probability of the branch that resizes to ``crop_short_sides`` and crops, before the final resize.
+        jitter_size: None, or the side of the square of large-scale jitter, which then takes the place of all of the
+            above but the flip (Mask2Former: 1024).
+        jitter_scale: smallest and largest scale of the images, relative to their fit into that square.
         eval_short_side: short side in evaluation.
         eval_max_size: limit of the long side in evaluation, or None.
         image_mean: of the channels red, green, blue in [0, 1]; that which the backbone was trained with.
         image_std: standard deviation of the same.
 
     Raises:
-        ValueError: for an empty list, a size below 1, ``crop_min > crop_max``, a probability outside [0, 1] or a
-            standard deviation that is not positive.
+        ValueError: for an empty list, a size below 1, limits that are not ascending, a probability outside [0, 1], or
+            a scale or a standard deviation that is not positive.
     """
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -43,6 +46,8 @@ class AugmentationConfig:
     crop_max: int = 600
     flip: float = 0.5
     crop: float = 0.5
+    jitter_size: int | None = None
+    jitter_scale: tuple[float, float] = (0.1, 2.0)
     eval_short_side: int = 800
     eval_max_size: int | None = 1333
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -52,12 +57,14 @@ class AugmentationConfig:
         for name in ("short_sides", "crop_short_sides"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
-        for name in ("max_size", "crop_min", "crop_max", "eval_short_side", "eval_max_size"):
+        for name in ("max_size", "crop_min", "crop_max", "jitter_size", "eval_short_side", "eval_max_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.crop_min > self.crop_max:
             raise ValueError(f"crop_min must not exceed crop_max, got {self.crop_min} > {self.crop_max}")
+        if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
+            raise ValueError(f"jitter_scale must be positive and ascending, got {self.jitter_scale}")
         for name in ("flip", "crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
@@ -66,15 +73,21 @@ class AugmentationConfig:
 
 
 def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
-    """Flip, resize, with a crop in between for a part of the images, then normalisation.
+    """Flip, resize, with a crop in between for a part of the images, then normalisation; or large-scale jitter.
 
-    The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``; objects of which a
-    crop leaves less than a pixel are removed. Random numbers come from torch's CPU generator.
+    The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``, and in the dictionary
+    also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Random
+    numbers come from torch's CPU generator.
     """
     config = config or AugmentationConfig()
     steps: list[v2.Transform] = []
     if config.flip > 0:
         steps.append(v2.RandomHorizontalFlip(config.flip))
+    if config.jitter_size is not None:
+        size = config.jitter_size
+        steps += [v2.ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
+        steps.append(v2.SanitizeBoundingBoxes())
+        return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
     if config.crop > 0:
         crop = [
             ResizeShortSide(config.crop_short_sides),

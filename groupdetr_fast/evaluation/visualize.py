@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +17,7 @@ _CELL = 2.6  # inches, the width of one picture
 _GAP = 0.05  # of that width, between pairs
 _TITLE = 0.3  # inches, the line above the first row
 _PAIRS_PER_ROW = 3
+_MASK_ALPHA = 0.45
 
 
 def draw_detections(
@@ -28,14 +30,17 @@ def draw_detections(
 ) -> None:
     """Write a picture that shows each image twice: with its ground truth, and with its predictions and their scores.
 
-    Each category has one colour. matplotlib's global backend and figures are not touched.
+    Boxes have one colour for each category, masks one for each object. matplotlib's global backend and figures are not
+    touched.
 
     Args:
         images: uint8 ``[3, H, W]``, RGB, one or more, of any sizes.
         ground_truth: per image ``{"labels": [T], "boxes": [T, 4]}``, ``xyxy`` in pixels of that image, as
-            ``CocoDataset.ground_truth`` gives them.
-        predictions: per image ``{"scores": [N], "labels": [N], "boxes": [N, 4]}``, as ``postprocess`` gives them.
-        category_names: the name of each label; other labels are shown by their number.
+            ``CocoDataset.ground_truth`` gives them; also with ``"masks": [T, H, W]``, which are then drawn instead.
+        predictions: per image ``{"scores": [N], "labels": [N], "boxes": [N, 4]}``, as ``postprocess`` gives them; also
+            with ``"masks": [N, H, W]``.
+        category_names: the name of each label; other labels are shown by their number. A single category is not named
+            beside masks.
         path: the file to write; its ending (png, pdf, svg) is the format.
         score_threshold: predictions with a lower score are not drawn.
 
@@ -61,10 +66,9 @@ def draw_detections(
     for index, (image, truth, prediction) in enumerate(zip(images, ground_truth, predictions, strict=True)):
         column = 3 * (index % pairs)
         left, right = axes[index // pairs, column : column + 2]
-        _draw(left, image, truth["boxes"], truth["labels"], None, category_names)
+        _draw(left, image, truth, category_names)
         keep = prediction["scores"] >= score_threshold
-        shown = (prediction[key][keep] for key in ("boxes", "labels", "scores"))
-        _draw(right, image, *shown, category_names)
+        _draw(right, image, {name: value[keep] for name, value in prediction.items()}, category_names)
         if index < pairs:
             left.set_title("ground truth", fontsize=9)
             right.set_title(f"predictions (score ≥ {score_threshold:g})", fontsize=9)
@@ -73,30 +77,56 @@ def draw_detections(
     canvas.print_figure(path, dpi=110)
 
 
-def _draw(
-    axis: Axes, image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, names: Sequence[str]
-) -> None:
-    axis.imshow(image.cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
-    height, width = image.shape[1:]
+def _draw(axis: Axes, image: Tensor, objects: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    labels, scores, masks = objects["labels"].tolist(), objects.get("scores"), objects.get("masks")
     # Best last, so that it lies on top.
     order = range(len(labels)) if scores is None else scores.argsort().tolist()
+    palette = colormaps["tab10" if masks is None and len(names) <= 10 else "tab20"]
+    colours = [palette((label if masks is None else index) % palette.N) for index, label in enumerate(labels)]
+    if masks is not None:
+        pixels = _overlay(pixels, [masks[index].cpu().numpy() > 0 for index in order], [colours[i] for i in order])
+    axis.imshow(pixels, interpolation="nearest")
+    height, width = image.shape[1:]
     for index in order:
-        x1, y1, x2, y2 = boxes[index].tolist()
-        label = int(labels[index])
-        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](label % (10 if len(names) <= 10 else 20))
-        outline = [patheffects.withStroke(linewidth=2.6, foreground="white")]
-        axis.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
-        )
-        text = names[label] if 0 <= label < len(names) else str(label)
+        corners = objects["boxes"][index].tolist()
+        text = names[labels[index]] if 0 <= labels[index] < len(names) else str(labels[index])
         if scores is not None:
             text += f" {scores[index]:.2f}"
-        # Above the box, or inside where the image ends; to the left where it would run out on the right.
-        above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
-        axis.text(
-            min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
-            va="bottom" if above else "top", ha="right" if leftwards else "left",
-            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
-        )  # fmt: skip
+        if masks is None:
+            _draw_box(axis, corners, colours[index])
+        if masks is None or len(names) > 1:
+            _write(axis, text, corners, colours[index], height, width)
     axis.set_xlim(-0.5, width - 0.5)
     axis.set_ylim(height - 0.5, -0.5)
+
+
+def _overlay(pixels: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[float, ...]]) -> np.ndarray:
+    """Colour masks ``[H, W]`` bool, with opaque edges, into pixels ``[H, W, 3]`` uint8."""
+    painted = pixels.astype(np.float32)
+    for mask, colour in zip(masks, colours, strict=True):
+        inner = mask.copy()
+        for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            inner &= np.roll(mask, step, axis)
+        alpha = np.where(mask & ~inner, 1.0, _MASK_ALPHA * mask)[..., None]
+        painted = (1 - alpha) * painted + alpha * 255 * np.array(colour[:3], dtype=np.float32)
+    return painted.round().astype(np.uint8)
+
+
+def _draw_box(axis: Axes, corners: Sequence[float], colour: tuple[float, ...]) -> None:
+    x1, y1, x2, y2 = corners
+    outline = [patheffects.withStroke(linewidth=2.6, foreground="white")]
+    axis.add_patch(
+        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4, path_effects=outline)
+    )
+
+
+def _write(axis: Axes, text: str, corners: Sequence[float], colour: tuple[float, ...], height: int, width: int) -> None:
+    """Write above the box, or inside where the image ends; to the left where it would run out on the right."""
+    x1, y1, x2, _ = corners
+    above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
+    axis.text(
+        min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
+        va="bottom" if above else "top", ha="right" if leftwards else "left",
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+    )  # fmt: skip

@@ -37,9 +37,19 @@ class ConditionalDecoderLayer(nn.Module):
 
     Args:
         first: whether this is the decoder's first layer.
+        activation: of the feed-forward block.
     """
 
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, *, first: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        *,
+        first: bool,
+        activation: type[nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -61,6 +71,7 @@ class ConditionalDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
         self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.activation = activation()
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
 
@@ -81,7 +92,7 @@ class ConditionalDecoderLayer(nn.Module):
         """
         content = self.norm1(content + self._drop(self._attend_in_groups(content, query_pos, groups)))
         content = self.norm2(content + self._drop(self._attend_to_image(content, query_pos, query_sine, memory)))
-        return self.norm3(content + self._drop(self.linear2(self._drop(self.linear1(content).relu()))))
+        return self.norm3(content + self._drop(self.linear2(self._drop(self.activation(self.linear1(content))))))
 
     def _attend_in_groups(self, content: Tensor, query_pos: Tensor, groups: QueryGroups) -> Tensor:
         query = self.sa_qcontent_proj(content) + self.sa_qpos_proj(query_pos)

@@ -5,7 +5,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "inverse_sigmoid"]
+__all__ = ["ANCHOR_EPS", "MLP", "inverse_sigmoid"]
+
+ANCHOR_EPS = 1e-3  # ``eps`` for boxes that a decoder refines, in the repositories of DAB-DETR, DN-DETR and DINO
 
 
 class MLP(nn.Module):

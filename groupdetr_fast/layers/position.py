@@ -9,7 +9,12 @@ __all__ = ["image_position_embedding", "sine_position_embedding"]
 
 
 def image_position_embedding(
-    padding: Tensor, dim: int, temperature: float = 10000.0, dtype: torch.dtype = torch.float32
+    padding: Tensor,
+    dim: int,
+    temperature: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    offset: float = 0.0,
 ) -> Tensor:
     """Embedding of every cell of a feature map, normalised by the size of the image's unpadded part.
 
@@ -17,6 +22,7 @@ def image_position_embedding(
         padding: ``[B, H, W]`` bool, True on padding.
         dim: size of the embedding, a multiple of 4; its first half encodes y, its second half x.
         temperature: base of the geometric series of wave lengths.
+        offset: added to the positions, which count cells from 1; -0.5 gives the cells' centres (Deformable DETR).
 
     Returns:
         ``[B, H, W, dim]``.
@@ -24,7 +30,7 @@ def image_position_embedding(
     valid = (~padding).to(torch.float32)
     y, x = valid.cumsum(1), valid.cumsum(2)
     eps = 1e-6
-    position = torch.stack((x / (x[:, :, -1:] + eps), y / (y[:, -1:, :] + eps)), dim=-1)
+    position = torch.stack(((x + offset) / (x[:, :, -1:] + eps), (y + offset) / (y[:, -1:, :] + eps)), dim=-1)
     return sine_position_embedding(position, dim, temperature).to(dtype)
 
 

@@ -1,13 +1,14 @@
-"""Settings that all detectors share. A detector's own configuration extends these and adds its own."""
+"""Settings that models share. A model's own configuration extends these and adds its own."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-__all__ = ["DetectorConfig"]
+__all__ = ["BaseConfig", "DenoisingConfig", "DetectorConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
-    """Sizes, backbone and loss weights of a detector.
+class BaseConfig:
+    """Sizes and backbone of a model.
 
     Attributes:
         num_classes: C; class indices are 0 ... C - 1. The original repositories use 91, indexed by COCO's category id.
@@ -19,12 +20,10 @@ class DetectorConfig:
         dim_feedforward: hidden size of the feed-forward blocks.
         dropout: probability, in the encoder and the decoder.
         backbone, backbone_weights, backbone_stages, dilation, frozen_stages: see ``layers.backbone.Backbone``.
-        input_norm: normalise the projected features by GroupNorm, as Deformable DETR does. For backbones whose features
-            are large (those of linear bottlenecks, such as EfficientNet's): they would drown the position embedding.
-        class_cost, l1_cost, giou_cost: weights of the matching cost.
-        class_loss, l1_loss, giou_loss: weights of the losses.
-        focal_alpha, focal_gamma: of the class cost and the class loss.
+        predicts_masks: whether the model predicts masks of the objects, and so trains on them. No setting.
     """
+
+    predicts_masks: ClassVar[bool] = False
 
     num_classes: int = 91
     num_groups: int = 11
@@ -40,15 +39,6 @@ class DetectorConfig:
     backbone_stages: int | None = None
     dilation: bool = False
     frozen_stages: int = 2
-    input_norm: bool = False
-    class_cost: float = 2.0
-    l1_cost: float = 5.0
-    giou_cost: float = 2.0
-    class_loss: float = 1.0
-    l1_loss: float = 5.0
-    giou_loss: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
 
     def __post_init__(self):
         for name in ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward"):
@@ -60,3 +50,55 @@ class DetectorConfig:
             raise ValueError(f"d_model must be a multiple of 4 and of num_heads={self.num_heads}, got {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(BaseConfig):
+    """Settings of a detector of boxes.
+
+    Attributes:
+        input_norm: normalise the projected features by GroupNorm, as Deformable DETR does. For backbones whose features
+            are large (those of linear bottlenecks, such as EfficientNet's): they would drown the position embedding.
+        class_cost, l1_cost, giou_cost: weights of the matching cost.
+        class_loss, l1_loss, giou_loss: weights of the losses.
+        focal_alpha, focal_gamma: of the class cost and the class loss.
+    """
+
+    input_norm: bool = False
+    class_cost: float = 2.0
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+    class_loss: float = 1.0
+    l1_loss: float = 5.0
+    giou_loss: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig(DetectorConfig):
+    """Settings of a detector that also learns from denoising queries; see ``layers.denoising``.
+
+    Attributes:
+        denoising_queries: positive denoising queries of one set; 0 trains without.
+        label_noise: probability that a denoising query's label is replaced by a random one.
+        box_noise: amount of noise on the boxes.
+        denoising_scope: "first" makes one set of denoising queries, for query group 0, as the base model does; "every"
+            makes one for each query group.
+    """
+
+    denoising_queries: int = 100
+    label_noise: float = 0.2
+    box_noise: float = 0.4
+    denoising_scope: Literal["first", "every"] = "first"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.denoising_queries < 0:
+            raise ValueError(f"denoising_queries must not be negative, got {self.denoising_queries}")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise must be in [0, 1], got {self.label_noise}")
+        if self.box_noise < 0:
+            raise ValueError(f"box_noise must not be negative, got {self.box_noise}")
+        if self.denoising_scope not in ("first", "every"):
+            raise ValueError(f'denoising_scope must be "first" or "every", got {self.denoising_scope!r}')

@@ -6,14 +6,26 @@ from typing import Any
 from torch import nn
 
 from .conditional_detr import ConditionalDetr, ConditionalDetrConfig
-from .config import DetectorConfig
+from .config import BaseConfig
+from .dab_deformable_detr import DabDeformableDetr, DabDeformableDetrConfig
+from .dab_detr import DabDetr, DabDetrConfig
+from .dino import Dino, DinoConfig
+from .dn_detr import DnDetr, DnDetrConfig
+from .mask2former import Mask2Former, Mask2FormerConfig
 
 __all__ = ["build_model", "model_config", "model_names"]
 
 # name: (module, configuration, settings that differ from the configuration's defaults)
-_MODELS: dict[str, tuple[type[nn.Module], type[DetectorConfig], dict[str, Any]]] = {
+_MODELS: dict[str, tuple[type[nn.Module], type[BaseConfig], dict[str, Any]]] = {
     "conditional_detr_r50": (ConditionalDetr, ConditionalDetrConfig, {}),
     "conditional_detr_r50_dc5": (ConditionalDetr, ConditionalDetrConfig, {"dilation": True}),
+    "dab_detr_r50": (DabDetr, DabDetrConfig, {}),
+    "dab_detr_r50_dc5": (DabDetr, DabDetrConfig, {"dilation": True}),
+    "dn_detr_r50": (DnDetr, DnDetrConfig, {}),
+    "dn_detr_r50_dc5": (DnDetr, DnDetrConfig, {"dilation": True}),
+    "dab_deformable_detr_r50": (DabDeformableDetr, DabDeformableDetrConfig, {}),
+    "dino_4scale_r50": (Dino, DinoConfig, {}),
+    "mask2former_r50": (Mask2Former, Mask2FormerConfig, {}),
 }
 
 
@@ -22,7 +34,7 @@ def model_names() -> list[str]:
     return sorted(_MODELS)
 
 
-def model_config(name: str, **overrides: Any) -> DetectorConfig:
+def model_config(name: str, **overrides: Any) -> BaseConfig:
     """The configuration of a named model, with some settings replaced.
 
     Raises:
@@ -55,7 +67,7 @@ def build_model(name: str, *, num_classes: int, num_groups: int, **overrides: An
     return model_type(model_config(name, num_classes=num_classes, num_groups=num_groups, **overrides))
 
 
-def _lookup(name: str) -> tuple[type[nn.Module], type[DetectorConfig], dict[str, Any]]:
+def _lookup(name: str) -> tuple[type[nn.Module], type[BaseConfig], dict[str, Any]]:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}; the models are {', '.join(model_names())}")
     return _MODELS[name]

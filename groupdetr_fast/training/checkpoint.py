@@ -1,112 +1,142 @@
 """Checkpoints of a training run: weights as safetensors, and the state that resuming needs.
 
-A run's folder holds ``checkpoints/epoch_0001/model.safetensors`` and so on, one per epoch, and ``state.pt`` beside the
-newest. A checkpoint is written under another name and renamed when it is complete, so a folder that exists is whole.
+A run's folder holds ``checkpoints/epoch_0001/model.safetensors`` and so on, one per finished epoch. A checkpoint within
+an epoch is called ``epoch_0001_batch_000040``: one epoch has ended, and 40 batches of the next. The two newest
+checkpoints also have ``state.pt`` and can be resumed; older ones within an epoch are removed.
+
+A checkpoint is written under another name, forced to disk and renamed when it is complete, so that a folder that
+exists is whole whenever the process or the machine stops.
 """
 
 import json
 import os
-import random
+import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
-__all__ = ["CheckpointError", "latest_checkpoint", "load_training_state", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "latest_checkpoint",
+    "read_checkpoint",
+    "resumable_checkpoints",
+    "save_checkpoint",
+    "write_whole",
+]
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why."""
+    """A checkpoint that cannot be used or written; the message says which and why."""
 
 
 def save_checkpoint(
-    run: Path, epoch: int, model: nn.Module, optimizer: Any, scheduler: Any, metadata: dict[str, Any]
+    run: Path,
+    epoch: int,
+    batches: int,
+    weights: Mapping[str, Tensor],
+    state: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of a finished epoch (counted from 1) and drop the older epochs' resume state.
+    """Write a checkpoint, and then remove what resuming no longer needs.
 
     Args:
         run: folder of the run.
-        epoch: the epoch that has just ended.
-        model: the bare model.
-        optimizer, scheduler: as built by ``training.optimization``.
+        epoch: number of epochs that have ended.
+        batches: number of batches of the next epoch that have ended; 0 between two epochs.
+        weights: of the bare model.
+        state: what else resuming needs, in types that ``torch.load(weights_only=True)`` reads.
         metadata: what is needed to rebuild the model; kept as json in the header of the weights file.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk. Older checkpoints are then as they were.
     """
-    folder = run / "checkpoints" / f"epoch_{epoch:04d}"
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
-    state = {
-        "epoch": epoch,
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "rng": _random_state(),
-    }
-    torch.save(state, unfinished / STATE)
-    for file in unfinished.iterdir():
-        _sync(file)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(unfinished, folder)
-    _sync(folder.parent)
-    for other in folder.parent.glob(f"epoch_*/{STATE}"):
-        if other.parent != folder:
-            other.unlink()
+    name = f"epoch_{epoch:04d}" + (f"_batch_{batches:06d}" if batches else "")
+    folder = run / "checkpoints" / name
+    unfinished = folder.with_name(f".{name}.unfinished")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    try:
+        for leftover in folder.parent.glob(".*.unfinished"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
+        torch.save(state, unfinished / STATE)
+        for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(unfinished, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch wrap the system's errors
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; {_whats_left(run)}") from None
+    _remove_superseded(run, folder)
     return folder
+
+
+def resumable_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that can be resumed, newest first."""
+    return sorted((path.parent for path in (run / "checkpoints").glob(f"epoch_*/{STATE}")), reverse=True)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that can be resumed, or None."""
-    candidates = sorted(path.parent for path in (run / "checkpoints").glob(f"epoch_*/{STATE}"))
-    return candidates[-1] if candidates else None
+    return next(iter(resumable_checkpoints(run)), None)
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Restore everything that :func:`save_checkpoint` wrote; returns the epoch that had ended.
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the state that :func:`save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or belongs to another model.
+        CheckpointError: if a file is missing, damaged, or not what this package writes.
     """
     try:
         weights = load_file(folder / WEIGHTS)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
-    try:
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        _restore_random_state(state["rng"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} does not belong to this model and optimiser: {error}") from None
-    return state["epoch"]
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {STATE} holds no state of a training")
+    return weights, state
 
 
-def _random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(internal), gauss],
-    }
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or whoever comes after a crash, finds the old text or the new one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    _sync(unfinished)
+    os.replace(unfinished, path)
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+def _remove_superseded(run: Path, newest: Path) -> None:
+    """Keep ``newest`` and the one before it resumable; those after it are of a run that was begun again, or damaged."""
+    before = [folder for folder in resumable_checkpoints(run) if folder.name < newest.name]
+    kept = {newest, *before[:1]}
+    for folder in (run / "checkpoints").glob("epoch_*"):
+        if folder in kept:
+            continue
+        (folder / STATE).unlink(missing_ok=True)
+        if "_batch_" in folder.name:
+            shutil.rmtree(folder)
+
+
+def _whats_left(run: Path) -> str:
+    latest = latest_checkpoint(run)
+    return "there is no earlier one" if latest is None else f"{latest} is intact and can be resumed"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _sync(path: Path) -> None:

@@ -1,35 +1,91 @@
 """The set prediction loss over all decoder layers, images and groups at once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .. import ops
 from ..boxes import aligned_generalized_box_iou, cxcywh_to_xyxy
 from ..groups import QueryGroups
 from ..targets import PackedTargets
-from .matcher import GroupMatcher, Matching
+from .matcher import GroupMatcher
 
-__all__ = ["SetCriterion"]
+__all__ = ["SetCriterion", "StepTotals", "layer_suffixes"]
+
+NO_OBJECT = -1  # target class of a query that must predict nothing
+IGNORED = -2  # target class of a query that has no class loss
 
 
 class Predictions(Protocol):
-    """What the criterion needs of a model's output; see ``models.DetectorOutput``."""
+    """What the criterion needs of a model's output; see ``models.DetectorOutput``.
+
+    It may also have ``denoising``, as below, and ``encoder``, as ``models.EncoderOutput``.
+    """
 
     logits: Tensor  # [layers, B, K * N, C]
     boxes: Tensor  # [layers, B, K * N, 4]
     groups: QueryGroups
 
 
+class DenoisingQueries(Protocol):
+    """What the criterion needs to know of denoising queries; see ``layers.denoising``."""
+
+    target: Tensor  # [B, D] int64
+    positive: Tensor  # [B, D] bool
+    negative: Tensor  # [B, D] bool
+    groups: QueryGroups
+
+
+class DenoisingPredictions(Protocol):
+    """Their predictions; see ``models.DenoisingOutput``."""
+
+    logits: Tensor  # [layers, B, D, C]
+    boxes: Tensor  # [layers, B, D, 4]
+    queries: DenoisingQueries
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the losses of one optimiser step are divided by, where the step takes several calls of the criterion.
+
+    The calls are for the batches of an accumulated step, or for some groups of queries at a time. Their losses add up
+    to those of one call for everything.
+
+    Attributes:
+        num_objects: scalar, objects of all images of the step, averaged over processes and at least 1.
+        sizes: objects of each image of the step, in this process.
+        num_groups: K, groups of the step; None: those of the predictions.
+    """
+
+    num_objects: Tensor
+    sizes: tuple[int, ...]
+    num_groups: int | None = None
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedTargets], num_groups: int | None = None) -> "StepTotals":
+        """The totals of a step on some batches; every process must call this at the same time."""
+        count = torch.stack([targets.num_targets.sum() for targets in batches]).sum().float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
+        return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes), num_groups)
+
+
 class SetCriterion(nn.Module):
     """Sigmoid focal loss, L1 loss and generalised IoU loss of the matched boxes.
 
     Each group is matched one-to-one and the loss is the mean over groups (Group DETR, section 3.2): sums are divided by
-    K times the number of boxes, averaged over processes and at least 1, as in the original repositories. All layers,
-    images and groups take part in one call of each op, every tensor has a shape that the host knows, and nothing waits
-    for the device.
+    K times the number of boxes, averaged over processes and at least 1, as in the original repositories. The encoder's
+    predictions of two-stage detectors are matched and weighted as those of one more layer. Denoising queries are not
+    matched, since each knows its object; their sums are divided by the number of denoising groups, over all sets, times
+    the number of boxes (DINO's repository; DN-DETR's does not average that number over processes).
+
+    All layers, images and groups take part in one call of each op, every tensor has a shape that the host knows, and
+    nothing waits for the device.
 
     Args:
         matcher: matches queries to targets.
@@ -53,67 +109,108 @@ class SetCriterion(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    def forward(self, out: Predictions, targets: PackedTargets) -> dict[str, Tensor]:
+    def forward(self, out: Predictions, targets: PackedTargets, totals: StepTotals | None = None) -> dict[str, Tensor]:
         """Compute the losses.
 
         Args:
-            out: predictions of all layers; only ``logits``, ``boxes`` and ``groups`` are read.
-            targets: of the same images, on the same device.
+            out: predictions of all layers; read are ``logits``, ``boxes`` and ``groups``, and, where it has them,
+                ``denoising`` and ``encoder``.
+            targets: of the same images, on the same device; those that the denoising queries were made from.
+            totals: of the step that this call is a part of; None: it is the whole step.
 
         Returns:
             Scalars under DETR's names, unweighted: ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last layer, with
-            ``_0``, ``_1``, ... appended for the other layers, and ``loss``, the weighted sum of all.
+            ``_0``, ``_1``, ... appended for the other layers, with ``_enc`` for the encoder, and with ``_dn``,
+            ``_dn_0``, ``_dn_1``, ... for the denoising queries; and ``loss``, the weighted sum of all.
         """
-        logits, boxes = out.logits.float(), out.boxes.float()
-        matching = self.matcher(logits.detach(), boxes.detach(), targets, out.groups)
-        normalizer = self._count_boxes(targets) * out.groups.num_groups
-        per_layer = {"loss_ce": self._class_loss(logits, targets, matching, out.groups) / normalizer}
-        per_layer["loss_bbox"], per_layer["loss_giou"] = (
-            loss / normalizer for loss in self._box_losses(boxes, targets, matching, out.groups)
-        )
+        totals = StepTotals.of([targets]) if totals is None else totals
+        num_groups = totals.num_groups or out.groups.num_groups
+        num_boxes = totals.num_objects * (num_groups / out.groups.num_groups)  # the mean is over all groups
+        encoder, denoising = getattr(out, "encoder", None), getattr(out, "denoising", None)
+        logits, boxes, suffixes = out.logits, out.boxes, layer_suffixes(len(out.logits))
+        if encoder is not None:
+            logits, boxes = torch.cat((logits, encoder.logits[None])), torch.cat((boxes, encoder.boxes[None]))
+            suffixes.append("_enc")
+        parts = [(suffixes, self._matched_losses(logits, boxes, targets, out.groups, num_boxes))]
+        if denoising is not None:
+            suffixes = [f"_dn{suffix}" for suffix in layer_suffixes(len(denoising.logits))]
+            layout = replace(denoising.queries.groups, num_groups=num_groups)
+            normalizer = totals.num_objects * (layout.denoising_sets * layout.denoising_groups)
+            parts.append((suffixes, self._denoising_losses(denoising, targets, normalizer)))
         losses = {}
-        last = len(logits) - 1
-        for name, values in per_layer.items():
-            for layer, value in enumerate(values.unbind()):
-                losses[name if layer == last else f"{name}_{layer}"] = value
-        losses["loss"] = sum(self.weights[name] * values.sum() for name, values in per_layer.items())
+        for suffixes, per_layer in parts:
+            for name, values in per_layer.items():
+                for suffix, value in zip(suffixes, values.unbind(), strict=True):
+                    losses[name + suffix] = value
+        losses["loss"] = sum(
+            self.weights[name] * values.sum() for _, per_layer in parts for name, values in per_layer.items()
+        )
         return losses
 
-    @staticmethod
-    def _count_boxes(targets: PackedTargets) -> Tensor:
-        """Boxes of the batch, averaged over processes, at least 1."""
-        count = targets.num_targets.sum().float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count)
-            count = count / dist.get_world_size()
-        return count.clamp(min=1)
-
-    def _class_loss(self, logits: Tensor, targets: PackedTargets, matching: Matching, groups: QueryGroups) -> Tensor:
-        """Focal loss of every layer, summed over images, queries and classes: ``[layers]``.
-
-        Nearly all entries are negative, so the sum takes every entry as negative and then corrects the matched ones.
-        """
-        total = self._negative_focal(logits).flatten(1).sum(1)
-        labels = targets.labels.repeat(1, groups.num_groups)  # [B, K * T]
-        queries = matching.queries  # [layers, B, K * T]
-        index = queries * logits.shape[-1] + labels
-        positive = logits.flatten(2).gather(2, index)
-        correction = self._positive_focal(positive) - self._negative_focal(positive)
-        return total + correction.where(matching.matched, 0).flatten(1).sum(1)
-
-    def _positive_focal(self, logits: Tensor) -> Tensor:
-        return self.alpha * (-logits).sigmoid() ** self.gamma * F.softplus(-logits)
-
-    def _negative_focal(self, logits: Tensor) -> Tensor:
-        return (1 - self.alpha) * logits.sigmoid() ** self.gamma * F.softplus(logits)
-
-    @staticmethod
-    def _box_losses(
-        boxes: Tensor, targets: PackedTargets, matching: Matching, groups: QueryGroups
-    ) -> tuple[Tensor, Tensor]:
-        """L1 and generalised IoU loss of every layer, summed over matched boxes: two of ``[layers]``."""
+    def _matched_losses(
+        self, logits: Tensor, boxes: Tensor, targets: PackedTargets, groups: QueryGroups, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of matched queries, ``[layers]`` each."""
+        matching = self.matcher(logits.detach(), boxes.detach(), targets, groups)
+        target_class = matching.classes(targets, logits.shape[2], NO_OBJECT)  # [layers, B, K * N]
         predicted = boxes.gather(2, matching.queries[..., None].expand(-1, -1, -1, 4))  # [layers, B, K * T, 4]
-        expected = targets.boxes.to(predicted.dtype).repeat(1, groups.num_groups, 1)
+        expected = targets.boxes.repeat(1, matching.positives, 1)
+        return self._losses(logits, target_class, predicted, expected, matching.matched, num_boxes * matching.positives)
+
+    def _denoising_losses(
+        self, denoising: DenoisingPredictions, targets: PackedTargets, normalizer: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of denoising queries, ``[layers]`` each."""
+        queries = denoising.queries
+        labels = targets.labels.gather(1, queries.target)  # [B, D]
+        without_object = torch.where(queries.negative, NO_OBJECT, IGNORED)
+        expected = targets.boxes.gather(1, queries.target[..., None].expand(-1, -1, 4))
+        return self._losses(
+            denoising.logits,
+            labels.where(queries.positive, without_object),
+            denoising.boxes,
+            expected,
+            queries.positive,
+            normalizer,
+        )
+
+    def _losses(
+        self,
+        logits: Tensor,
+        target_class: Tensor,
+        predicted: Tensor,
+        expected: Tensor,
+        counted: Tensor,
+        normalizer: Tensor,
+    ) -> dict[str, Tensor]:
+        """The three losses of every layer, ``[layers]`` each.
+
+        Args:
+            logits: ``[layers, B, Q, C]``.
+            target_class: ``[layers, B, Q]`` or ``[B, Q]`` int64: a class, ``NO_OBJECT`` or ``IGNORED``.
+            predicted: ``[layers, B, M, 4]``.
+            expected: ``[B, M, 4]``.
+            counted: ``[..., B, M]`` bool, the pairs of boxes that count.
+            normalizer: what the sums are divided by.
+        """
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        l1, giou = self._box_losses(predicted, expected.to(predicted.dtype))
+        target_class = target_class.expand(logits.shape[:-1])
+        class_loss = ops.sigmoid_focal_loss(logits, target_class, alpha=self.alpha, gamma=self.gamma)  # [layers, B]
+        return {
+            "loss_ce": class_loss.sum(1) / normalizer,
+            "loss_bbox": l1.where(counted, 0).flatten(1).sum(1) / normalizer,
+            "loss_giou": giou.where(counted, 0).flatten(1).sum(1) / normalizer,
+        }
+
+    @staticmethod
+    def _box_losses(predicted: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """L1 and generalised IoU loss of corresponding ``cxcywh`` boxes ``[..., 4]``: two of ``[...]``."""
         l1 = (predicted - expected).abs().sum(-1)
         giou = aligned_generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-        return tuple(loss.where(matching.matched, 0).flatten(1).sum(1) for loss in (l1, 1 - giou))
+        return l1, 1 - giou
+
+
+def layer_suffixes(layers: int) -> list[str]:
+    """What is appended to a loss's name for each layer: nothing for the last one."""
+    return [f"_{layer}" for layer in range(layers - 1)] + [""]

@@ -25,10 +25,16 @@ class OptimizationConfig:
         lr: peak learning rate of everything but the backbone.
         backbone_lr: peak learning rate of the backbone.
         weight_decay: of AdamW.
+        decay_norms: whether it acts on norms and embeddings too, as in DETR; in Mask2Former's repository it does not.
         clip_norm: largest norm of the gradient; 0 for no clipping.
         batch_size: images per process and step.
         accumulate: batches per optimiser step.
         precision: "no" for float32, or the type of mixed precision.
+        ema_decay: of the moving average of the weights, which is then what is evaluated and saved; 0 for none.
+        groups_per_pass: groups of queries that the decoder and the loss take at a time, so that memory does not grow
+            with the number of groups; 0 for all at once. The gradients are the same.
+        recompute_layers: compute decoder layers again in the backward pass, which takes time and saves memory.
+        compile: compile the model with torch.compile.
         seed: of weights, data order, augmentation and dropout.
     """
 
@@ -40,19 +46,26 @@ class OptimizationConfig:
     lr: float = 1e-4
     backbone_lr: float = 1e-5
     weight_decay: float = 1e-4
+    decay_norms: bool = True
     clip_norm: float = 0.1
     batch_size: int = 2
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float = 0.0
+    groups_per_pass: int = 0
+    recompute_layers: bool = False
+    compile: bool = False
     seed: int = 42
 
     def __post_init__(self):
         for name in ("epochs", "lr_drop", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lr", "backbone_lr", "weight_decay", "clip_norm"):
+        for name in ("warmup_steps", "lr", "backbone_lr", "weight_decay", "clip_norm", "groups_per_pass"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
 
@@ -66,13 +79,30 @@ class OptimizationConfig:
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, with a rate of its own for those under ``model.backbone``."""
+    undecayed = set() if config.decay_norms else _norms_and_embeddings(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    backbone = [parameter for name, parameter in trainable if name.startswith("backbone.")]
-    others = [parameter for name, parameter in trainable if not name.startswith("backbone.")]
-    groups = [{"params": others, "lr": config.lr}]
-    if backbone:
-        groups.append({"params": backbone, "lr": config.backbone_lr})
+    groups = []
+    for in_backbone, lr in ((False, config.lr), (True, config.backbone_lr)):
+        for decayed in (True, False):
+            chosen = [
+                parameter
+                for name, parameter in trainable
+                if name.startswith("backbone.") == in_backbone and (name not in undecayed) == decayed
+            ]
+            if chosen:
+                groups.append({"params": chosen, "lr": lr, "weight_decay": config.weight_decay if decayed else 0.0})
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _norms_and_embeddings(model: nn.Module) -> set[str]:
+    """Names of the parameters of norm layers and embedding tables."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, kinds)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def build_scheduler(

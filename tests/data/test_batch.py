@@ -34,6 +34,12 @@ def test_images_are_padded_and_masked():
     assert batch.original_sizes.tolist() == [[10, 18], [16, 8], [16, 18]]
 
 
+def test_smallest_size():
+    batch = collate([sample(6, 20, 1, 0)], min_size=16)
+    assert batch.images.shape == (1, 3, 16, 20)
+    assert (~batch.masks).sum() == 6 * 20
+
+
 def test_no_padding_among_equal_sizes():
     assert not collate([sample(6, 6, 1, 0), sample(6, 6, 1, 1)]).masks.any()
 
@@ -57,3 +63,4 @@ def test_large_tensors_can_be_pinned():
     batch = collate([sample(5, 9, 2, 7)]).pin_memory()
     assert batch.images.is_pinned()
     assert batch.masks.is_pinned()
+    assert batch.targets.labels.is_pinned()

@@ -130,6 +130,25 @@ def test_a_crop_removes_boxes_that_it_leaves_empty():
     assert counts == {1}
 
 
+def test_large_scale_jitter():
+    """Images are scaled relative to their fit into the square, and cropped to it where they are larger."""
+    transform = train_transforms(AugmentationConfig(jitter_size=200, jitter_scale=(0.1, 2.0), flip=0.0))
+    scales, offsets = [], set()
+    for _ in range(200):
+        image, target = transform(*scene(300, 400, (0, 0, 400, 300)))
+        height, width = image.shape[1:]
+        assert max(height, width) <= 200
+        assert len(target["boxes"]) == 1
+        # the object fills the image before and after
+        assert target["boxes"][0].tolist() == pytest.approx([0, 0, width, height], abs=1e-3)
+        scales.append(min(height / 150, 4 / 3))  # at scale 1, the image is 150 x 200; from 4 / 3 on, 200 x 200 remain
+        offsets.add((height, width) == (200, 200))
+    scales = torch.tensor(scales)
+    assert 0.1 <= scales.min() < 0.2
+    assert 0.2 < (scales == 4 / 3).float().mean() < 0.5  # (2 - 4 / 3) / 1.9 = 0.35
+    assert offsets == {True, False}
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -208,6 +227,8 @@ class _Apply:
         ({"crop_min": 700}, "crop_min must not exceed crop_max, got 700 > 600"),
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std must be positive"),
         ({"flip": 1.5}, r"flip must be a probability in \[0, 1\], got 1.5"),
+        ({"jitter_size": 0}, "jitter_size must be at least 1, got 0"),
+        ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must be positive and ascending"),
         ({"crop": -0.1}, r"crop must be a probability in \[0, 1\]"),
     ],
 )

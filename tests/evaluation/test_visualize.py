@@ -38,6 +38,23 @@ def test_pictures_show_the_truth_left_and_the_predictions_right(tmp_path):
     assert len(third) == 0
 
 
+def test_masks_are_drawn_in_place_of_boxes(tmp_path):
+    image = torch.full((3, 60, 80), 200, dtype=torch.uint8)
+    masks = torch.zeros(2, 60, 80, dtype=torch.uint8)
+    masks[0, 10:50, 5:30], masks[1, 10:50, 50:75] = 1, 1
+    boxes = torch.tensor([[5.0, 10, 30, 50], [50, 10, 75, 50]])
+    truth = {"labels": torch.zeros(2, dtype=torch.int64), "boxes": boxes, "masks": masks}
+    prediction = {name: value[:1] for name, value in truth.items()} | {"scores": torch.tensor([0.9])}
+    draw_detections([image], [truth], [prediction], ["nucleus"], tmp_path / "picture.png")
+    picture = np.array(Image.open(tmp_path / "picture.png").convert("RGB")).astype(float)
+    halves = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 :]
+    for half, counts in zip(halves, [(1, 1), (1, 0)], strict=True):
+        for index, expected in enumerate(counts):  # objects of one class have different colours
+            colour = 0.55 * 200 + 0.45 * 255 * np.array(colormaps["tab20"](index)[:3])
+            area = (np.abs(half - colour).max(axis=-1) < 4).mean()
+            assert (area > 0.05) == bool(expected)
+
+
 def test_images_of_many_sizes_and_without_objects(tmp_path):
     sizes = [(60, 80), (30, 30), (100, 20), (64, 64), (50, 70)]
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]

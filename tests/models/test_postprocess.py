@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 import groupdetr_fast as gd
-from groupdetr_fast.models import DetectorOutput
+from groupdetr_fast.models import DetectorOutput, SegmentationOutput
 
 
 def make_output(num_groups=2, size=3, classes=4):
@@ -32,6 +33,69 @@ def test_best_pairs_of_the_last_layer_in_pixels():
 def test_fewer_pairs_than_top_k():
     (found,) = gd.postprocess(make_output(), [(10, 10)])
     assert found["scores"].shape == (12,)
+
+
+def test_low_scores_are_left_out():
+    out = make_output()
+    out.logits[-1, 0, 1, 2] = 2.0
+    (found,) = gd.postprocess(out, [(10, 10)], score_threshold=0.5)
+    assert found["labels"].tolist() == [2]
+    assert found["boxes"].shape == (1, 4)
+
+
+def make_masks(num_groups=2, size=3, classes=4):
+    groups = gd.QueryGroups(num_groups, size)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, 50:], padding[0, :, 70:] = True, True
+    logits = torch.randn(3, 2, groups.length, classes + 1)
+    embeddings = torch.randn(3, 2, groups.length, 8)
+    # features that vary slowly, so that masks have an inside
+    features = F.interpolate(torch.randn(2, 8, 3, 4), (16, 24), mode="bilinear")
+    return SegmentationOutput(logits, embeddings, features, padding, groups)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_masks_at_the_size_of_the_images(group):
+    """As the repository's inference does it, image by image and pair by pair."""
+    out, sizes = make_masks(), [(101, 140), (32, 48)]
+    found = gd.postprocess(out, sizes, top_k=7, group=group)
+    for image, (detection, size) in enumerate(zip(found, sizes, strict=True)):
+        probability = out.logits[-1, image, 3 * group : 3 * group + 3].softmax(-1)[:, :4]
+        expected = []
+        for pair in probability.flatten().argsort(descending=True)[:7].tolist():
+            embedding = out.mask_embeddings[-1, image, 3 * group + pair // 4]
+            mask = torch.einsum("d,dhw->hw", embedding, out.mask_features[image])[None, None]
+            mask = F.interpolate(mask, (64, 96), mode="bilinear", align_corners=False)
+            height, width = ((50, 70), (64, 96))[image]
+            mask = F.interpolate(mask[..., :height, :width], size, mode="bilinear", align_corners=False)[0, 0]
+            inside = mask.sigmoid()[mask > 0]
+            score = probability.flatten()[pair] * (inside.mean() if len(inside) else 0)
+            expected.append((score, pair % 4, mask > 0))
+        expected.sort(key=lambda detection: -detection[0])
+        assert detection["masks"].shape == (7, *size)
+        for index, (score, label, mask) in enumerate(expected):
+            torch.testing.assert_close(detection["scores"][index], score, rtol=1e-4, atol=1e-5)
+            assert detection["labels"][index] == label
+            assert (detection["masks"][index] != mask).float().mean() < 1e-3
+
+
+def test_boxes_enclose_the_masks():
+    (found, _) = gd.postprocess(make_masks(), [(40, 60), (40, 60)])
+    assert found["masks"].any()
+    for mask, box in zip(found["masks"], found["boxes"].tolist(), strict=True):
+        if mask.any():
+            y, x = mask.nonzero(as_tuple=True)
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        else:
+            assert box == [0, 0, 0, 0]
+
+
+def test_masks_with_low_scores_are_left_out():
+    out = make_masks()
+    everything, something = (gd.postprocess(out, [(9, 9)] * 2, score_threshold=t)[0] for t in (0.0, 0.2))
+    kept = everything["scores"] >= 0.2
+    assert 0 < kept.sum() < len(kept)
+    assert {name: len(value) for name, value in something.items()} == dict.fromkeys(everything, kept.sum())
 
 
 def test_wrong_sizes_are_refused():

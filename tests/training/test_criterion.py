@@ -1,11 +1,14 @@
-"""The loss against transformers' loss of each group, and its independence of the data's values."""
+"""The loss against transformers' loss of each group and a plain loop, and its independence of the data's values."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
 import groupdetr_fast as gd
+from groupdetr_fast.layers.denoising import make_denoising_queries
+from groupdetr_fast.models import DenoisingOutput, EncoderOutput
 
 LAYERS, BATCH, CLASSES = 3, 3, 7
 
@@ -35,8 +38,8 @@ def mean_of_their_groups(out, targets):
     criterion = theirs.DeformableDetrImageLoss(matcher, CLASSES, 0.25, ["labels", "boxes"])
     labels = [{"class_labels": target["labels"], "boxes": target["boxes"].float()} for target in targets]
     names = {}
-    for layer in range(LAYERS):
-        suffix = "" if layer == LAYERS - 1 else f"_{layer}"
+    for layer in range(len(out.logits)):
+        suffix = "" if layer == len(out.logits) - 1 else f"_{layer}"
         for group in range(out.groups.num_groups):
             start, stop = out.groups.group_range(group)
             found = criterion(
@@ -70,6 +73,114 @@ def test_losses_equal_transformers(num_groups, size, targets):
     theirs = torch.autograd.grad(total, (out.logits, out.boxes))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_encoder_is_matched_as_one_more_layer():
+    groups = gd.QueryGroups(3, 6)
+    out, first_stage = predictions(groups), predictions(groups)
+    out.encoder = EncoderOutput(first_stage.logits[0], first_stage.boxes[0])
+    targets = random_targets((3, 0, 5))
+    packed = gd.PackedTargets.from_list(targets)
+    criterion = gd.build_criterion("conditional_detr_r50")
+    losses = criterion(out, packed)
+    first_stage.logits, first_stage.boxes = first_stage.logits[:1], first_stage.boxes[:1]
+    expected = {f"{name}_enc": value for name, value in mean_of_their_groups(first_stage, targets).items()}
+    expected |= mean_of_their_groups(out, targets)
+    assert set(losses) == {"loss", *expected}
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].float(), value.float(), rtol=1e-5, atol=1e-5)
+    total = 2 * expected["loss_ce_enc"] + 5 * expected["loss_bbox_enc"] + 2 * expected["loss_giou_enc"]
+    out.encoder = None
+    torch.testing.assert_close(losses["loss"], criterion(out, packed)["loss"] + total.float(), rtol=1e-5, atol=1e-5)
+
+
+def with_denoising(out, packed, *, contrastive, scope="first"):
+    """Give an output random predictions for denoising queries."""
+    queries = make_denoising_queries(
+        packed,
+        out.groups,
+        num_classes=CLASSES,
+        number=10,
+        label_noise=0.2,
+        box_noise=0.4,
+        contrastive=contrastive,
+        scope=scope,
+    )
+    length = queries.groups.denoising_length
+    logits = out.logits.new_empty(LAYERS, len(packed.sizes), length, CLASSES).normal_() * 2
+    boxes = out.boxes.new_empty(LAYERS, len(packed.sizes), length, 4).normal_().sigmoid()
+    out.denoising = DenoisingOutput(logits.requires_grad_(), boxes.requires_grad_(), queries)
+    return out
+
+
+def loop_over_denoising_queries(out, targets, *, contrastive):
+    """The denoising losses, query by query.
+
+    DN-DETR: every object that has noise must be reconstructed, and the sums are divided by the number of noised
+    objects. DINO: the second half of each denoising group must predict nothing, and so must, in its repository, the
+    padding; the sums are divided by the number of positives.
+    """
+    predicted, layout = out.denoising, out.denoising.queries.groups
+    denoising_groups = layout.denoising_sets * layout.denoising_groups
+    size = max(len(target["labels"]) for target in targets)
+    divisor = sum(len(target["labels"]) for target in targets) * denoising_groups
+    losses = {}
+    for layer in range(LAYERS):
+        ce = bbox = giou = 0
+        for image, target in enumerate(targets):
+            row = 0
+            for _ in range(denoising_groups):
+                for negative in (False, True) if contrastive else (False,):
+                    for index in range(size):
+                        positive = not negative and index < len(target["labels"])
+                        expected = torch.zeros(CLASSES, dtype=torch.float64)
+                        if positive:
+                            expected[target["labels"][index]] = 1
+                            ours, theirs = predicted.boxes[layer, image, row], target["boxes"][index]
+                            bbox = bbox + (ours - theirs).abs().sum()
+                            pair = torchvision.ops.box_convert(torch.stack((ours, theirs)), "cxcywh", "xyxy")
+                            giou = giou + 1 - torchvision.ops.generalized_box_iou(pair[:1], pair[1:]).sum()
+                        if positive or contrastive:
+                            logits = predicted.logits[layer, image, row]
+                            ce = ce + torchvision.ops.sigmoid_focal_loss(logits, expected, 0.25, 2.0, "sum")
+                        row += 1
+            assert row == layout.denoising_length
+        suffix = "_dn" if layer == LAYERS - 1 else f"_dn_{layer}"
+        losses |= {f"loss_ce{suffix}": ce, f"loss_bbox{suffix}": bbox, f"loss_giou{suffix}": giou}
+    return {name: value / divisor for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("scope", ["first", "every"])
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_denoising_losses_equal_a_plain_loop(contrastive, scope):
+    out = predictions(gd.QueryGroups(2, 5))
+    targets = random_targets((3, 0, 1))
+    packed = gd.PackedTargets.from_list(targets)
+    criterion = gd.build_criterion("dab_detr_r50")
+    matched = criterion(out, packed)
+    losses = criterion(with_denoising(out, packed, contrastive=contrastive, scope=scope), packed)
+    expected = loop_over_denoising_queries(out, targets, contrastive=contrastive)
+    assert set(losses) == {*matched, *expected}
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].double(), value, rtol=1e-5, atol=1e-5)
+    weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    total = sum(weights[name.partition("_dn")[0]] * value for name, value in expected.items())
+    torch.testing.assert_close((losses["loss"] - matched["loss"]).double(), total, rtol=1e-4, atol=1e-4)
+    inputs = (out.denoising.logits, out.denoising.boxes)
+    ours = torch.autograd.grad(losses["loss"], inputs, retain_graph=True)
+    for a, b in zip(ours, torch.autograd.grad(total, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_denoising_padding_of_dn_detr_has_no_gradient():
+    out = predictions(gd.QueryGroups(2, 5))
+    packed = gd.PackedTargets.from_list(random_targets((3, 0, 1)))
+    with_denoising(out, packed, contrastive=False)
+    gd.build_criterion("dab_detr_r50")(out, packed)["loss"].backward()
+    exists = out.denoising.queries.exists
+    for predicted in (out.denoising.logits, out.denoising.boxes):
+        assert not predicted.grad[:, ~exists].any()
+        assert predicted.grad[:, exists].any(-1).all()
 
 
 def test_images_without_objects():
@@ -122,16 +233,22 @@ def test_non_finite_predictions_do_not_spoil_the_matching():
     assert not ((matching.queries[:, 0] == 3) & matching.matched[:, 0]).any()
 
 
-@pytest.mark.parametrize("sizes", [(3, 5, 1), (0, 0, 0)])
-def test_compiles_without_a_break(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "contrastive"), [((3, 5, 1), None), ((0, 0, 0), None), ((3, 0, 1), False), ((3, 0, 1), True)]
+)
+def test_compiles_without_a_break(sizes, contrastive):
     """A full graph exists only if no shape, branch or copy depends on what the tensors hold."""
     groups = gd.QueryGroups(3, 6)
     out = predictions(groups, dtype=torch.float32)
     targets = gd.PackedTargets.from_list(random_targets(sizes, torch.float32))
+    denoising = encoder = None
+    if contrastive is not None:
+        denoising = with_denoising(out, targets, contrastive=contrastive).denoising
+        encoder = EncoderOutput(out.logits[0].detach(), out.boxes[0].detach())
     criterion = gd.build_criterion("conditional_detr_r50")
 
     def loss(logits, boxes):
-        return criterion(gd.DetectorOutput(logits, boxes, groups), targets)
+        return criterion(gd.DetectorOutput(logits, boxes, groups, denoising, encoder), targets)
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(out.logits, out.boxes)
@@ -158,7 +275,9 @@ def test_traces_with_fake_gpu_tensors():
             torch.empty(2, dtype=torch.int64, device=device),
             (5, 2),
         )
-        losses = criterion(SimpleNamespace(logits=logits, boxes=boxes, groups=groups), targets)
+        out = with_denoising(SimpleNamespace(logits=logits, boxes=boxes, groups=groups), targets, contrastive=True)
+        out.encoder = EncoderOutput(logits[0], boxes[0])
+        losses = criterion(out, targets)
         assert losses["loss"].device.type == "cuda"  # its backward pass would need a GPU even for fake tensors
 
 

@@ -29,6 +29,16 @@ def test_two_rates_and_no_frozen_parameters():
     assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("weight_decay", [0.05, 0.0])
+def test_norms_and_embeddings_without_decay(weight_decay):
+    model = Model()
+    model.norm, model.table = torch.nn.LayerNorm(2), torch.nn.Embedding(3, 2)
+    model.backbone = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2))
+    optimizer = build_optimizer(model, OptimizationConfig(weight_decay=weight_decay, decay_norms=False))
+    groups = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert groups == [(2, 1e-4, weight_decay), (3, 1e-4, 0), (2, 1e-5, weight_decay), (2, 1e-5, 0)]
+
+
 def test_step_drop_after_the_given_epoch():
     found = rates(OptimizationConfig(epochs=4, lr_drop=3), steps=8, steps_per_epoch=2)
     assert [row[0] for row in found] == pytest.approx([1e-4] * 6 + [1e-5] * 2)

@@ -1,19 +1,35 @@
-"""How the tensors of other code bases are named, as renamings to the names of this package.
+"""What the ways of naming tensors have in common."""
 
-A layout is recognised by a key that only it has. Renamings are regular expressions that replace the start of a key
-(``\\A``) or one component of it, applied in order.
-"""
-
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["LAYOUTS", "Layout", "recognize"]
+__all__ = ["CheckpointMismatch", "Converted", "Layout", "StateDict", "gather"]
 
 StateDict = dict[str, Tensor]
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint that does not fit the model; the message says where."""
+
+
+@dataclass
+class Converted:
+    """The tensors of a checkpoint, sorted by the names of a model.
+
+    Attributes:
+        tensors: by name in the model; names that the checkpoint lacks are left out.
+        keys: in the checkpoint, by name in the model.
+        unused: keys of the checkpoint that have no place in the model.
+        repeated: keys of the checkpoint that hold a tensor of another key once more.
+    """
+
+    tensors: StateDict = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -23,88 +39,34 @@ class Layout:
     Attributes:
         name: for messages.
         marker: a pattern that some key of this layout, and no key of the others, matches at its start.
-        renamings: (pattern, replacement) pairs.
-        merge: joins tensors that this package keeps as one; applied after the renamings.
+        convert: sorts a checkpoint by the names of a model; may raise :class:`CheckpointMismatch`.
     """
 
     name: str
     marker: str
-    renamings: tuple[tuple[str, str], ...] = ()
-    merge: Callable[[StateDict], StateDict] = lambda state: state
-
-    def convert(self, state: StateDict) -> StateDict:
-        """The same tensors under this package's names."""
-        converted = {}
-        for key, tensor in state.items():
-            for pattern, replacement in self.renamings:
-                key = re.sub(pattern, replacement, key)
-            converted[key] = tensor
-        return self.merge(converted)
+    convert: Callable[[StateDict, nn.Module], Converted]
 
 
-def recognize(state: StateDict) -> Layout | None:
-    """The layout that a state dict has, or None."""
-    for layout in LAYOUTS:
-        if any(re.match(layout.marker, key) for key in state):
-            return layout
-    return None
+def gather(sources: Mapping[str, list[str]], state: StateDict) -> Converted:
+    """Sort a checkpoint in which several keys may hold one tensor.
 
+    Args:
+        sources: name in the model -> the keys of its tensor, at least one.
+        state: key -> tensor.
 
-def _merge_attention_inputs(state: StateDict) -> StateDict:
-    """Stack separate query, key and value projections of the encoder into ``in_proj_weight`` and ``in_proj_bias``."""
-    merged = dict(state)
-    for key in state:
-        found = re.fullmatch(r"(encoder\.layers\.\d+\.self_attn)\.q_proj\.(weight|bias)", key)
-        if found:
-            prefix, kind = found.groups()
-            parts = [merged.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"]
-            merged[f"{prefix}.in_proj_{kind}"] = torch.cat(parts)
-    return merged
-
-
-# transformers' own ResNet, for models that were made without timm
-_TRANSFORMERS_RESNET = (
-    (r"\Abackbone\.body\.embedder\.embedder\.convolution\.", "backbone.body.conv1."),
-    (r"\Abackbone\.body\.embedder\.embedder\.normalization\.", "backbone.body.bn1."),
-    *((rf"\Abackbone\.body\.encoder\.stages\.{i}\.layers\.", f"backbone.body.layer{i + 1}.") for i in range(4)),
-    (r"\.shortcut\.convolution\.", ".downsample.0."),
-    (r"\.shortcut\.normalization\.", ".downsample.1."),
-    *((rf"\.layer\.{i}\.convolution\.", f".conv{i + 1}.") for i in range(3)),
-    *((rf"\.layer\.{i}\.normalization\.", f".bn{i + 1}.") for i in range(3)),
-)
-
-# names of transformers 5; those of transformers 4 that differ follow in the same table
-_TRANSFORMERS = (
-    (r"\Amodel\.backbone\.(conv_encoder\.)?model\.(_backbone\.)?", "backbone.body."),
-    *_TRANSFORMERS_RESNET,
-    (r"\Amodel\.", ""),
-    (r"\Ainput_projection\.", "input_proj."),
-    (r"\Aquery_position_embeddings\.", "query_embed."),
-    (r"\Aclass_labels_classifier\.", "class_embed."),
-    (r"\Abbox_predictor\.", "bbox_embed."),
-    (r"\Adecoder\.layernorm\.", "decoder.norm."),
-    (r"\.mlp\.fc([12])\.", r".linear\1."),
-    (r"\.fc([12])\.", r".linear\1."),
-    (r"\A(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
-    (r"\A(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
-    (r"\A(decoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
-    (r"\A(decoder\.layers\.\d+)\.encoder_attn_layer_norm\.", r"\1.norm2."),
-    (r"\A(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    (r"_attn\.o_proj\.", "_attn.out_proj."),
-    (r"\A(decoder\.layers\.\d+)\.self_attn\.([qk])_(content|pos)_proj\.", r"\1.sa_\2\3_proj."),
-    (r"\A(decoder\.layers\.\d+)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
-    (r"\A(decoder\.layers\.\d+)\.encoder_attn\.([qk])_(content|pos)_proj\.", r"\1.ca_\2\3_proj."),
-    (r"\A(decoder\.layers\.\d+)\.encoder_attn\.q_pos_sine_proj\.", r"\1.ca_qpos_sine_proj."),
-    (r"\A(decoder\.layers\.\d+)\.encoder_attn\.v_proj\.", r"\1.ca_v_proj."),
-    (r"\A(decoder\.layers\.\d+)\.encoder_attn\.", r"\1.cross_attn."),
-)
-
-LAYOUTS = (
-    Layout("groupdetr_fast", r"decoder\.layers\.0\."),
-    Layout(
-        "the original repository",
-        r"transformer\.decoder\.layers\.0\.",
-        ((r"\Abackbone\.0\.body\.", "backbone.body."), (r"\Atransformer\.", "")),
-    ),
-    Layout("transformers", r"model\.decoder\.layers\.0\.", _TRANSFORMERS, _merge_attention_inputs),
-)
+    Raises:
+        CheckpointMismatch: if two keys of a name hold different tensors.
+    """
+    converted = Converted()
+    for name, (first, *others) in sources.items():
+        for key in others:
+            if not torch.equal(state[key], state[first]):
+                raise CheckpointMismatch(
+                    f"{first} and {key} differ in the checkpoint, but are one tensor in the model, {name}"
+                )
+        converted.tensors[name] = state[first]
+        converted.keys[name] = first
+        converted.repeated += others
+    used = {key for keys in sources.values() for key in keys}
+    converted.unused = [key for key in state if key not in used]
+    return converted

@@ -1,25 +1,26 @@
 """Loading a checkpoint into a model with any number of groups."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .layouts import LAYOUTS, recognize
+from .layouts import CheckpointMismatch, Converted, StateDict
 from .read import CheckpointFile, read_checkpoint
+from .recognize import recognize_detector, recognize_layout
 
-__all__ = ["CheckpointMismatch", "LoadReport", "load_checkpoint"]
+__all__ = ["LoadReport", "load_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-CLASS_HEADS = ("class_embed.",)
+# Starts of the names whose shapes follow the number of classes, and the number of queries.
+CLASS_PARAMETERS = ("class_embed.", "enc_out_class_embed.", "label_enc.")
+QUERY_PARAMETERS = ("query_embed.", "query_feat.", "refpoint_embed.", "tgt_embed.")
 
-
-class CheckpointMismatch(ValueError):
-    """A checkpoint that does not fit the model; the message says where."""
+SHOWN = 5  # names in a message
 
 
 @dataclass
@@ -29,25 +30,28 @@ class LoadReport:
     Attributes:
         layout: the code base whose names the checkpoint has.
         matched: names, in the model, of the tensors that were loaded.
-        missing: names in the model that the checkpoint does not have; they keep their values.
-        dropped: keys of the checkpoint that have no place in the model.
-        groups: (in the checkpoint, in the model) numbers of groups.
+        missing: names in the model that were not loaded; they keep their values.
+        dropped: keys of the checkpoint that were not loaded.
+        repeated: keys of the checkpoint that hold a matched tensor once more, as the original repositories save heads
+            that two modules share.
+        groups: (in the checkpoint, in the model) numbers of groups; None if the checkpoint has no queries.
     """
 
     layout: str
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-    groups: tuple[int, int] = (1, 1)
+    repeated: list[str] = field(default_factory=list)
+    groups: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         text = f"{len(self.matched)} tensors loaded from a checkpoint of {self.layout}"
-        if self.groups[0] != self.groups[1]:
-            text += f"; {self.groups[0]} groups in the checkpoint, {self.groups[1]} in the model"
-        for kind in ("missing", "dropped"):
-            names = getattr(self, kind)
-            if names:
-                text += f"; {len(names)} {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        if self.groups is not None and self.groups[0] != self.groups[1]:
+            text += f"; groups: {self.groups[0]} in the checkpoint, {self.groups[1]} in the model"
+        if self.missing:
+            text += f"; missing: {_shown(self.missing)}"
+        if self.dropped:
+            text += f"; dropped: {_shown(self.dropped)}"
         return text
 
 
@@ -57,91 +61,129 @@ def load_checkpoint(
     *,
     num_groups: int | None = None,
     new_class_head: bool = False,
+    partial: bool = False,
 ) -> LoadReport:
     """Load weights into a detector of this package.
 
-    Recognised are this package's files, those of the original repositories, and transformers' (a directory, a file or a
-    state dict; the names of transformers 4 and 5). Learned queries are regrouped: if the model has more groups than the
-    checkpoint, the others keep their fresh initialisation (copies of group 0 would stay copies); if it has fewer, the
-    first groups are taken; fewer queries per group are taken from each group.
+    Recognised are this package's files, those of the detector's original repository, and transformers' (a directory, a
+    file or a state dict; the names of transformers 4 and 5). What each group has of its own (learned queries, DINO's
+    encoder heads) is regrouped: if the model has more groups than the checkpoint, the others keep their fresh
+    initialisation (copies of group 0 would stay copies); if it has fewer, the first groups are taken; fewer queries per
+    group are taken from each group.
 
     Args:
         model: the detector; changed only if everything fits.
         path_or_state_dict: a file, a folder or a state dict.
         num_groups: groups in the checkpoint, where it does not say and its queries are not those of one group.
-        new_class_head: keep the model's fresh class head where the number of classes differs.
+        new_class_head: keep the model's fresh class heads and label embedding where the number of classes differs.
+        partial: take what fits, as from another detector's checkpoint, and leave the rest.
 
     Returns:
         A report, which is also logged.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        CheckpointMismatch: if a tensor does not fit or the layout is unknown; the message names it.
+        CheckpointMismatch: if the layout is unknown; without ``partial``, also if a tensor is missing, has no place or
+            does not fit. The message names it.
         ValueError: if the file cannot be read.
     """
     file = read_checkpoint(path_or_state_dict)
-    layout = recognize(file.state)
-    if layout is None:
-        known = ", ".join(layout.name for layout in LAYOUTS)
-        raise CheckpointMismatch(
-            f"the checkpoint's tensor names (such as {next(iter(file.state))}) are those of none of: {known}"
-        )
-    state = layout.convert(file.state)
+    layout = recognize_layout(file.state)
+    converted = layout.convert(file.state, model)
     target = model.state_dict()
-    report = LoadReport(layout.name)
-    accepted: dict[str, Tensor] = {}
-    for name, current in target.items():
-        if name not in state:
-            if not name.endswith("num_batches_tracked"):
-                report.missing.append(name)
-            continue
-        loaded = state[name]
+    missing = _without_counters(name for name in target if name not in converted.tensors)
+    unused = _without_counters(converted.unused)
+    if not converted.tensors or (not partial and (missing or unused)):
+        raise CheckpointMismatch(_difference(model, file.state, converted, missing))
+
+    report = LoadReport(layout.name, missing=missing, dropped=unused, repeated=converted.repeated)
+    groups = _count_groups(converted.tensors, model, file, num_groups)
+    if groups is not None:
+        report.groups = (groups, model.config.num_groups)
+    accepted: StateDict = {}
+    for name, loaded in converted.tensors.items():
+        current = target[name]
         if name in model.group_parameters:
-            loaded, report.groups = _regroup(name, loaded, current, model, file, num_groups)
-        if new_class_head and name.startswith(CLASS_HEADS) and loaded.shape != current.shape:
+            loaded = _regroup(name, loaded, current, groups or 1, model)
+        if loaded.shape == current.shape:
+            accepted[name] = loaded
+        elif partial or (new_class_head and name.startswith(CLASS_PARAMETERS)):
             report.missing.append(name)
-            report.dropped.append(name)
-            continue
-        if loaded.shape != current.shape:
-            hint = " (pass new_class_head=True to train a new one)" if name.startswith(CLASS_HEADS) else ""
+            report.dropped.append(converted.keys[name])
+        else:
+            hint = " (pass new_class_head=True to train a new one)" if name.startswith(CLASS_PARAMETERS) else ""
             raise CheckpointMismatch(
                 f"{name} has shape {list(loaded.shape)} in the checkpoint and {list(current.shape)} in the model{hint}"
             )
-        accepted[name] = loaded
     if not accepted:
-        raise CheckpointMismatch("no tensor of the checkpoint belongs to the model")
+        raise CheckpointMismatch(f"no tensor of the checkpoint has the shape that {type(model).__name__} needs")
     model.load_state_dict(accepted, strict=False)
     report.matched = list(accepted)
-    report.dropped += [key for key in state if key not in target and not key.endswith("num_batches_tracked")]
     logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
     return report
 
 
-def _regroup(
-    name: str, loaded: Tensor, current: Tensor, model: nn.Module, file: CheckpointFile, num_groups: int | None
-) -> tuple[Tensor, tuple[int, int]]:
-    """Fit group-major rows ``[K * N, C]`` of a checkpoint to the model's. Returns also both numbers of groups."""
-    rows, queries = len(loaded), model.config.num_queries
-    groups = num_groups or file.num_groups
-    if groups is None and file.num_queries and rows % file.num_queries == 0:
-        groups = rows // file.num_queries
-    if groups is None and rows in (queries, len(current)):
-        groups = rows // queries
-    if groups is None:
-        raise CheckpointMismatch(
-            f"{name} has {rows} rows in the checkpoint, neither one group of {queries} queries nor the model's "
-            f"{model.config.num_groups} * {queries}: pass num_groups, the number of groups in the checkpoint"
-        )
-    if rows % groups or rows // groups < queries:
-        raise CheckpointMismatch(
-            f"{name} has {rows} rows in the checkpoint, which are not {groups} groups of at least {queries} queries, "
-            f"as many as the model has per group"
-        )
+def _without_counters(names: Iterable[str]) -> list[str]:
+    """Without the counters of batch norms: they serve a way of averaging that no network here uses."""
+    return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _difference(model: nn.Module, state: StateDict, converted: Converted, missing: Sequence[str]) -> str:
+    text = f"the checkpoint does not fit {type(model).__name__}"
+    detector = recognize_detector(state)
+    if detector is not None:
+        text += f" (it looks like one of {detector})"
+    if not converted.tensors:
+        return f"{text}: no tensor of it belongs to the model"
+    if missing:
+        text += f"; it lacks {_shown(missing)}"
+    unused = _without_counters(converted.unused)
+    if unused:
+        text += f"; the model has no place for {_shown(unused)}"
+    return f"{text}; pass partial=True to load what fits"
+
+
+def _shown(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _count_groups(tensors: StateDict, model: nn.Module, file: CheckpointFile, num_groups: int | None) -> int | None:
+    """The number of groups in a checkpoint; None if it has no queries of the model's kind."""
+    names = [name for name in model.group_parameters if name.startswith(QUERY_PARAMETERS) and name in tensors]
+    if not names:
+        return None
+    name = names[0]
+    rows, queries = len(tensors[name]), model.config.num_queries
+    if num_groups or file.num_groups:
+        return num_groups or file.num_groups
+    if file.num_queries and rows % file.num_queries == 0:
+        return rows // file.num_queries
+    if rows in (queries, queries * model.config.num_groups):
+        return rows // queries
+    raise CheckpointMismatch(
+        f"{name} has {rows} rows in the checkpoint, neither one group of {queries} queries nor the model's "
+        f"{model.config.num_groups} * {queries}: pass num_groups, the number of groups in the checkpoint"
+    )
+
+
+def _regroup(name: str, loaded: Tensor, current: Tensor, groups: int, model: nn.Module) -> Tensor:
+    """Fit group-major rows of a checkpoint with ``groups`` groups to those of the model.
+
+    Rows that are no queries, and do not fit, come back as they are.
+    """
+    rows, own_groups = len(loaded), model.config.num_groups
+    wanted = len(current) // own_groups
     if loaded.shape[1:] != current.shape[1:]:
-        raise CheckpointMismatch(
-            f"{name} has rows of shape {list(loaded.shape[1:])} in the checkpoint and "
-            f"{list(current.shape[1:])} in the model"
-        )
-    grouped = loaded.unflatten(0, (groups, -1))[: model.config.num_groups, :queries]
-    fresh = current.unflatten(0, (model.config.num_groups, queries))[len(grouped) :]
-    return torch.cat((grouped.to(fresh), fresh)).flatten(0, 1), (groups, model.config.num_groups)
+        return loaded
+    if name.startswith(QUERY_PARAMETERS):
+        if rows % groups or rows // groups < wanted:
+            raise CheckpointMismatch(
+                f"{name} has {rows} rows in the checkpoint, which are not {groups} groups of at least {wanted} "
+                f"queries, as many as the model has per group"
+            )
+    elif rows != groups * wanted:
+        return loaded
+    grouped = loaded.unflatten(0, (groups, -1))[:own_groups, :wanted]
+    fresh = current.unflatten(0, (own_groups, wanted))[len(grouped) :]
+    return torch.cat((grouped.to(fresh), fresh)).flatten(0, 1)

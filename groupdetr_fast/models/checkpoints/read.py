@@ -5,12 +5,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["CheckpointFile", "read_checkpoint"]
+from .numpy_pickle import read_numpy_pickle
+
+__all__ = ["CheckpointFile", "read_checkpoint", "read_metadata"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
     """Read a ``.safetensors`` file, a pickle of tensors, a folder that holds one, or take a state dict as it is.
 
     Pickles are read with ``weights_only=True``; of other types only the ``argparse.Namespace`` of the original
-    repositories is admitted.
+    repositories is admitted. The ``.pkl`` files of detectron2 may hold numpy arrays and nothing else.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -47,6 +50,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
         return _read_folder(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix == ".pkl":
+        return _from_object(read_numpy_pickle(path), str(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,6 +60,30 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
             f"checkpoint {path} cannot be read as a file of tensors: {str(error).splitlines()[0]}"
         ) from None
     return _from_object(content, str(path))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What this package's training wrote into the header of a weights file.
+
+    Args:
+        path: the file, or a folder that holds one.
+
+    Returns:
+        ``model``, the name of the detector, ``model_config``, ``categories`` and ``labels``; empty for files of other
+        code.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
+        return {}
+    try:
+        with safe_open(files[0], framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("groupdetr_fast", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {files[0]} cannot be read as safetensors: {error}") from None
 
 
 def _read_folder(folder: Path) -> CheckpointFile:
@@ -73,13 +102,12 @@ def _read_folder(folder: Path) -> CheckpointFile:
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
+    config = read_metadata(path).get("model_config", {})
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("groupdetr_fast", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read as safetensors: {error}") from None
-    config = metadata.get("model_config", {})
     return CheckpointFile(state, config.get("num_queries"), config.get("num_groups"))
 
 

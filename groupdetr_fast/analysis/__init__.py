@@ -1,0 +1,1 @@
+"""The paper's measurements, one command each: ``groupdetr analyze``."""

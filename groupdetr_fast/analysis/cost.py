@@ -1,0 +1,137 @@
+"""Time and memory of training steps, in a process of their own. ``python -m groupdetr_fast.analysis.cost FOLDER``"""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..build import build_criterion
+from ..coco_training import CocoTrainingConfig
+from ..data import CocoDataset, EpochSampler, collate, train_transforms
+from ..training.engine import Trainer, build_accelerator
+from .settings import from_json, read_json, to_json, write_json
+
+__all__ = ["CostError", "CostSettings", "measure_cost"]
+
+SETTINGS, COST = "settings.json", "cost.json"
+
+
+class CostError(ValueError):
+    """A measurement that failed; the message is what its process said last."""
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """What is timed.
+
+    Attributes:
+        training: whose optimiser steps these are.
+        warmup: steps before the first one that counts.
+        steps: steps that count.
+    """
+
+    training: CocoTrainingConfig
+    warmup: int
+    steps: int
+
+
+def measure_cost(settings: CostSettings, folder: Path, *, threads: int) -> dict[str, Any]:
+    """Time training steps in a new process, so that its peak memory is that of these steps.
+
+    Returns:
+        ``seconds_per_step`` (median of optimiser steps, without loading images), ``..._p20`` and
+        ``..._p80`` (percentiles), ``seconds_per_epoch`` (the median times the steps of an epoch) and
+        ``peak_memory_mib`` (of the GPU if there is one, else of the process).
+
+    Raises:
+        CostError: if the process fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, to_json(settings))
+    command = [sys.executable, "-m", "groupdetr_fast.analysis.cost", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise CostError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
+    return read_json(folder / COST)
+
+
+class _TimedTrainer(Trainer):
+    """The trainer of ``groupdetr train``, one step after the other."""
+
+    def time_steps(self, number: int) -> list[float]:
+        """Seconds of each of so many optimiser steps, without loading images."""
+        self.model.train()
+        times: list[float] = []
+        while True:
+            for batches in self._steps():
+                _wait()
+                begin = time.perf_counter()
+                self._run_step(batches)
+                _wait()
+                times.append(time.perf_counter() - begin)
+                if len(times) == number:
+                    return times
+            self.epoch += 1
+
+
+def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
+    config = settings.training
+    optimization = config.optimization.resolved()
+    accelerator = build_accelerator(optimization, folder)
+    dataset = CocoDataset(
+        *config.data.train_paths(),
+        train_transforms(config.augmentation),
+        labels=config.data.labels,
+        masks=config.model.predicts_masks,
+        seed=optimization.seed,
+        cache_images=config.data.cache_images,
+    )
+    loader = DataLoader(
+        dataset,
+        optimization.batch_size,
+        sampler=EpochSampler(dataset, seed=optimization.seed),
+        num_workers=config.data.workers,
+        collate_fn=partial(collate, min_size=config.augmentation.jitter_size or 0),
+    )
+    model = config.model.build(dataset.num_classes)
+    trainer = _TimedTrainer(accelerator, model, build_criterion(model), loader, dict, optimization, folder, {})
+    times = trainer.time_steps(settings.warmup + settings.steps)[settings.warmup :]
+    median = statistics.median(times)
+    percentiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
+    return {
+        "seconds_per_step": median,
+        "seconds_per_step_p20": percentiles[0].item(),
+        "seconds_per_step_p80": percentiles[1].item(),
+        "seconds_per_epoch": median * -(-len(loader) // optimization.accumulate),
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_memory_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    try:
+        write_json(folder / COST, _time_steps(from_json(CostSettings, read_json(folder / SETTINGS)), folder))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

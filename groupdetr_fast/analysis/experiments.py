@@ -1,0 +1,150 @@
+"""Which runs each measurement consists of, and what is read from their results."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..coco_training import CocoTrainingConfig
+from ..models.registry import model_config
+from .run import Run, RunResults
+
+__all__ = [
+    "VARIANTS",
+    "Cell",
+    "ablation_cells",
+    "assignment_cells",
+    "average",
+    "group_cells",
+    "result_row",
+    "with_groups",
+]
+
+Row = dict[str, Any]
+
+# Table 7: the name of each row, whether self-attention stays inside the groups, and how targets are assigned.
+VARIANTS = {
+    "one group": (False, "one_to_one"),
+    "neither (naive one-to-many)": (False, "one_to_many"),
+    "separate self-attention only": (True, "one_to_many"),
+    "group assignment only": (False, "group"),
+    "both (Group DETR)": (True, "group"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a measurement: what it stands for in the table, and its training."""
+
+    labels: Mapping[str, Any]
+    training: CocoTrainingConfig
+
+
+def with_groups(
+    training: CocoTrainingConfig, num_groups: int, *, separate: bool = True, assignment: str = "group"
+) -> CocoTrainingConfig:
+    """The same training with ``num_groups`` times as many queries, in which each object has as many positives.
+
+    Args:
+        training: a training, whose number of queries is that of one group.
+        num_groups: K.
+        separate: whether self-attention stays inside the groups.
+        assignment: see ``training.matcher.GroupMatcher``; with "one_to_one" each object has one positive.
+    """
+    size = training.model.num_queries or model_config(training.model.model).num_queries
+    if num_groups == 1:  # where all assignments and layouts are the same
+        separate, assignment = True, "group"
+    positives = None
+    if assignment != "one_to_one" and not separate:
+        positives = num_groups
+    layout = {"num_groups": num_groups, "num_queries": size}
+    if not separate:
+        layout = {"num_groups": 1, "num_queries": num_groups * size}
+        if assignment == "one_to_one":
+            assignment = "group"  # of all queries as one group
+    return replace(training, model=replace(training.model, **layout), assignment=assignment, positives=positives)
+
+
+def group_cells(
+    training: CocoTrainingConfig, groups: Sequence[int], baseline_epochs: Sequence[int], seeds: Iterable[int]
+) -> list[Cell]:
+    """Tables 1 and 2: every number of groups for the training's epochs, and one group for some others."""
+    epochs = training.optimization.resolved().epochs
+    pairs = [(num_groups, epochs) for num_groups in groups]
+    pairs += [(1, number) for number in baseline_epochs if (1, number) not in pairs]
+    cells = []
+    for seed in seeds:
+        for num_groups, number in pairs:
+            labels = {"num_groups": num_groups, "epochs": number, "seed": seed}
+            cells.append(Cell(labels, _seeded(_with_epochs(with_groups(training, num_groups), number), seed)))
+    return cells
+
+
+def assignment_cells(training: CocoTrainingConfig, groups: Sequence[int], seeds: Iterable[int]) -> list[Cell]:
+    """Figure 1: three assignments with equal numbers of queries, those of each number of groups."""
+    size = training.model.num_queries or model_config(training.model.model).num_queries
+    cells = []
+    for seed in seeds:
+        for num_groups in groups:
+            for assignment in ("one_to_one", "one_to_many", "group"):
+                config = with_groups(training, num_groups, separate=assignment == "group", assignment=assignment)
+                labels = {"assignment": assignment, "queries": num_groups * size, "seed": seed}
+                cells.append(Cell(labels, _seeded(config, seed)))
+    return cells
+
+
+def ablation_cells(training: CocoTrainingConfig, seeds: Iterable[int]) -> list[Cell]:
+    """Table 7: groups with and without separate self-attention and group-wise assignment."""
+    cells = []
+    for seed in seeds:
+        for variant, (separate, assignment) in VARIANTS.items():
+            num_groups = 1 if assignment == "one_to_one" else training.model.num_groups
+            config = with_groups(training, num_groups, separate=separate, assignment=assignment)
+            cells.append(Cell({"variant": variant, "seed": seed}, _seeded(config, seed)))
+    return cells
+
+
+def result_row(cell: Cell, run: Run, results: RunResults) -> Row:
+    """What a finished run contributes to a table; AP in [0, 1], time of the training steps alone."""
+    seconds = [row["seconds"] for row in results.epochs]
+    row = {**cell.labels, "run": run.name}
+    for usage, metrics in results.usages.items():
+        row |= {f"{name}_{usage}": metrics[name] for name in ("AP", "AP50", "AP75")}
+    return row | {
+        "minutes": sum(seconds) / 60,
+        "seconds_per_epoch": statistics.median(seconds),
+        "peak_memory_mib": max(row["peak_memory_mib"] for row in results.epochs),
+    }
+
+
+def average(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str]) -> list[Row]:
+    """Mean and spread over the rows that share ``keys``, in the order in which they first occur.
+
+    Returns:
+        Per combination of keys: the keys, ``runs``, and for each value ``<value>`` (mean) and ``<value>_std`` (sample
+        standard deviation; None for a single run). Missing numbers (None, nan) are left out; None if none is left.
+    """
+    together: dict[tuple, list[Row]] = {}
+    for row in rows:
+        together.setdefault(tuple(row[key] for key in keys), []).append(row)
+    averages = []
+    for combination, members in together.items():
+        entry: Row = {**dict(zip(keys, combination, strict=True)), "runs": len(members)}
+        for value in values:
+            numbers = [row[value] for row in members if row[value] is not None and not math.isnan(row[value])]
+            entry[value] = statistics.mean(numbers) if numbers else None
+            entry[f"{value}_std"] = statistics.stdev(numbers) if len(numbers) > 1 else None
+        averages.append(entry)
+    return averages
+
+
+def _seeded(training: CocoTrainingConfig, seed: int) -> CocoTrainingConfig:
+    return replace(training, optimization=replace(training.optimization, seed=seed))
+
+
+def _with_epochs(training: CocoTrainingConfig, epochs: int) -> CocoTrainingConfig:
+    """The same training for another number of epochs; a drop of the rates keeps its distance to the end."""
+    optimization = training.optimization.resolved()
+    drop = max(1, optimization.lr_drop + epochs - optimization.epochs)
+    return replace(training, optimization=replace(optimization, epochs=epochs, lr_drop=drop))

@@ -1,0 +1,176 @@
+"""Many runs, a few at a time, each in a process of its own; what is done is skipped."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .run import Run, RunResults
+
+__all__ = ["SweepError", "run_sweep"]
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.txt"
+POLL_SECONDS = 0.5
+STOP_SECONDS = 60  # for a run to write a checkpoint when it is asked to stop
+DEFAULT_MEMORY_SHARE = 0.8  # of what is available when the sweep begins
+
+
+class SweepError(ValueError):
+    """Runs of a sweep that failed; the message names the first and what it said last."""
+
+
+def run_sweep(
+    runs: Iterable[Run], folder: Path, *, jobs: int = 1, threads: int = 1, memory_gib: float | None = None
+) -> dict[str, RunResults]:
+    """Make the runs that are not done yet, those that were interrupted from their last checkpoint on.
+
+    Args:
+        runs: each is made once, however often it occurs.
+        folder: has a folder for each run, named by its settings, with what it printed in ``log.txt``.
+        jobs: runs at a time.
+        threads: CPU threads of each.
+        memory_gib: limit of the memory of all runs together, in GiB; by default 80 % of what is free now. When it is
+            exceeded, the run that was started last stops and goes on later; a single run may exceed it.
+
+    Returns:
+        The results of each run under its name.
+
+    Raises:
+        SweepError: if runs failed; the others are made nevertheless.
+        ValueError: if ``jobs``, ``threads`` or ``memory_gib`` is not positive.
+    """
+    for name, value in (("jobs", jobs), ("threads", threads), ("memory_gib", memory_gib)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    limit = psutil.virtual_memory().available * DEFAULT_MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
+    unique = {run.name: run for run in runs}
+    pool = _Pool(unique, folder, jobs, threads, limit)
+    pool.work()
+    if pool.failed:
+        name, reason = next(iter(pool.failed.items()))
+        raise SweepError(
+            f"{len(pool.failed)} of {len(unique)} runs failed; {name}: {reason} (see {folder / name / LOG})"
+        )
+    return {name: RunResults.read(folder / name) for name in unique}
+
+
+def run_command(folder: Path) -> list[str]:
+    """The command that makes the run of a folder."""
+    return [sys.executable, "-m", "groupdetr_fast.analysis.run", str(folder)]
+
+
+@dataclass
+class _Worker:
+    """A run's process."""
+
+    name: str
+    process: psutil.Popen
+
+    @classmethod
+    def start(cls, name: str, folder: Path, threads: int) -> "_Worker":
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (folder / LOG).open("a") as log:
+            process = psutil.Popen(run_command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return cls(name, process)
+
+    def memory(self) -> int:
+        """Bytes in use by the process and those that load its images."""
+        try:
+            family = [self.process, *self.process.children(recursive=True)]
+            return sum(member.memory_info().rss for member in family)
+        except psutil.NoSuchProcess:  # it has just ended
+            return 0
+
+    def stop(self) -> None:
+        """End the process, which may write a checkpoint first."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class _Pool:
+    def __init__(self, runs: dict[str, Run], folder: Path, jobs: int, threads: int, memory_limit: float):
+        self.runs = runs
+        self.folder = folder
+        self.jobs = jobs
+        self.threads = threads
+        self.memory_limit = memory_limit
+        self.largest = 0  # memory of a run, as far as seen
+        self.waiting = deque(name for name, run in runs.items() if not run.is_done(folder / name))
+        self.active: list[_Worker] = []
+        self.epochs = {name: run.epochs_done(folder / name) for name, run in runs.items()}
+        self.failed: dict[str, str] = {}
+
+    def work(self) -> None:
+        """Make all runs."""
+        logger.info("%d of %d runs are done already", len(self.runs) - len(self.waiting), len(self.runs))
+        if not self.waiting:
+            return
+        columns = (
+            TextColumn("runs {task.fields[done]}/{task.fields[runs]}"),
+            BarColumn(),
+            TextColumn("epochs {task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[names]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as progress:
+            total = sum(run.epochs for run in self.runs.values())
+            task = progress.add_task("sweep", total=total, done=0, runs=len(self.runs), names="")
+            try:
+                while self.waiting or self.active:
+                    for worker in self.active:
+                        self.epochs[worker.name] = self.runs[worker.name].epochs_done(self.folder / worker.name)
+                    self._reap()
+                    self._keep_the_limit()
+                    self._fill()
+                    done = len(self.runs) - len(self.waiting) - len(self.active)
+                    names = " ".join(worker.name for worker in self.active)
+                    progress.update(task, completed=sum(self.epochs.values()), done=done, names=names)
+                    if self.active:
+                        time.sleep(POLL_SECONDS)
+            finally:
+                for worker in self.active:
+                    worker.stop()
+
+    def _reap(self) -> None:
+        """Take note of the runs that have ended."""
+        for worker in [worker for worker in self.active if worker.process.poll() is not None]:
+            self.active.remove(worker)
+            if worker.process.returncode != 0:
+                lines = (self.folder / worker.name / LOG).read_text(errors="replace").strip().splitlines()
+                self.failed[worker.name] = lines[-1] if lines else f"exit status {worker.process.returncode}"
+                logger.error("run %s failed: %s", worker.name, self.failed[worker.name])
+
+    def _keep_the_limit(self) -> None:
+        sizes = [worker.memory() for worker in self.active]
+        self.largest = max(self.largest, *sizes, 0)
+        if len(self.active) > 1 and sum(sizes) > self.memory_limit:
+            newest = self.active.pop()
+            logger.warning("run %s waits until there is more memory", newest.name)
+            newest.stop()
+            self.waiting.appendleft(newest.name)
+
+    def _fill(self) -> None:
+        """Start runs while there is room for one more of the largest size that was seen."""
+        while self.waiting and len(self.active) < self.jobs:
+            used = sum(worker.memory() for worker in self.active)
+            if self.active and used + self.largest > self.memory_limit:
+                return
+            name = self.waiting.popleft()
+            self.runs[name].prepare(self.folder / name)
+            self.active.append(_Worker.start(name, self.folder / name, self.threads))

@@ -1,0 +1,133 @@
+"""Some groups of queries at a time, so that memory does not grow with the number of groups.
+
+No group sees another, and the loss is a sum over groups. So the decoder and the loss of a few groups can run forward
+and backward before the next groups begin: each pass adds to the gradient of the encoder's output, which goes back
+through encoder and backbone once, at the end. The gradients are those of all groups at once; dropout draws other
+numbers.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..groups import QueryGroups
+from ..targets import PackedTargets
+from .criterion import StepTotals
+
+__all__ = ["GroupPasses", "add_losses", "average_gradients"]
+
+
+class GroupPasses:
+    """Forward and backward pass of a model, ``groups_per_pass`` of its groups at a time.
+
+    Denoising queries for group 0 alone are made in the pass of that group; those of every group in its own pass.
+
+    Args:
+        model: has ``encode(images, masks)``, whose result is any nesting of tensors; ``decode(memory, groups, first,
+            targets)``, which predicts with the groups ``first``, ``first + 1``, ...; and ``config``.
+        criterion: called as ``criterion(output, targets, totals)``.
+        groups_per_pass: at least 1.
+
+    Raises:
+        ValueError: if the model cannot decode some of its groups, or targets are not assigned to each group by itself.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Callable[..., dict[str, Tensor]], groups_per_pass: int):
+        if not (hasattr(model, "encode") and hasattr(model, "decode")):
+            raise ValueError(
+                f"{type(model).__name__} cannot run groups_per_pass={groups_per_pass} of its groups at a time: "
+                "it has no encode and decode"
+            )
+        matcher = getattr(criterion, "matcher", None)
+        num_groups = model.config.num_groups
+        if getattr(matcher, "assignment", "group") != "group" or getattr(matcher, "positives", None) not in (
+            None,
+            num_groups,
+        ):
+            raise ValueError(
+                f"groups_per_pass={groups_per_pass} needs targets that are assigned to each of the {num_groups} groups "
+                "of queries by itself"
+            )
+        self.model = model
+        self.criterion = criterion
+        self.groups_per_pass = groups_per_pass
+
+    def __call__(
+        self,
+        images: Tensor,
+        masks: Tensor | None,
+        targets: PackedTargets,
+        totals: StepTotals,
+        *,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a batch to those of the parameters.
+
+        Args:
+            images, masks, targets: as the model takes them.
+            totals: of the step that the batch belongs to.
+            backward: what starts from a loss; may scale it.
+            autocast: context in which the model runs.
+
+        Returns:
+            The detached losses of all groups, as the criterion returns them for all groups at once.
+        """
+        config = self.model.config
+        totals = replace(totals, num_groups=config.num_groups)
+        with autocast():
+            memory = self.model.encode(images, masks)
+        encoded, structure = pytree.tree_flatten(memory)
+        cut = [part.detach().requires_grad_() if _has_gradient(part) else part for part in encoded]
+        losses: dict[str, Tensor] = {}
+        for first in range(0, config.num_groups, self.groups_per_pass):
+            groups = QueryGroups(min(self.groups_per_pass, config.num_groups - first), config.num_queries)
+            own = targets if first == 0 or getattr(config, "denoising_scope", "every") == "every" else None
+            with autocast():
+                output = self.model.decode(pytree.tree_unflatten(cut, structure), groups, first, own)
+            part = self.criterion(output, targets, totals)
+            backward(part["loss"])
+            losses = add_losses(losses, {name: value.detach() for name, value in part.items()})
+            del output, part  # before the next pass makes its own
+        ends = [(whole, end.grad) for whole, end in zip(encoded, cut, strict=True) if _has_gradient(whole)]
+        ends = [(whole, gradient) for whole, gradient in ends if gradient is not None]
+        if ends:
+            torch.autograd.backward(*zip(*ends, strict=True))
+        return losses
+
+
+def add_losses(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of the values of each name; a name need not be in every part."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over processes, which DistributedDataParallel does only for what goes through its ``forward``.
+
+    A parameter without a gradient in this process counts as 0: another process may have one.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in trained])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, gradient in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+def _has_gradient(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.requires_grad

@@ -1,0 +1,36 @@
+import pytest
+
+from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig
+from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
+from groupdetr_fast.training.optimization import OptimizationConfig
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    size = DigitsConfig(image_size=48, train_images=8, val_images=4, max_objects=3, min_digit=12, max_digit=24)
+    return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)
+
+
+@pytest.fixture
+def training(digits, tmp_path):
+    """A training of seconds: 2 groups of 5 queries, 2 epochs of 2 steps."""
+    return CocoTrainingConfig(
+        data=DataConfig(**digits._asdict(), workers=0),
+        model=ModelConfig(
+            num_groups=2,
+            num_queries=5,
+            d_model=32,
+            num_heads=2,
+            encoder_layers=1,
+            decoder_layers=2,
+            dim_feedforward=32,
+            dropout=0.0,
+            backbone="conv:8-16",
+        ),
+        augmentation=AugmentationConfig(
+            short_sides=(48,), flip=0.0, crop=0.0, max_size=None, eval_short_side=48, eval_max_size=None
+        ),
+        optimization=OptimizationConfig(epochs=2, lr_drop=1, lr=1e-2, backbone_lr=1e-2, batch_size=4, seed=7),
+        output=tmp_path / "run",
+        pictures=0,
+    )

@@ -1,0 +1,171 @@
+"""``groupdetr analyze``, with runs whose results are made up, and once for real."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from groupdetr_fast import cli
+from groupdetr_fast.analysis import commands
+from groupdetr_fast.analysis.run import RunResults
+from groupdetr_fast.coco_training import digits_demo
+
+METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
+FILES = ("train_images", "train_annotations", "val_images", "val_annotations")
+
+
+@pytest.fixture
+def flags(digits, tmp_path):
+    """Flags of a tiny training on the digits."""
+    sizes = "--num-groups 2 --num-queries 5 --d-model 32 --num-heads 2 --encoder-layers 1 --decoder-layers 1"
+    sizes += " --dim-feedforward 32 --backbone conv:8-16 --epochs 2 --lr 1e-2 --batch-size 4 --workers 0"
+    images = "--short-sides 48 --eval-short-side 48 --crop 0 --flip 0 --max-size None --eval-max-size None"
+    data = [f"--{name.replace('_', '-')}={path}" for name, path in zip(FILES, digits, strict=True)]
+    return [*data, *sizes.split(), *images.split(), "--output", str(tmp_path / "analysis")]
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Instead of being trained, runs get results, and a checkpoint of random weights. A list of those asked for."""
+    asked = []
+
+    def run_sweep(runs, folder, **limits):
+        results = {}
+        for run in runs:
+            asked.append(run)
+            config = run.training.model
+            checkpoint = folder / run.name / "epoch_0002"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            model = config.build(10)
+            metadata = {"model": config.model, "model_config": vars(model.config), "labels": "contiguous"}
+            save_file(model.state_dict(), checkpoint / "model.safetensors", {"groupdetr_fast": json.dumps(metadata)})
+            epochs = [
+                {"epoch": epoch, "seconds": 60.0, "peak_memory_mib": 100.0, "metrics": METRICS}
+                for epoch in range(1, run.epochs + 1)
+            ]
+            usages = dict.fromkeys(("one_group", "one_group_nms", "all_queries", "all_queries_nms"), METRICS)
+            steps = (1, 20) if config.num_groups > 1 else ()
+            distances = [{"step": step, "perturbation_distance": 0.1, "matching_distance": 0.4} for step in steps]
+            results[run.name] = RunResults(epochs, usages, distances, checkpoint)
+        return results
+
+    monkeypatch.setattr(commands, "run_sweep", run_sweep)
+    return asked
+
+
+def rows_of(folder, name):
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "runs", "rows"),
+    [
+        (["sweep-groups", "--groups", "1", "2", "--baseline-epochs", "3"], "sweep_groups", 6, 6),
+        (["assignment", "--groups", "1", "2"], "assignment", 12, 12),
+        (["ablation"], "ablation", 10, 10),
+        (["distances"], "distances", 2, 4),  # rows: two steps of each run
+        (["group-ap"], "group_ap", 2, 4),  # two groups of each run
+        (["reference-points"], "reference_points", 1, 10),  # two groups of five queries
+    ],
+)
+def test_every_measurement_leaves_its_files(arguments, name, runs, rows, flags, made_up, tmp_path, capsys):
+    command = ["analyze", *arguments, *flags, "--seeds", "2", "--seed", "4"]
+    cli.main(command)
+    folder = tmp_path / "analysis"
+    assert len(made_up) == runs
+    assert {run.training.optimization.seed for run in made_up} == ({4, 5} if runs > 1 else {4})
+    assert len(rows_of(folder, name)) == rows
+    content = json.loads((folder / f"{name}.json").read_text())
+    assert content["command"].startswith(f"groupdetr analyze {arguments[0]}")
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert f'src="{name}.png"' in (folder / "index.html").read_text()
+    assert content["title"] in capsys.readouterr().out
+
+
+def test_the_table_of_the_sweep(flags, made_up, tmp_path):
+    cli.main(["analyze", "sweep-groups", "--groups", "1", "2", *flags, "--seeds", "2"])
+    summary = json.loads((tmp_path / "analysis" / "sweep_groups.json").read_text())["summary"]
+    assert [(row["num_groups"], row["epochs"], row["runs"]) for row in summary] == [(1, 2, 2), (2, 2, 2)]
+    assert summary[0]["AP_one_group"] == 0.25
+    assert summary[0]["AP_one_group_std"] == 0
+    assert summary[0]["minutes"] == 2.0
+
+
+def test_a_given_checkpoint_needs_no_run(flags, made_up, tmp_path):
+    """Of the reference points: nor does it need flags, since the checkpoint says what it is of."""
+    cli.main(["analyze", "reference-points", *flags])
+    checkpoint = next((tmp_path / "analysis").glob("runs/*/epoch_0002"))
+    expected = (tmp_path / "analysis" / "reference_points.csv").read_text()
+    made_up.clear()
+    output = tmp_path / "again"
+    cli.main(["analyze", "reference-points", "--checkpoint", str(checkpoint), "--output", str(output)])
+    assert (output / "reference_points.csv").read_text() == expected
+    cli.main(["analyze", "group-ap", "--checkpoint", str(checkpoint), *flags, "--output", str(output)])
+    assert [row["group"] for row in rows_of(output, "group_ap")] == ["0", "1"]
+    assert made_up == []
+
+
+def test_a_checkpoint_that_says_nothing_is_refused(flags, tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="does not say which detector it is of"):
+        cli.main(["analyze", "group-ap", "--checkpoint", str(tmp_path / "model.safetensors"), *flags])
+
+
+def test_without_data_the_defaults_are_those_of_the_demo(monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands.AblationCommand, "__call__", lambda command: seen.append(command))
+    cli.main(["analyze", "ablation"])
+    cli.main(["analyze", "ablation", "--coco-path", "coco"])
+    demo, own = seen
+    assert demo.model == digits_demo(compose=False).model
+    assert demo.optimization.epochs == commands.DEMO_EPOCHS
+    assert (own.data.coco_path, own.model.num_groups, own.optimization.lr) == (Path("coco"), 11, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "error: there is no measurement in"),
+        (["distances", "--num-groups", "1"], "error: distances need at least 2 groups"),
+    ],
+)
+def test_faults_are_one_sentence(arguments, message, flags, made_up, tmp_path):
+    own = ["--output", str(tmp_path / "analysis")] if arguments == ["report"] else flags
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["analyze", *arguments[:1], *own, *arguments[1:]])
+
+
+def test_no_seed_is_refused():
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        commands.AblationCommand(seeds=0)
+
+
+@pytest.mark.slow
+def test_time_and_memory(flags, tmp_path):
+    """A process of its own for each number of groups."""
+    cli.main(["analyze", "cost", "--groups", "2", "--steps", "3", "--warmup", "1", *flags])
+    (row,) = rows_of(tmp_path / "analysis", "cost")
+    assert row["num_groups"] == "2"
+    median, low, high = (float(row[f"seconds_per_step{suffix}"]) for suffix in ("", "_p20", "_p80"))
+    assert 0 < low <= median <= high
+    assert float(row["seconds_per_epoch"]) == pytest.approx(2 * median)  # 8 images, batches of 4
+    assert float(row["peak_memory_mib"]) > 50
+
+
+@pytest.mark.slow
+def test_a_real_sweep_and_what_builds_on_it(flags, tmp_path):
+    """Two processes at a time; the second measurement finds one of its runs made by the first."""
+    once = ["--seeds", "1", "--jobs", "2"]
+    cli.main(["analyze", "sweep-groups", "--groups", "1", "2", *flags, *once])
+    folder = tmp_path / "analysis"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/measured.json")}
+    assert len(times) == 2
+    cli.main(["analyze", "ablation", *flags, *once])
+    assert len(list(folder.glob("runs/*/measured.json"))) == 5
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    page = (folder / "index.html").read_text()
+    assert page.index("sweep_groups.png") < page.index("ablation.png")

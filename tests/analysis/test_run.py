@@ -1,0 +1,84 @@
+"""One real run of a sweep."""
+
+import json
+
+import pytest
+from filelock import FileLock
+
+from groupdetr_fast.analysis import run as run_module
+from groupdetr_fast.analysis.run import Run, RunError, RunResults, execute
+from groupdetr_fast.training.engine import Trainer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "one"
+
+
+def test_a_run_trains_measures_and_keeps_its_last_checkpoint(training, folder, monkeypatch):
+    run = Run(training, 0.6)
+    run.prepare(folder)
+    monkeypatch.setattr(run_module, "DISTANCES_EVERY", 2)
+    execute(folder)
+    assert run.is_done(folder)
+    results = RunResults.read(folder)
+    assert [row["epoch"] for row in results.epochs] == [1, 2]
+    assert results.usages["one_group"] == results.epochs[-1]["metrics"]
+    assert [row["step"] for row in results.distances] == [1, 2, 4]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [results.checkpoint.name] == ["epoch_0002"]
+
+
+def test_a_finished_training_is_only_measured_again(training, folder, monkeypatch):
+    run = Run(training, 0.6)
+    run.prepare(folder)
+    execute(folder)
+    before = (folder / "results.json").read_text()
+    again = Run(training, 0.5)
+    assert not again.is_done(folder)
+    again.prepare(folder)
+    monkeypatch.setattr(run_module, "train", None)
+    execute(folder)
+    assert again.is_done(folder)
+    assert (folder / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize(("interrupted_at", "epochs_done"), [("train", 1), ("evaluate_usages", 2)])
+def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, interrupted_at, epochs_done):
+    run = Run(training, 0.6)
+    run.prepare(folder)
+    finish = Trainer._finish_epoch
+
+    def interrupt_after_an_epoch(trainer):
+        finish(trainer)
+        raise KeyboardInterrupt
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if interrupted_at == "train":
+        monkeypatch.setattr(Trainer, "_finish_epoch", interrupt_after_an_epoch)
+    else:
+        monkeypatch.setattr(run_module, "evaluate_usages", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        execute(folder)
+    assert run.epochs_done(folder) == epochs_done
+    assert not run.is_done(folder)
+    monkeypatch.undo()
+    execute(folder)
+    assert run.is_done(folder)
+    assert [row["epoch"] for row in RunResults.read(folder).epochs] == [1, 2]
+
+
+def test_two_processes_do_not_make_the_same_run(training, folder):
+    Run(training, 0.6).prepare(folder)
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="another process is at work in"):
+        execute(folder)
+
+
+def test_settings_of_another_version_are_refused(training, folder):
+    Run(training, 0.6).prepare(folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["training"]["model"]["num_groups"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(RunError, match="has no setting 'num_groups'"):
+        execute(folder)

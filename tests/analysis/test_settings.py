@@ -1,0 +1,38 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from groupdetr_fast.analysis.run import Run
+from groupdetr_fast.analysis.settings import from_json, read_json, to_json, write_json
+from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, digits_demo
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CocoTrainingConfig(data=DataConfig(coco_path=Path("coco")), assignment="one_to_many", positives=3),
+        replace(digits_demo(compose=False), output=Path("elsewhere")),
+        Run(CocoTrainingConfig(), 0.5),
+    ],
+    ids=["paper", "demo", "run"],
+)
+def test_json_and_back(config):
+    assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_a_missing_setting_is_named():
+    values = to_json(CocoTrainingConfig())
+    del values["model"]["num_groups"]
+    with pytest.raises(KeyError, match="num_groups"):
+        from_json(CocoTrainingConfig, values)
+
+
+def test_a_half_written_file_counts_as_none(tmp_path):
+    path = tmp_path / "file.json"
+    assert read_json(path) is None
+    write_json(path, {"a": [1, None]})
+    assert read_json(path) == {"a": [1, None]}
+    path.write_text(path.read_text()[:-4])
+    assert read_json(path) is None

@@ -1,0 +1,144 @@
+"""The pool of processes, with runs that only pretend to train."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from groupdetr_fast.analysis import sweep
+from groupdetr_fast.analysis.run import Run
+from groupdetr_fast.analysis.sweep import SweepError, run_sweep
+
+# Stands in for groupdetr_fast.analysis.run: "trains" one epoch after the other and notes when it started and ended.
+PRETENDER = """
+import json, os, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+settings = json.loads((folder / "settings.json").read_text())
+optimization = settings["training"]["optimization"]
+note = (folder.parent / "notes.txt").open("a")
+print("start", folder.name, os.environ["OMP_NUM_THREADS"], file=note, flush=True)
+ballast = bytearray({ballast})
+if optimization["seed"] == {failing}:
+    sys.exit("error: no luck")
+results = folder / "results.json"
+done = json.loads(results.read_text())["epochs"] if results.is_file() else []
+for epoch in range(len(done) + 1, optimization["epochs"] + 1):
+    time.sleep({seconds})
+    done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0}})
+    results.write_text(json.dumps({{"epochs": done}}))
+(folder / "measured.json").write_text(json.dumps({{"nms_threshold": settings["nms_threshold"], "usages": {{}}}}))
+print("end", folder.name, file=note, flush=True)
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """A function that sets how runs pretend to train."""
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+
+    def pretend(seconds=0.0, failing=-1, ballast=0):
+        script = tmp_path / "pretender.py"
+        script.write_text(PRETENDER.format(seconds=seconds, failing=failing, ballast=ballast))
+        monkeypatch.setattr(sweep, "run_command", lambda folder: [sys.executable, str(script), str(folder)])
+
+    pretend()
+    return pretend
+
+
+@pytest.fixture
+def runs(training):
+    return [Run(replace(training, optimization=replace(training.optimization, seed=seed)), 0.7) for seed in range(1, 4)]
+
+
+def notes(folder):
+    return [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+
+
+def started(folder):
+    return [note[1] for note in notes(folder) if note[0] == "start"]
+
+
+def test_every_run_is_made_once_with_its_threads(pretend, runs, tmp_path):
+    results = run_sweep([*runs, runs[0]], tmp_path / "runs", jobs=2, threads=3)
+    assert sorted(started(tmp_path / "runs")) == sorted(run.name for run in runs)
+    assert {note[2] for note in notes(tmp_path / "runs") if note[0] == "start"} == {"3"}
+    assert set(results) == {run.name for run in runs}
+    assert [row["epoch"] for row in results[runs[0].name].epochs] == [1, 2]
+
+
+def test_what_is_done_is_skipped(pretend, runs, tmp_path):
+    run_sweep(runs[:1], tmp_path / "runs")
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs") == [run.name for run in runs]
+
+
+@pytest.mark.parametrize("damage", ["unmeasured", "another threshold", "an epoch less"])
+def test_what_is_incomplete_or_of_other_settings_is_made_again(pretend, runs, tmp_path, damage):
+    run_sweep(runs[:1], tmp_path / "runs")
+    folder = tmp_path / "runs" / runs[0].name
+    again = runs[0]
+    if damage == "unmeasured":
+        (folder / "measured.json").unlink()
+    elif damage == "another threshold":
+        again = replace(again, nms_threshold=0.5)
+    else:
+        (folder / "results.json").write_text(json.dumps({"epochs": [{"epoch": 1}]}))
+    assert again.name == runs[0].name
+    assert not again.is_done(folder)
+    run_sweep([again], tmp_path / "runs")
+    assert again.is_done(folder)
+    assert started(tmp_path / "runs") == [again.name] * 2
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(pretend, runs, tmp_path, monkeypatch):
+    """After its first run: that one is skipped, the second continues with the epochs that are missing."""
+    folder = tmp_path / "runs"
+    pretend(seconds=0.3)
+
+    def interrupt(seconds):
+        time.sleep(seconds)
+        if runs[1].epochs_done(folder / runs[1].name) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(runs, folder)
+    monkeypatch.setattr(sweep, "time", time)
+    time.sleep(0.5)  # a process that was left behind would end its run by now
+    assert runs[0].is_done(folder / runs[0].name)
+    assert not runs[1].is_done(folder / runs[1].name)
+
+    results = run_sweep(runs, folder)
+    assert started(folder) == [runs[0].name, runs[1].name, runs[1].name, runs[2].name]
+    assert [row["epoch"] for row in results[runs[1].name].epochs] == [1, 2]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(pretend, runs, tmp_path):
+    pretend(failing=1)
+    with pytest.raises(SweepError, match=rf"1 of 3 runs failed; {runs[0].name}: error: no luck \(see .*log.txt\)"):
+        run_sweep(runs, tmp_path / "runs")
+    assert all(run.is_done(tmp_path / "runs" / run.name) for run in runs[1:])
+    pretend()
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs")[3:] == [runs[0].name]
+
+
+def test_the_memory_limit_stops_the_newest_run_until_there_is_room(pretend, runs, tmp_path):
+    """Each run takes 200 MiB; under a limit of 300 MiB, runs that were started together end one after the other."""
+    pretend(seconds=0.3, ballast=200 * 2**20)
+    run_sweep(runs[:2], tmp_path / "runs", jobs=2, memory_gib=300 / 1024)
+    happened = [(note[0], note[1]) for note in notes(tmp_path / "runs")]
+    first, second = runs[0].name, runs[1].name
+    assert happened[-1] == ("end", second)
+    assert happened.index(("end", first)) < len(happened) - 1 - happened[::-1].index(("start", second))
+
+
+@pytest.mark.parametrize("wrong", [{"jobs": 0}, {"threads": 0}, {"memory_gib": -1.0}])
+def test_wrong_limits_are_refused(runs, tmp_path, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be positive"):
+        run_sweep(runs, tmp_path / "runs", **wrong)

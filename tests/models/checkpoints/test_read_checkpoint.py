@@ -1,0 +1,54 @@
+"""Reading files, without running anything in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import build
+
+import groupdetr_fast as gd
+from groupdetr_fast.models.checkpoints import read_metadata
+
+
+def test_unreadable_files_are_refused_in_one_sentence(tmp_path):
+    model = build()
+    with pytest.raises(FileNotFoundError, match="there is nothing at"):
+        gd.load_checkpoint(model, tmp_path / "none.pth")
+    for name in ("damaged.pth", "damaged.safetensors"):
+        (tmp_path / name).write_bytes(b"not a checkpoint")
+        with pytest.raises(ValueError, match=f"{name} cannot be read as"):
+            gd.load_checkpoint(model, tmp_path / name)
+    torch.save(Intruder(tmp_path / "ran"), tmp_path / "objects.pth")
+    with pytest.raises(ValueError, match=r"objects.pth cannot be read as a file of tensors"):
+        gd.load_checkpoint(model, tmp_path / "objects.pth")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has neither"):
+        gd.load_checkpoint(model, tmp_path / "empty")
+
+
+class Intruder:
+    """A pickle that would create a file when it is read carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_metadata_of_own_files_alone(tmp_path):
+    metadata = {"model": "dab_detr_r50", "labels": "category_id"}
+    own, other = tmp_path / "own", tmp_path / "other.safetensors"
+    own.mkdir()
+    save_file({"a": torch.zeros(1)}, own / "model.safetensors", metadata={"groupdetr_fast": json.dumps(metadata)})
+    save_file({"a": torch.zeros(1)}, other)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pth")
+    assert read_metadata(own) == read_metadata(own / "model.safetensors") == metadata
+    for path in (other, tmp_path / "pickle.pth", tmp_path / "nothing", tmp_path):
+        assert read_metadata(path) == {}
+    other.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"other.safetensors cannot be read as safetensors"):
+        read_metadata(other)

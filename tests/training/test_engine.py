@@ -1,0 +1,104 @@
+"""What the trainer's options do in whole runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import (
+    final_weights,
+    kill_before,
+    run_process,
+    same_weights,
+    small_config,
+    terminate_before,
+    write_images,
+)
+
+from groupdetr_fast.coco_training import train
+from groupdetr_fast.training.checkpoint import latest_checkpoint
+from groupdetr_fast.training.optimization import OptimizationConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return small_config(data, tmp_path / "run")
+
+
+def with_options(config, **options):
+    return replace(config, optimization=replace(config.optimization, **options))
+
+
+OPTIONS = [
+    pytest.param({"ema_decay": 0.9}, id="ema"),
+    pytest.param({"groups_per_pass": 1, "recompute_layers": True, "accumulate": 2}, id="passes"),
+    pytest.param({"precision": "bf16", "ema_decay": 0.99, "groups_per_pass": 1}, id="bf16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_run_with_options_resumes_exactly(config, tmp_path, options):
+    config = with_options(config, **options)
+    status, log = run_process(config)
+    assert status == 0, log
+    expected = final_weights(config)
+    again = replace(config, output=tmp_path / "again", checkpoint_every=1)
+    status, log = run_process(again, kill_before, "AdamW.step", 6)
+    assert status == -9, log
+    status, log = run_process(replace(again, resume=True), terminate_before, "AdamW.step", 2)
+    assert status == 75, log
+    status, log = run_process(replace(again, resume=True))
+    assert status == 0, log
+    assert same_weights(again, expected)
+
+
+def test_averaged_weights_are_evaluated_and_saved(config, tmp_path):
+    config = with_options(config, ema_decay=0.9)
+    results = train(config)
+    folder = latest_checkpoint(config.output)
+    averaged = load_file(folder / "model.safetensors")
+    trained = torch.load(folder / "state.pt", weights_only=True)["weights"]
+    assert averaged.keys() == trained.keys()
+    assert not torch.equal(averaged["refpoint_embed.weight"], trained["refpoint_embed.weight"])
+    model = replace(config.model, load=folder, num_groups=1)
+    metrics = train(replace(config, model=model, eval_only=True, output=tmp_path / "eval"))
+    assert metrics == results["epochs"][-1]["metrics"]
+
+
+def test_passes_train_as_all_groups_at_once_do(config, tmp_path):
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    expected = train(config)["epochs"]
+    found = train(with_options(replace(config, output=tmp_path / "passes"), groups_per_pass=1))["epochs"]
+    for first, second in zip(expected, found, strict=True):
+        assert second["train"] == pytest.approx(first["train"], rel=1e-3)
+
+
+def test_results_report_the_peak_memory(config):
+    train(with_options(config, epochs=1))
+    results = json.loads((config.output / "results.json").read_text())
+    assert results["peak_memory_mib"] == results["epochs"][0]["peak_memory_mib"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups_per_pass", [0, 1])
+def test_a_compiled_model_trains_to_the_same_losses(config, tmp_path, groups_per_pass):
+    config = with_options(replace(config, model=replace(config.model, dropout=0.0)), epochs=1)
+    config = with_options(config, groups_per_pass=groups_per_pass)
+    expected = train(config)["epochs"]
+    found = train(with_options(replace(config, output=tmp_path / "compiled"), compile=True))["epochs"]
+    assert found[0]["train"] == pytest.approx(expected[0]["train"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"ema_decay": 1.0}, "ema_decay must be in"), ({"groups_per_pass": -1}, "groups_per_pass must not be negative")],
+)
+def test_wrong_options_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizationConfig(**settings)
