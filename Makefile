@@ -6,21 +6,33 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-fast bench lint format docs build clean
+.PHONY: demo test test-all bench compile-gpu gpu-report lint format docs build clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_coco.py
 
-# The whole suite.
+# Every part of the package; test-all adds the tests marked slow (kernels at full length, every GPU architecture).
 test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+test-all: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=15
 
-test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+# Against peers, about 15 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
+bench: $(VENV)/peers
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		--benchmark-json=benchmarks/results/pytest_benchmark.json
+	$(BIN)/python benchmarks/summary.py --write
 
-bench: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --benchmark-sort=name
+# Every GPU kernel, compiled without a GPU: registers, shared memory, spills. Needs nvcc.
+compile-gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/compile_gpu.py
+
+# On a machine with a GPU: tests, kernels against references, times, memory, in benchmarks/results/gpu.
+gpu-report: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu_report.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -56,6 +68,14 @@ $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.
 	$(INSTALL) --verbose --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 60 $(VENV)/install.log; exit 1; }
 	grep -h 'groupdetr_fast: building' $(VENV)/install.log | sort -u
 	$(BIN)/python -c 'import groupdetr_fast as gd; print("kernels:", gd.ops.backends())'
+	touch $@
+
+# One of the peers is compiled from source, and its GPU kernels are not needed.
+$(VENV)/.bench: export FORCE_CPU := 1
+
+# Peers that overwrite other ones, in a folder that is on nobody's path.
+$(VENV)/peers: $(VENV)/.bench benchmarks/peers.txt
+	$(INSTALL) --quiet --no-deps --upgrade --target $@ --requirement benchmarks/peers.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml

@@ -1,45 +1,74 @@
-"""Decoder self-attention, forward and backward: the op against a block mask over all queries."""
+"""Decoder self-attention, forward and backward: this package against a block mask over all queries."""
+
+import functools
 
 import cases
+import naive
 import pytest
 import torch
-from torch.nn import functional as F
+from results import OURS
 
 from groupdetr_fast import QueryGroups, ops
 
-
-def with_op(query, key, value, groups):
-    return ops.grouped_attention(query, key, value, groups)
+CASES = cases.ATTENTION
 
 
-def with_masked_sdpa(query, key, value, groups):
+def with_flex_attention(query, key, value, groups):
+    from torch.nn.attention.flex_attention import flex_attention
+
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=groups.attention_mask()).transpose(1, 2)
+    return flex_attention(*heads_first, block_mask=flex_mask(groups)).transpose(1, 2)
 
 
-def with_explicit_mask(query, key, value, groups):
-    scores = torch.einsum("blhd,bmhd->bhlm", query, key) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(~groups.attention_mask(), float("-inf"))
-    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
+@functools.cache
+def flex_mask(groups):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size = groups.queries_per_group
+    return create_block_mask(
+        lambda batch, head, row, column: row // size == column // size, None, None, groups.length, groups.length, "cpu"
+    )
 
 
-def with_folded_sdpa(query, key, value, groups):
-    folded = (x.unflatten(1, (groups.num_groups, -1)).flatten(0, 1).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*folded).transpose(1, 2)
-    return out.unflatten(0, (len(query), -1)).flatten(1, 2)
+CONTENDERS = {
+    OURS: ops.grouped_attention,
+    "folded SDPA": naive.folded_sdpa,
+    "masked SDPA": naive.masked_sdpa,
+    "explicit mask": naive.explicit_mask_attention,
+    "FlexAttention": with_flex_attention,
+}
 
 
-def forward_backward(attend, inputs, groups):
-    return torch.autograd.grad(attend(*inputs, groups).sum(), inputs)
+def forward_backward(attend, inputs, groups, grad):
+    out = attend(*inputs, groups)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad)
 
 
-@pytest.mark.parametrize("attend", [with_op, with_folded_sdpa, with_masked_sdpa, with_explicit_mask])
-@pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
-def bench_grouped_attention(benchmark, case, attend, threads):
-    benchmark.group = f"grouped_attention {case}, {threads} threads"
+def prepare(case):
     groups = QueryGroups(case.num_groups, case.num_queries)
     inputs = case.make()
-    with torch.no_grad():
-        expected = with_folded_sdpa(*inputs, groups)
-        torch.testing.assert_close(attend(*inputs, groups), expected, rtol=1e-4, atol=1e-5)
-    benchmark.pedantic(forward_backward, (attend, inputs, groups), rounds=7, warmup_rounds=1)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def check(result):
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        for found, expected in zip(
+            result, forward_backward(naive.folded_sdpa, exact, groups, grad.double()), strict=True
+        ):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+    runs = {
+        name: functools.partial(forward_backward, attend, inputs, groups, grad) for name, attend in CONTENDERS.items()
+    }
+    return runs, check
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_grouped_attention(comparison, case, contender):
+    comparison("grouped_attention", case, contender, prepare, x="num_groups")
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_memory_of_grouped_attention(memory, case, contender):
+    memory("grouped_attention_memory", case, contender, "bench_grouped_attention", x="num_groups")

@@ -1,8 +1,11 @@
-"""Multi-scale deformable attention, forward and backward: the op against its grid_sample reference."""
+"""Multi-scale deformable attention, forward and backward."""
+
+import functools
 
 import cases
 import pytest
 import torch
+from results import OURS
 
 from groupdetr_fast import ops
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
@@ -16,18 +19,57 @@ def with_grid_sample(value, levels, locations, weights):
     return ms_deform_attn_reference(value, [size for level in levels for size in level], locations, weights)
 
 
-def forward_backward(attend, inputs, levels):
+def with_transformers(value, levels, locations, weights):
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    return MultiScaleDeformableAttention()(value, torch.tensor(levels), levels, None, locations, weights, None)
+
+
+def with_torch_ms_deform_attn(value, levels, locations, weights):
+    from torch_ms_deform_attn import ms_deform_attn
+
+    shapes = torch.tensor(levels)
+    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    return ms_deform_attn(value, shapes, starts, locations, weights)
+
+
+CONTENDERS = {
+    OURS: with_op,
+    "grid_sample": with_grid_sample,
+    "transformers": with_transformers,
+    "torch-ms-deform-attn": with_torch_ms_deform_attn,
+}
+
+
+def forward_backward(attend, inputs, levels, grad):
     value, locations, weights = inputs
-    return torch.autograd.grad(attend(value, levels, locations, weights).sum(), inputs)
+    out = attend(value, levels, locations, weights)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad)
 
 
-@pytest.mark.parametrize("attend", [with_op, with_grid_sample])
-@pytest.mark.parametrize("case", cases.DEFORMABLE, ids=str)
-def bench_ms_deform_attn(benchmark, case, attend, threads):
-    benchmark.group = f"ms_deform_attn {case}, {threads} threads"
+def prepare(case):
     inputs, levels = case.make(), list(case.levels)
-    for ours, reference in zip(
-        forward_backward(attend, inputs, levels), forward_backward(with_grid_sample, inputs, levels), strict=True
-    ):
-        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
-    benchmark.pedantic(forward_backward, (attend, inputs, levels), rounds=5, warmup_rounds=1)
+    value, _, weights = inputs
+    shape = value.shape[0], weights.shape[1], value.shape[2] * value.shape[3]
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+    def check(result):
+        for found, exact in zip(result, expected(), strict=True):
+            # Slopes of locations are differences of pixels times the width of the map, which cancel.
+            torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5 * exact.abs().max().item())
+
+    @functools.cache
+    def expected():
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        return forward_backward(with_grid_sample, exact, levels, grad.double())
+
+    runs = {
+        name: functools.partial(forward_backward, attend, inputs, levels, grad) for name, attend in CONTENDERS.items()
+    }
+    return runs, check
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("case", cases.DEFORMABLE, ids=str)
+def bench_ms_deform_attn(comparison, case, contender):
+    comparison("ms_deform_attn", case, contender, prepare)

@@ -1,10 +1,10 @@
 """The one table of sizes that all benchmarks use, and inputs of these sizes.
 
 Shapes are those of the paper: 6 decoder layers, 11 groups of 300 queries, 8 heads of 32 channels, and two images per
-process; feature levels are those of a 400 x 533 image.
+process; feature levels are those of a 400 x 533 image, and whole detectors see 480 x 640 pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class Attention:
     def __str__(self) -> str:
         return f"K{self.num_groups}xN{self.num_queries}"
 
+    def small(self) -> "Attention":
+        """The same with few queries, to see that a benchmark works."""
+        return replace(self, num_queries=16)
+
     def make(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch, self.num_groups * self.num_queries, self.heads, self.channels)
@@ -90,11 +94,108 @@ class Deformable:
         queries = self.queries or pixels
         value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=generator)
         samples = (self.batch, queries, self.heads, len(self.levels), self.points)
-        locations = torch.rand(*samples, 2, generator=generator)
+        sizes = torch.tensor([(width, height) for height, width in self.levels])[:, None]  # [levels, 1, 2]
+        pixels = torch.rand(*samples, 2, generator=generator) * sizes - 0.5
+        # A little away from the centres of pixels, where slopes jump and gradients could not be compared.
+        pixels = pixels.floor() + 0.01 + 0.98 * (pixels - pixels.floor())
+        locations = (pixels + 0.5) / sizes
         weights = torch.randn(samples, generator=generator).flatten(3).softmax(-1).view(samples)
         return [tensor.requires_grad_() for tensor in (value, locations, weights)]
 
 
+@dataclass(frozen=True)
+class Detection:
+    """A batch for a whole detector: images of which all but the first are padded, and their targets."""
+
+    num_groups: int = 1
+    num_queries: int = 300
+    batch: int = 2
+    height: int = 480
+    width: int = 640
+    classes: int = 91
+    targets: int = 7  # per image: the average of COCO
+
+    def __str__(self) -> str:
+        return f"K{self.num_groups}xN{self.num_queries}"
+
+    def small(self) -> "Detection":
+        """The same with few pixels and queries, to see that a benchmark works."""
+        return replace(self, num_queries=16, height=64, width=64)
+
+    def make(self) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+        """Images ``[B, 3, H, W]``, masks ``[B, H, W]`` (True on padding) and targets."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch, 3, self.height, self.width, generator=generator)
+        masks = torch.zeros(self.batch, self.height, self.width, dtype=torch.bool)
+        masks[1:, self.height * 3 // 4 :] = True
+        targets = []
+        for _ in range(self.batch):
+            boxes = torch.rand(self.targets, 4, generator=generator) * 0.4 + 0.2
+            labels = torch.randint(self.classes, (self.targets,), generator=generator)
+            targets.append({"labels": labels, "boxes": boxes})
+        return images.masked_fill(masks[:, None], 0), masks, targets
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Square images with round objects, and what Mask2Former predicts for them."""
+
+    num_groups: int
+    num_queries: int = 100
+    batch: int = 2
+    size: int = 1024  # of the images, in pixels
+    layers: int = 10  # 9, and the learned queries
+    channels: int = 256
+    classes: int = 80
+    targets: int = 7  # per image: the average of COCO
+    points: int = 12544
+
+    def __str__(self) -> str:
+        return f"K{self.num_groups}x{self.batch}x{self.size}"
+
+    def small(self) -> "Segmentation":
+        """The same with few pixels and queries, to see that a benchmark works."""
+        return replace(self, num_queries=8, size=64, channels=8, points=200)
+
+    def make_images(self) -> Tensor:
+        return torch.randn(self.batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+
+    def make_targets(self) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        steps = torch.arange(self.size) / self.size
+        targets = []
+        for _ in range(self.batch):
+            x, y, radius = (torch.rand(self.targets, 3, generator=generator) * 0.2 + 0.05).unbind(1)
+            far = (steps - 4 * x[:, None, None]) ** 2 + (steps[:, None] - 4 * y[:, None, None]) ** 2
+            labels = torch.randint(self.classes, (self.targets,), generator=generator)
+            masks = far < radius[:, None, None] ** 2
+            targets.append({"labels": labels, "boxes": torch.zeros(self.targets, 4), "masks": masks})
+        return targets
+
+    def make_predictions(self) -> gd.SegmentationOutput:
+        """Random ones, which need gradients."""
+        generator = torch.Generator().manual_seed(2)
+        groups, cells = gd.QueryGroups(self.num_groups, self.num_queries), self.size // 4
+        queries = (self.layers, self.batch, groups.length)
+        shapes = ((*queries, self.classes + 1), (*queries, self.channels), (self.batch, self.channels, cells, cells))
+        tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        padding = torch.zeros(self.batch, self.size, self.size, dtype=torch.bool)
+        return gd.SegmentationOutput(*tensors, padding, groups)
+
+
 MATCHING = [Matching(5), Matching(20), Matching(60), Matching(100)]
-ATTENTION = [Attention(1), Attention(3), Attention(11)]
+ATTENTION = [Attention(1), Attention(3), Attention(5), Attention(11)]
 DEFORMABLE = [Deformable(None), Deformable(300)]
+DETECTION = [Detection(1), Detection(5), Detection(11)]
+MASKS = [Segmentation(1), Segmentation(11)]
+SEGMENTATION = [
+    Segmentation(groups, batch=1, size=512) for groups in (1, 11)
+]  # a whole step at 1024 takes 20 GB and more
+# On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
+GPU_ATTENTION = [Attention(11, queries, batch) for queries in (300, 900) for batch in (2, 16)]
+GPU_MATCHING = [Matching(20, batch=batch, num_queries=queries) for queries in (300, 900) for batch in (2, 16)]
+GPU_DEFORMABLE = [
+    Deformable(queries, batch, levels=((100, 167), (50, 84), (25, 42), (13, 21)))
+    for queries in (None, 11 * 900)
+    for batch in (2, 16)
+]

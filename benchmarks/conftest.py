@@ -1,19 +1,132 @@
+"""Fixtures of the benchmarks: ``comparison`` times contenders and ``memory`` measures their peak memory.
+
+A benchmark's module has a function ``prepare`` from a case of cases.py to the contenders, by name, and a check of
+their results; the contender :data:`~results.OURS` is this package. Results go to benchmarks/results.
+"""
+
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from interleave import QUICK, Effort, measure
+from memory import peak_in_new_process
+from results import OURS, Results
 
 from groupdetr_fast import ops
+
+RESULTS = pytest.StashKey[Results]()
+FOLDER = Path(__file__).with_name("results")
+
+
+class Clock:
+    """Time that stands still unless told otherwise. Through it pytest-benchmark gets what was measured before."""
+
+    def __init__(self):
+        self._now = 0.0
+
+    def __call__(self):
+        return self._now
+
+    def advance(self, seconds):
+        self._now += seconds
+
+
+clock = Clock()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("groupdetr_fast")
+    group.addoption("--quick", action="store_true", help="one round, small images: to see that everything works")
+    group.addoption("--results", type=Path, help=f"where to write csv files (default: {FOLDER}; a new one for --quick)")
+
+
+def pytest_configure(config):
+    folder = config.getoption("--results")
+    if folder is None:
+        quick = config.getoption("--quick")
+        folder = Path(tempfile.mkdtemp(prefix="groupdetr_fast-quick-")) if quick else FOLDER
+    config.stash[RESULTS] = Results(folder)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "comparison" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+def pytest_sessionfinish(session):
+    session.config.stash[RESULTS].write()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[RESULTS].report():
+        terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
     machine_info["backends"] = ops.backends()
 
 
-@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def threads(request):
-    """Runs a benchmark with a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def measured():
+    """The timings of this session: ``{(comparison, case): {contender: Timing}}``."""
+    return {}
+
+
+@pytest.fixture
+def comparison(request, benchmark, measured):
+    """A function that reports one contender of a comparison.
+
+    The first call for a case measures all contenders of that case, round by round; later calls report what it found.
+    ``together`` are cases that are measured in one run, for ratios between cases; ``x`` is the attribute of a case that
+    the results are plotted against; ``seconds`` is the time to spend.
+    """
+
+    def report(name, case, contender, prepare, *, x=None, threads=None, seconds=Effort.seconds, together=None):
+        if (name, case) not in measured:
+            quick = request.config.getoption("--quick")
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads or before)
+            try:
+                for each, timings in measure_cases(together or [case], prepare, seconds, quick):
+                    measured[name, each] = timings
+                    request.config.stash[RESULTS].add_timings(name, each, getattr(each, x) if x else 0, timings)
+            finally:
+                torch.set_num_threads(before)
+        timing = measured[name, case][contender]
+        report_status(contender, timing)
+        benchmark.group = f"{name} {case}"
+        benchmark.extra_info["calls_per_sample"] = timing.calls
+        samples = iter(timing.seconds)
+        benchmark.pedantic(lambda: clock.advance(next(samples)), rounds=len(timing.seconds))
+
+    return report
+
+
+@pytest.fixture
+def memory(request):
+    """A function that measures one contender of a module's ``prepare``."""
+
+    def report(name, case, contender, module, *, x):
+        peak = peak_in_new_process(module, str(case), contender, small=request.config.getoption("--quick"))
+        request.config.stash[RESULTS].add_memory(name, case, getattr(case, x), contender, peak)
+        report_status(contender, peak)
+
+    return report
+
+
+def measure_cases(cases, prepare, seconds, quick):
+    torch.manual_seed(0)
+    prepared = {case: prepare(case.small() if quick and hasattr(case, "small") else case) for case in cases}
+    contenders = {(case, name): run for case, (runs, _) in prepared.items() for name, run in runs.items()}
+    effort = QUICK if quick else Effort(seconds)
+    timings = measure(contenders, lambda key, result: prepared[key[0]][1](result), effort)
+    for case, (runs, _) in prepared.items():
+        yield case, {name: timings[case, name] for name in runs}
+
+
+def report_status(contender, found):
+    if found.status != "ok":
+        (pytest.fail if contender == OURS else pytest.skip)(f"{contender} is {found.status}: {found.note}")

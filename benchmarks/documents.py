@@ -1,0 +1,44 @@
+"""Documents that scripts write: sections between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, and tables."""
+
+import math
+from pathlib import Path
+
+__all__ = ["PERFORMANCE", "read_section", "significant", "table", "write_section"]
+
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def read_section(document: Path, name: str) -> str:
+    """The text of a section.
+
+    Raises:
+        ValueError: if the document does not have it.
+    """
+    return _split(document, name)[1]
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Replace the text of a section; the rest of the document stays as it is."""
+    before, _, after = _split(document, name)
+    document.write_text(f"{before}{text.strip()}{after}")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def significant(value: float) -> str:
+    """A number with three digits."""
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{digits}f}"
+
+
+def _split(document: Path, name: str) -> tuple[str, str, str]:
+    begin, end = f"<!-- {name}:begin -->\n\n", f"\n\n<!-- {name}:end -->"
+    text = document.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{document} must have one section {name}")
+    before, _, rest = text.partition(begin)
+    section, _, after = rest.partition(end)
+    return before + begin, section, end + after

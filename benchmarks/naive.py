@@ -1,0 +1,57 @@
+"""What one writes in plain PyTorch where this package has an op."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from groupdetr_fast import QueryGroups
+from groupdetr_fast.boxes import cxcywh_to_xyxy, pairwise_generalized_box_iou
+
+
+@functools.lru_cache(maxsize=4)
+def block_mask(groups: QueryGroups, device: torch.device) -> Tensor:
+    return groups.attention_mask(device)
+
+
+def explicit_mask_attention(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+    """Attention of all queries ``[B, L, H, D]`` to all, of which the mask leaves those of the same group."""
+    scores = torch.einsum("blhd,bmhd->bhlm", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(~block_mask(groups, query.device), float("-inf"))
+    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
+
+
+def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+    """The same by torch's fused attention, which keeps no scores but computes all of them."""
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=block_mask(groups, query.device)).transpose(1, 2)
+
+
+def folded_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+    """The same without a mask: groups as if they were images. Not possible with denoising queries."""
+    folded = (x.unflatten(1, (groups.num_groups, -1)).flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(*folded).transpose(1, 2)
+    return out.unflatten(0, (len(query), -1)).flatten(1, 2)
+
+
+def cross_image_cost(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
+    """The matching cost of the DETR family's matchers: every query of a batch with every target of the batch.
+
+    Args:
+        logits: ``[B, Q, C]``.
+        boxes: ``[B, Q, 4]``.
+        labels: ``[T]`` of all images.
+        target_boxes: ``[T, 4]``.
+
+    Returns:
+        ``[B * Q, T]``, of which the blocks of one image are used.
+    """
+    probability = logits.flatten(0, 1).sigmoid()
+    boxes = boxes.flatten(0, 1)
+    absent = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
+    present = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
+    focal = present[:, labels] - absent[:, labels]
+    l1 = torch.cdist(boxes, target_boxes, p=1)
+    giou = pairwise_generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    return 2 * focal + 5 * l1 - 2 * giou

@@ -1,0 +1,314 @@
+"""From benchmarks/results/*.csv to tables, the list of goals, and plots.
+
+python benchmarks/summary.py            print and write summary.md beside the results
+python benchmarks/summary.py --write    and put tables and plots into docs/
+"""
+
+import argparse
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cases
+import matplotlib as mpl
+from documents import PERFORMANCE, significant, table, write_section
+from flops import step_operations
+from results import OURS
+
+SECTION = "cpu"
+COMMAND = "make bench"
+FOLDER = Path(__file__).with_name("results")
+IMAGES = PERFORMANCE.parent / "images"
+
+Row = dict[str, str]
+
+
+class Measured(NamedTuple):
+    """What a goal is about, with its quartiles."""
+
+    first: float
+    median: float
+    third: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that should be at least (or, with ``at_most``, at most) as large as ``limit``."""
+
+    work: str
+    against: str
+    limit: float
+    measure: Callable[["Results"], Measured]
+    at_most: bool = False
+
+    def verdict(self, measured: Measured) -> str:
+        if self.at_most:
+            return "met" if measured.median <= self.limit else self._unless(measured.first <= self.limit)
+        return "met" if measured.median >= self.limit else self._unless(measured.third >= self.limit)
+
+    @staticmethod
+    def _unless(reached: bool) -> str:
+        return "within the spread" if reached else "missed"
+
+
+class Results:
+    """Rows of all csv files of a folder."""
+
+    def __init__(self, folder: Path):
+        self.comparisons: dict[str, list[Row]] = {}
+        for path in sorted(folder.glob("*.csv")):
+            with path.open(newline="") as file:
+                self.comparisons[path.stem] = list(csv.DictReader(file))
+
+    def row(self, comparison: str, case: object, contender: str) -> Row:
+        """Raises LookupError if it was not measured."""
+        for row in self.comparisons.get(comparison, []):
+            if (row["case"], row["contender"]) == (str(case), contender) and row["status"] == "ok":
+                return row
+        raise LookupError(f"{contender} in {comparison} {case}")
+
+
+def ratio(comparison: str, case: object, contender: str) -> Callable[[Results], Measured]:
+    """A contender's time over this package's."""
+
+    def measure(results: Results) -> Measured:
+        row = results.row(comparison, case, contender)
+        return Measured(*(float(row[column]) for column in ("ratio_q1", "ratio", "ratio_q3")))
+
+    return measure
+
+
+def memory_ratio(comparison: str, case: object, contender: str) -> Callable[[Results], Measured]:
+    def measure(results: Results) -> Measured:
+        theirs, ours = (float(results.row(comparison, case, name)["bytes"]) for name in (contender, OURS))
+        return Measured(*[theirs / ours] * 3)
+
+    return measure
+
+
+def price_of_groups(results: Results) -> Measured:
+    """What 11 groups cost more than one, in time, over what they cost more in operations."""
+    one, many = (results.row("training_step_with_groups", case, OURS) for case in (ONE_GROUP, MANY_GROUPS))
+    operations = step_operations(MANY_GROUPS) / step_operations(ONE_GROUP)
+    base = float(one["seconds"])
+    return Measured(*((float(many[c]) / base - 1) / (operations - 1) for c in ("seconds_q1", "seconds", "seconds_q3")))
+
+
+ONE_GROUP, MANY_GROUPS = cases.DETECTION[0], cases.DETECTION[-1]
+ASSIGNMENT = {case.targets: case for case in cases.MATCHING}
+ATTENTION = cases.ATTENTION[-1]
+ENCODER = cases.DEFORMABLE[0]
+
+GOALS = [
+    *(
+        Goal(f"assignment of 132 problems of 300 x {targets}", peer, limit, ratio("linear_assignment", case, peer))
+        for targets, case in ASSIGNMENT.items()
+        for peer, limit in (("scipy", {5: 12, 20: 12, 100: 8}.get(targets)), ("lapcpp", 2.5))
+        if limit is not None
+    ),
+    *(
+        Goal("attention in 11 groups of 300", peer, limit, ratio("grouped_attention", ATTENTION, peer))
+        for peer, limit in (("masked SDPA", 9), ("folded SDPA", 1))
+    ),
+    *(
+        Goal("its memory", peer, 8, memory_ratio("grouped_attention_memory", ATTENTION, peer))
+        for peer in ("explicit mask", "masked SDPA")
+    ),
+    *(
+        Goal(f"{work}, 20 objects", peer, limit, ratio(comparison, ASSIGNMENT[20], peer))
+        for work, comparison, limits in (
+            ("matching", "matching", {"transformers": 15, "rfdetr": 8}),
+            ("criterion and backward", "criterion", {"transformers": 8, "rfdetr": 5}),
+        )
+        for peer, limit in limits.items()
+    ),
+    *(
+        Goal("deformable attention, encoder", peer, limit, ratio("ms_deform_attn", ENCODER, peer))
+        for peer, limit in (("grid_sample", 10), ("torch-ms-deform-attn", 3))
+    ),
+    Goal("Conditional DETR, inference", "transformers", 1.15, ratio("inference", ONE_GROUP, "transformers")),
+    Goal("Conditional DETR, training step", "transformers", 1.15, ratio("training_step", ONE_GROUP, "transformers")),
+    Goal("11 groups: extra time over extra operations", "one group", 1.15, price_of_groups, at_most=True),
+    *(
+        Goal("training step with 11 groups", peer, 2, ratio("training_step_with_groups", MANY_GROUPS, peer))
+        for peer in ("masked SDPA", "explicit mask")
+    ),
+]
+
+
+def goals_table(results: Results) -> str:
+    rows = []
+    for goal in GOALS:
+        try:
+            measured = goal.measure(results)
+        except LookupError:
+            found, verdict = "-", "not measured"
+        else:
+            found, verdict = spread(measured), goal.verdict(measured)
+        sign = "≤" if goal.at_most else "≥"
+        rows.append([goal.work, goal.against, f"{sign} {goal.limit:g}", found, verdict])
+    return table(["work", "against", "goal", "measured (quartiles)", ""], rows)
+
+
+def comparison_table(rows: list[Row]) -> str:
+    """Times or memory of one comparison, case by case."""
+    is_memory = "bytes" in rows[0]
+    ours = {row["case"]: row for row in rows if row["contender"] == OURS}
+    lines = []
+    for row in rows:
+        line = [row["case"], row["contender"], row["version"]]
+        if row["status"] != "ok":
+            lines.append([*line, f"{row['status']}: {row['note']}", ""])
+        elif is_memory:
+            lines.append(
+                [
+                    *line,
+                    f"{float(row['bytes']) / 1e6:.1f}",
+                    significant(float(row["bytes"]) / float(ours[row["case"]]["bytes"])),
+                ]
+            )
+        else:
+            seconds = Measured(*(1e3 * float(row[column]) for column in ("seconds_q1", "seconds", "seconds_q3")))
+            lines.append([*line, spread(seconds), significant(float(row["ratio"]))])
+    unit = "peak memory, MB" if is_memory else "time, ms (quartiles)"
+    return table(["case", "contender", "version", unit, f"times {OURS}"], lines)
+
+
+def machine(results: Results) -> str:
+    """One line on where and how the numbers came about."""
+    row = next(row for rows in results.comparisons.values() for row in rows)
+    threads = sorted({row["threads"] for rows in results.comparisons.values() for row in rows})
+    commits = sorted({row["commit"] for rows in results.comparisons.values() for row in rows})
+    return (
+        f"`{COMMAND}` on {row['cpu']}, {' or '.join(threads)} threads, float32, torch {row['torch']}, "
+        f"commit {', '.join(commits)}."
+    )
+
+
+TITLES = {
+    "linear_assignment": "Assignment: all problems of a training step, one thread",
+    "matching": "Matching: cost and assignment, 6 layers, 2 images, 11 groups of 300",
+    "criterion": "Criterion with backward, 6 layers, 2 images, 11 groups of 300, 91 classes",
+    "grouped_attention": "Decoder self-attention, forward and backward, groups of 300, 2 images",
+    "grouped_attention_memory": "Peak memory of decoder self-attention, forward and backward",
+    "ms_deform_attn": "Multi-scale deformable attention, forward and backward, 2 images",
+    "inference": "Conditional DETR R50, inference, 2 images of 480 x 640",
+    "training_step": "Conditional DETR R50, training step, 2 images of 480 x 640",
+    "training_step_with_groups": "Conditional DETR R50, training step with K groups",
+    "training_step_memory": "Peak memory of a training step with K groups",
+    "mask_loss_memory": "Peak memory of Mask2Former's matching and loss, with backward, K groups",
+    "mask2former_step_memory": "Peak memory of a training step of Mask2Former R50 with K groups",
+}
+X_LABELS = {
+    "linear_assignment": "objects per image",
+    "matching": "objects per image",
+    "criterion": "objects per image",
+    "grouped_attention": "groups K",
+    "grouped_attention_memory": "groups K",
+    "training_step_with_groups": "groups K",
+    "training_step_memory": "groups K",
+    "mask_loss_memory": "groups K",
+    "mask2former_step_memory": "groups K",
+}
+
+
+def report(results: Results, images: str) -> str:
+    """Everything in Markdown; ``images`` is where the plots are, as the document sees it."""
+    parts = [machine(results), goals_table(results)]
+    for name in (name for name in TITLES if name in results.comparisons):
+        parts += [f"### {TITLES[name]}", comparison_table(results.comparisons[name])]
+        parts.append(f"![{TITLES[name]}]({images}bench_{name}.png)")
+    return "\n\n".join(parts)
+
+
+# --- Plots ---
+
+
+def plot(name: str, rows: list[Row], caption: str, folder: Path) -> None:
+    """Lines over the case's size where it has one, else bars."""
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row["status"] == "ok"]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    draw = draw_lines if name in X_LABELS else draw_bars
+    draw(axes, rows, X_LABELS.get(name))
+    figure.suptitle(TITLES[name], fontsize=11)
+    figure.supxlabel(caption.replace("`", ""), fontsize=7, color="0.35")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"bench_{name}.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_lines(axes, rows, x_label):
+    is_memory = "bytes" in rows[0]
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        own = [row for row in rows if row["contender"] == contender]
+        x = [float(row["x"]) for row in own]
+        style = {"marker": "o", "linewidth": 2.5 if contender == OURS else 1.2, "label": contender}
+        if is_memory:
+            axes.plot(x, [float(row["bytes"]) / 1e6 for row in own], **style)
+        else:
+            median, bars = milliseconds(own)
+            axes.errorbar(x, median, yerr=bars, capsize=2, **style)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({float(row["x"]) for row in rows}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("peak memory, MB" if is_memory else "time, ms (median, quartiles)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw_bars(axes, rows, x_label):
+    labels = [
+        row["contender"] if len({r["case"] for r in rows}) == 1 else f"{row['contender']}, {row['case']}"
+        for row in rows
+    ]
+    median, bars = milliseconds(rows)
+    colors = ["tab:blue" if row["contender"] == OURS else "0.65" for row in rows]
+    drawn = axes.barh(labels, median, xerr=bars, color=colors, capsize=2)
+    axes.bar_label(drawn, [f" {significant(value)} ms" for value in median], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("time, ms (median, quartiles)")
+
+
+def milliseconds(rows: list[Row]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and their distances from the quartiles."""
+    first, median, third = (
+        [1e3 * float(row[column]) for row in rows] for column in ("seconds_q1", "seconds", "seconds_q3")
+    )
+    below = [m - f for m, f in zip(median, first, strict=True)]
+    above = [t - m for t, m in zip(third, median, strict=True)]
+    return median, [below, above]
+
+
+def spread(measured: Measured) -> str:
+    if measured.first == measured.third:
+        return significant(measured.median)
+    return f"{significant(measured.median)} ({significant(measured.first)}-{significant(measured.third)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of csv files")
+    parser.add_argument("--write", action="store_true", help=f"update {PERFORMANCE.name} and its images")
+    arguments = parser.parse_args()
+    results = Results(arguments.results)
+    if not results.comparisons:
+        parser.error(f"there are no results in {arguments.results}: run {COMMAND}")
+    images = IMAGES if arguments.write else arguments.results
+    for name in (name for name in TITLES if name in results.comparisons):
+        plot(name, results.comparisons[name], machine(results), images)
+    (arguments.results / "summary.md").write_text(f"# Benchmarks\n\n{report(results, '')}\n")
+    if arguments.write:
+        write_section(PERFORMANCE, SECTION, report(results, "images/"))
+    print(machine(results), goals_table(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

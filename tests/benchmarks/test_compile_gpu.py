@@ -1,0 +1,90 @@
+"""GPU kernels are compiled here, without a GPU: none spills, all fit the architectures."""
+
+import csv
+
+import compile_gpu
+import pytest
+from compile_gpu import SHARED_MEMORY, Usage
+
+FINE = Usage("op/kernel", 90, 128, 64, 1024, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    pytest.importorskip("triton")
+    return compile_gpu.triton_cases()
+
+
+def first_of_each_kernel(cases):
+    return list({case.kernel.__name__: case for case in reversed(cases)}.values())
+
+
+def assert_no_problems(usages):
+    problems = [problem for usage in usages for problem in usage.problems()]
+    assert not problems, "\n".join(problems)
+    assert all(usage.registers > 0 for usage in usages)
+
+
+def test_every_kernel_has_cases_of_its_own_names(cases):
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    defined = {name for module in compile_gpu.triton_modules() for name in vars(module) if name.endswith("_kernel")}
+    assert {case.kernel.__name__ for case in cases} == defined
+    for case in cases:
+        constants = {name for name, kind in case.signature.items() if kind == "constexpr"}
+        assert list(case.signature) == case.kernel.arg_names
+        assert constants == set(case.constexprs)
+
+
+def test_triton_kernels(cases):
+    """One configuration of each for one architecture; all of them are slow."""
+    assert_no_problems([compile_gpu.compile_triton(case, 90) for case in first_of_each_kernel(cases)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_all_triton_kernels(cases, architecture):
+    assert_no_problems([compile_gpu.compile_triton(case, architecture) for case in cases])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("source", compile_gpu.cuda_sources(), ids=lambda source: source.stem)
+def test_cuda_kernels(source, architecture):
+    if compile_gpu.find_nvcc() is None:
+        pytest.skip("nvcc was not found (set CUDA_HOME)")
+    usages = compile_gpu.compile_cuda(source, architecture)
+    assert usages
+    assert_no_problems(usages)
+
+
+def test_a_kernel_that_spills_is_found(cases):
+    case = next(case for case in cases if case.name.startswith("matching_cost/fp64"))
+    (problem,) = compile_gpu.compile_triton(case._replace(num_warps=1), 90).problems()
+    assert "spills" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"spills": 8, "stack": 16}, "spills 8 bytes and has a stack of 16 bytes"),
+        ({"shared_memory": 228 << 10}, "needs 233472 bytes of shared memory of 232448"),
+        ({"registers": 168, "threads": 256}, "has 168 registers in 256 threads: 2 blocks do not fit"),
+    ],
+)
+def test_problems(change, text):
+    assert FINE.problems() == []
+    assert FINE._replace(**change).problems() == [f"op/kernel for sm_90 {text}"]
+    assert FINE._replace(threads=None, registers=255).problems() == []
+
+
+def test_table_and_file(tmp_path):
+    usages = [FINE, FINE._replace(kernel="op/other_kernel", threads=None)]
+    header, first, second = compile_gpu.table(usages).splitlines()
+    assert len(header) == len(first) == len(second)
+    assert first.split() == ["op/kernel", "90", "128", "64", "1024", "0", "0"]
+    compile_gpu.write(usages, tmp_path / "folder" / "usage.csv")
+    with (tmp_path / "folder" / "usage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kernel"] for row in rows] == ["op/kernel", "op/other_kernel"]
+    assert [row["threads"] for row in rows] == ["128", ""]

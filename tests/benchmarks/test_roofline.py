@@ -1,0 +1,61 @@
+"""The floors on paper: how bytes are counted, what is known of them otherwise, and the document that shows them."""
+
+from dataclasses import replace
+
+import pytest
+import roofline
+import torch
+from documents import PERFORMANCE, read_section
+from roofline import SETTINGS, Traffic, Work, attention, plain_attention
+
+CONDITIONAL = SETTINGS[0]
+
+
+def test_document_has_the_tables_that_the_script_prints():
+    section = read_section(PERFORMANCE, roofline.SECTION)
+    if roofline.TORCH not in section:
+        pytest.skip(f"the document counts the operators of another torch than {roofline.TORCH}")
+    assert section == roofline.tables()
+
+
+def traffic(run):
+    with Traffic() as counted:
+        run()
+    return counted.bytes
+
+
+def test_traffic_counts_operands_and_results():
+    x, y = (torch.empty(10, 20, device="meta") for _ in range(2))
+    size = 10 * 20 * 4
+    assert traffic(lambda: x + y) == 3 * size
+    assert traffic(lambda: x.add_(y)) == 3 * size
+    assert traffic(lambda: x.t().unflatten(0, (4, 5))[:, 2:]) == 0
+    assert traffic(lambda: torch.empty_like(x)) == 0
+    assert traffic(lambda: torch.zeros_like(x)) == 2 * size
+    assert traffic(lambda: x + y[:1].expand_as(x)) == 3 * size  # its memory is all that it can touch
+    assert traffic(lambda: x + torch.empty(1, 20, device="meta").expand_as(x)) == 2 * size + 20 * 4
+
+
+def test_work_is_bound_by_the_slower_of_the_two():
+    assert Work(roofline.MEMORY_BANDWIDTH, 0).seconds == 1
+    assert Work(1, roofline.VECTOR_PEAK * 2).seconds == 2
+    assert (Work(1e9, 1).bound, Work(1, 1e12).bound) == ("memory", "compute")
+
+
+def test_explicit_mask_keeps_the_scores():
+    """665 MiB of float32 scores for 11 groups of 300, two images and 8 heads: half as many bytes in bfloat16."""
+    _, plain = roofline.kept_for_backward(CONDITIONAL)
+    scores = 2 * 8 * 3300 * 3300 * 2
+    assert scores / 2**20 == pytest.approx(665 / 2, rel=0.01)
+    assert scores <= plain < 1.1 * scores
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_groups_cost_in_proportion_and_a_mask_with_the_square(backward):
+    twice = replace(CONDITIONAL, num_groups=22)
+    assert attention(twice, backward).operations == 2 * attention(CONDITIONAL, backward).operations
+    assert attention(twice, backward).bytes == 2 * attention(CONDITIONAL, backward).bytes
+    plain = plain_attention(twice, backward).bytes / plain_attention(CONDITIONAL, backward).bytes
+    assert plain == pytest.approx(4, rel=0.05)
+    one_group = replace(CONDITIONAL, num_groups=1)
+    assert attention(one_group, False).operations == plain_attention(one_group, False).operations
