@@ -334,9 +334,9 @@ class _Tile(NamedTuple):
     num_warps: int
 
 
-# Tiles by precision and by the widest head, such that nothing spills and 99 KB of shared memory are enough, on every GPU
-# since Ampere. Measuring them at run time instead would stall the first steps of a training and could not be done while
-# a CUDA graph is captured; blocks of 64 waste little on groups of 100, 300 or 900.
+# Tiles by precision and by the widest head, such that nothing spills and 99 KB of shared memory are enough, on every
+# GPU since Ampere. Measuring them at run time instead would stall the first steps of a training and could not be done
+# while a CUDA graph is captured; blocks of 64 waste little on groups of 100, 300 or 900.
 _TILES = {
     _grouped_attention_fwd_kernel: {
         "half": {32: _Tile(64, 64, 4), 64: _Tile(64, 64, 4), 128: _Tile(64, 64, 4)},
@@ -427,7 +427,7 @@ def _launch(
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Launch a kernel that takes ``tensors``, the strides of ``strided`` (which ends with query, key, value), and sizes."""
+    """Launch a kernel that takes ``tensors``, the strides of ``strided`` (its end: query, key, value), and sizes."""
     query, _, value = strided[-3:]
     batch, _, heads, head_dim = query.shape
     value_dim = value.shape[3]
