@@ -54,13 +54,15 @@ class Goal:
 
 
 class Results:
-    """Rows of all csv files of a folder."""
+    """Rows of a folder's csv files, one file for each comparison of TITLES."""
 
     def __init__(self, folder: Path):
         self.comparisons: dict[str, list[Row]] = {}
-        for path in sorted(folder.glob("*.csv")):
-            with path.open(newline="") as file:
-                self.comparisons[path.stem] = list(csv.DictReader(file))
+        for name in TITLES:
+            path = folder / f"{name}.csv"
+            if path.exists():
+                with path.open(newline="") as file:
+                    self.comparisons[name] = list(csv.DictReader(file))
 
     def row(self, comparison: str, case: object, contender: str) -> Row:
         """Raises LookupError if it was not measured."""
@@ -217,8 +219,8 @@ X_LABELS = {
 def report(results: Results, images: str) -> str:
     """Everything in Markdown; ``images`` is where the plots are, as the document sees it."""
     parts = [machine(results), goals_table(results)]
-    for name in (name for name in TITLES if name in results.comparisons):
-        parts += [f"### {TITLES[name]}", comparison_table(results.comparisons[name])]
+    for name, rows in results.comparisons.items():
+        parts += [f"### {TITLES[name]}", comparison_table(rows)]
         parts.append(f"![{TITLES[name]}]({images}bench_{name}.png)")
     return "\n\n".join(parts)
 
@@ -302,8 +304,8 @@ def main() -> None:
     if not results.comparisons:
         parser.error(f"there are no results in {arguments.results}: run {COMMAND}")
     images = IMAGES if arguments.write else arguments.results
-    for name in (name for name in TITLES if name in results.comparisons):
-        plot(name, results.comparisons[name], machine(results), images)
+    for name, rows in results.comparisons.items():
+        plot(name, rows, machine(results), images)
     (arguments.results / "summary.md").write_text(f"# Benchmarks\n\n{report(results, '')}\n")
     if arguments.write:
         write_section(PERFORMANCE, SECTION, report(results, "images/"))

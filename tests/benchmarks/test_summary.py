@@ -28,6 +28,7 @@ def folder(tmp_path):
         peak = Peak(bytes=size)
         results.add_memory("grouped_attention_memory", ATTENTION, ATTENTION.num_groups, contender, peak)
     results.write()
+    (tmp_path / "compile_gpu.csv").write_text("kernel,registers\nforward,32\n")  # not a comparison
     return tmp_path
 
 
