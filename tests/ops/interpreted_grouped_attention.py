@@ -165,6 +165,21 @@ def test_dropout_keeps_what_its_definition_keeps(dropout_p, seed):
     assert torch.equal(grad_value > 0, keep.transpose(1, 3))
 
 
+def test_dropout_keeps_the_threshold_itself():
+    """With p = hash / 2**32 the comparison meets equality, which no other test does."""
+    arguments = settings(QueryGroups(1, 1), 0.5)
+    place = (torch.tensor(0),) * 3
+    low, high = 0, 2**32  # the hash is in [low, high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = keep_mask(arguments[2], middle / 2**32, *place).item()
+        low, high = (middle, high) if kept else (low, middle)
+    ones = torch.ones(1, 1, 1, 16)
+    for number, kept in ((low, True), (low + 1, False)):
+        out, _ = triton_kernels.forward(ones, ones, ones, arguments[0], number / 2**32, *arguments[2:])
+        assert (out != 0).all() if kept else (out == 0).all()
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_scores(dtype, sign):
