@@ -129,12 +129,13 @@ class RecipesCommand:
     def __call__(self) -> None:
         rows = [("recipe", "K", "N", "epochs", "drop", "batch", "AP", "baseline")]
         for name, recipe in RECIPES.items():
-            numbers = (recipe.num_groups, recipe.num_queries, recipe.epochs, recipe.lr_drop, recipe.images_per_step)
+            drops = "/".join(f"{epoch:g}" for epoch in recipe.lr_drop)
+            numbers = (recipe.num_groups, recipe.num_queries, recipe.epochs, drops, recipe.images_per_step)
             baseline = "-" if recipe.baseline_ap is None else f"{recipe.baseline_ap:.1f}"
             rows.append((name, *map(str, numbers), f"{recipe.ap:.1f}", baseline))
         width = max(len(name) for name, *_ in rows)
         for name, *cells in rows:
-            print(name.ljust(width), *(cell.rjust(8) for cell in cells))
+            print(name.ljust(width), *(cell.rjust(12) for cell in cells))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def config(digits, tmp_path):
         augmentation=AugmentationConfig(
             short_sides=(40, 48), crop_short_sides=(48,), crop_min=24, crop_max=48, flip=0.5, eval_short_side=48
         ),
-        optimization=OptimizationConfig(epochs=3, lr_drop=2, lr=1e-3, backbone_lr=1e-3, batch_size=4),
+        optimization=OptimizationConfig(epochs=3, lr_drop=(2,), lr=1e-3, backbone_lr=1e-3, batch_size=4),
         output=tmp_path / "run",
         pictures=2,
     )

@@ -10,6 +10,10 @@ from groupdetr_fast.recipes import RECIPES, find_recipe
 from groupdetr_fast.training.optimization import SCHEDULES
 
 
+def queries_of(model):
+    return {"dino_4scale_r50": 900, "mask2former_r50": 100}.get(model, 300)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_of_its_own_name(name):
     recipe = find_recipe(name)
@@ -17,19 +21,19 @@ def test_every_recipe_is_a_run_of_its_own_name(name):
     assert (recipe.name, recipe.model, recipe.epochs) == (name, model, int(epochs))
     assert recipe.model in model_names()
     assert recipe.num_groups == (int(groups or 11) if group else 1)
-    assert recipe.num_queries == model_config(model).num_queries == (900 if "dino" in model else 300)
+    assert recipe.num_queries == model_config(model).num_queries == queries_of(model)
 
     config = recipe.config(processes=8)
     assert config.optimization.resolved().epochs == recipe.epochs
     assert config.optimization.batch_size * config.optimization.accumulate * 8 == recipe.images_per_step
     assert (config.model.model, config.model.num_groups) == (recipe.model, recipe.num_groups)
-    assert config.data.labels == "category_id"
+    assert config.data.labels == ("contiguous" if "mask" in model else "category_id")
     assert config.model.backbone_weights == "imagenet"
     assert str(config.output) == f"runs/{name}"
 
 
 def test_groups_gain_as_the_paper_says():
-    """The gains of tables 3 and 4, which the paper prints beside the numbers."""
+    """The gains of tables 3, 4 and 6, which the paper prints beside the numbers."""
     gains = {}
     for name, recipe in RECIPES.items():
         if recipe.num_groups == 11:
@@ -51,6 +55,8 @@ def test_groups_gain_as_the_paper_says():
         "dab_deformable_detr_r50_50e": 1.6,
         "dino_4scale_r50_12e": 0.7,
         "dino_4scale_r50_36e": 0.4,
+        "mask2former_r50_12e": 1.2,
+        "mask2former_r50_50e": 0.3,
     }
     for recipe in RECIPES.values():
         if recipe.num_groups > 1:
@@ -59,11 +65,21 @@ def test_groups_gain_as_the_paper_says():
 
 
 def test_schedules_and_rates_are_the_papers():
-    drops = {(recipe.epochs, recipe.lr_drop) for recipe in RECIPES.values()}
-    assert drops == {*SCHEDULES.values(), (36, 30)}
+    drops = {(recipe.epochs, recipe.lr_drop) for recipe in RECIPES.values() if "mask" not in recipe.model}
+    assert drops == {*SCHEDULES.values(), (36, (30,))}
     optimization = find_recipe("group_dab_detr_r50_50e").config().optimization
     assert (optimization.lr, optimization.backbone_lr, optimization.weight_decay) == (1e-4, 1e-5, 1e-4)
     assert (optimization.decay, optimization.clip_norm) == ("step", 0.1)
+
+
+def test_mask2former_is_trained_as_in_its_repository():
+    recipe = find_recipe("group_mask2former_r50_50e")
+    # drops after 327778 and 355092 of 368750 steps of 16 images
+    assert recipe.lr_drop == pytest.approx((50 * 327778 / 368750, 50 * 355092 / 368750), abs=0.06)
+    config = recipe.config()
+    optimization = config.optimization
+    assert (optimization.weight_decay, optimization.decay_norms, optimization.clip_norm) == (0.05, False, 0.01)
+    assert (config.augmentation.jitter_size, config.augmentation.jitter_scale) == (1024, (0.1, 2.0))
 
 
 @pytest.mark.parametrize(

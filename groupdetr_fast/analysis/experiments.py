@@ -146,5 +146,5 @@ def _seeded(training: CocoTrainingConfig, seed: int) -> CocoTrainingConfig:
 def _with_epochs(training: CocoTrainingConfig, epochs: int) -> CocoTrainingConfig:
     """The same training for another number of epochs; a drop of the rates keeps its distance to the end."""
     optimization = training.optimization.resolved()
-    drop = max(1, optimization.lr_drop + epochs - optimization.epochs)
+    drop = tuple(max(1, epoch + epochs - optimization.epochs) for epoch in optimization.lr_drop)
     return replace(training, optimization=replace(optimization, epochs=epochs, lr_drop=drop))

@@ -9,7 +9,7 @@ from torch import nn
 
 __all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler"]
 
-SCHEDULES = {"12e": (12, 11), "50e": (50, 40)}  # name: (epochs, epoch after which the rates drop)
+SCHEDULES = {"12e": (12, (11,)), "50e": (50, (40,))}  # name: (epochs, epochs after which the rates drop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class OptimizationConfig:
     Attributes:
         schedule: a schedule of the paper by name, which sets ``epochs`` and ``lr_drop``; None to set them yourself.
         epochs: passes over the training images.
-        lr_drop: epochs after which the rates drop to a tenth (``decay="step"``).
+        lr_drop: epochs, or fractions of them, after each of which the rates drop to a tenth (``decay="step"``).
         decay: "step", or "cosine" from the peak to 0 over the whole run.
         warmup_steps: optimiser steps over which the rates rise linearly to their peak.
         lr: peak learning rate of everything but the backbone.
@@ -40,7 +40,7 @@ class OptimizationConfig:
 
     schedule: Literal["12e", "50e"] | None = None
     epochs: int = 12
-    lr_drop: int = 11
+    lr_drop: tuple[float, ...] = (11,)
     decay: Literal["step", "cosine"] = "step"
     warmup_steps: int = 0
     lr: float = 1e-4
@@ -58,12 +58,14 @@ class OptimizationConfig:
     seed: int = 42
 
     def __post_init__(self):
-        for name in ("epochs", "lr_drop", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "lr", "backbone_lr", "weight_decay", "clip_norm", "groups_per_pass"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not all(epoch > 0 for epoch in self.lr_drop):
+            raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.schedule is not None and self.schedule not in SCHEDULES:
@@ -115,6 +117,6 @@ def build_scheduler(
         warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
         if config.decay == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
-        return warm * (0.1 if step >= config.lr_drop * steps_per_epoch else 1.0)
+        return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.lr_drop)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

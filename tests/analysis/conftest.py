@@ -30,7 +30,7 @@ def training(digits, tmp_path):
         augmentation=AugmentationConfig(
             short_sides=(48,), flip=0.0, crop=0.0, max_size=None, eval_short_side=48, eval_max_size=None
         ),
-        optimization=OptimizationConfig(epochs=2, lr_drop=1, lr=1e-2, backbone_lr=1e-2, batch_size=4, seed=7),
+        optimization=OptimizationConfig(epochs=2, lr_drop=(1,), lr=1e-2, backbone_lr=1e-2, batch_size=4, seed=7),
         output=tmp_path / "run",
         pictures=0,
     )

@@ -76,7 +76,7 @@ def test_more_epochs_for_one_group(training):
         (1, 2, 7), (2, 2, 7), (1, 5, 7), (1, 2, 8), (2, 2, 8), (1, 5, 8),
     ]  # fmt: skip
     longer = cells[2].training.optimization
-    assert (longer.epochs, longer.lr_drop, longer.seed) == (5, 4, 7)  # the rates drop one epoch before the end
+    assert (longer.epochs, longer.lr_drop, longer.seed) == (5, (4,), 7)  # the rates drop one epoch before the end
 
 
 def test_the_number_of_queries_is_the_models_own_unless_given(training):

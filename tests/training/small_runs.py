@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,19 @@ def write_images(folder):
             category = int(rng.integers(1, 3))
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category, **box})
     categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
-    path = folder / "instances.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return data_in(folder)
+
+
+def data_in(folder, evaluated="instances.json"):
+    """Settings of the data set that :func:`write_images` wrote; perhaps evaluated on other annotations than trained."""
+    images = folder / "images"
     return DataConfig(
-        train_images=folder / "images",
-        train_annotations=path,
-        val_images=folder / "images",
-        val_annotations=path,
+        train_images=images,
+        train_annotations=folder / "instances.json",
+        val_images=images,
+        val_annotations=folder / evaluated,
         workers=0,
     )
 
@@ -70,7 +77,7 @@ def small_config(data, output):
         augmentation=AugmentationConfig(
             short_sides=(24, 32), crop_short_sides=(32,), crop_min=16, crop_max=32, eval_short_side=32
         ),
-        optimization=OptimizationConfig(epochs=EPOCHS, lr_drop=2, lr=1e-3, backbone_lr=1e-3, batch_size=2),
+        optimization=OptimizationConfig(epochs=EPOCHS, lr_drop=(2,), lr=1e-3, backbone_lr=1e-3, batch_size=2),
         output=output,
         evaluate_every=2,
         pictures=0,
@@ -91,19 +98,14 @@ def run_process(config, fault=None, *arguments):
     """Train in a process of its own, which calls ``fault(*arguments)`` first. Returns its exit status and output."""
     config.output.mkdir(parents=True, exist_ok=True)
     log = config.output / "log.txt"
-    process = start_process(config, log, fault, *arguments)
-    process.join(timeout=300)
-    assert process.exitcode is not None, "the training hangs"
-    return process.exitcode, log.read_text()
-
-
-def start_process(config, log, fault=None, *arguments):
     # A fork server imports torch once; every training is a fresh fork of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
     process = context.Process(target=_main, args=(config, log, fault, arguments))
     process.start()
-    return process
+    process.join(timeout=300)
+    assert process.exitcode is not None, "the training hangs"
+    return process.exitcode, log.read_text()
 
 
 def _main(config, log, fault, arguments):
@@ -146,6 +148,16 @@ def kill_halfway(place, number):
         _signal(signal.SIGKILL)
 
     _call_instead(place, number, write_half)
+
+
+def kill_some_time_after_the_first_step(seconds):
+    """``kill -9`` by the clock, wherever the training is then."""
+
+    def start_clock(original, *args, **kwargs):
+        threading.Timer(seconds, _signal, [signal.SIGKILL]).start()
+        return original(*args, **kwargs)
+
+    _call_instead("AdamW.step", 1, start_clock)
 
 
 def terminate_before(place, number):

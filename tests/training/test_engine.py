@@ -38,10 +38,11 @@ def with_options(config, **options):
 OPTIONS = [
     pytest.param({"ema_decay": 0.9}, id="ema"),
     pytest.param({"groups_per_pass": 1, "recompute_layers": True, "accumulate": 2}, id="passes"),
-    pytest.param({"precision": "bf16", "ema_decay": 0.99, "groups_per_pass": 1}, id="bf16", marks=pytest.mark.slow),
+    pytest.param({"precision": "bf16", "ema_decay": 0.99, "groups_per_pass": 1}, id="bf16"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_with_options_resumes_exactly(config, tmp_path, options):
     config = with_options(config, **options)
@@ -88,8 +89,9 @@ def test_results_report_the_peak_memory(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("groups_per_pass", [0, 1])
 def test_a_compiled_model_trains_to_the_same_losses(config, tmp_path, groups_per_pass):
-    config = with_options(replace(config, model=replace(config.model, dropout=0.0)), epochs=1)
-    config = with_options(config, groups_per_pass=groups_per_pass)
+    # Without dropout and denoising queries: compiled code draws other random numbers.
+    model = replace(config.model, model="conditional_detr_r50", dropout=0.0)
+    config = with_options(replace(config, model=model), epochs=1, groups_per_pass=groups_per_pass)
     expected = train(config)["epochs"]
     found = train(with_options(replace(config, output=tmp_path / "compiled"), compile=True))["epochs"]
     assert found[0]["train"] == pytest.approx(expected[0]["train"], rel=1e-3)

@@ -13,12 +13,12 @@ from small_runs import (
     final_weights,
     kill_before,
     kill_halfway,
+    kill_some_time_after_the_first_step,
     kill_worker_at,
     run_process,
     same_weights,
     small_config,
     spoil_images,
-    start_process,
     terminate_before,
     write_images,
 )
@@ -77,7 +77,7 @@ SLOW = pytest.mark.slow
         pytest.param(kill_before, "os.fsync", 11, "epoch_0000_batch_000004", id="fsync", marks=SLOW),
         pytest.param(kill_before, "os.rename", 4, "epoch_0001", id="rename", marks=SLOW),
         # when it is there, and older ones are removed
-        pytest.param(kill_before, "Path.unlink", 1, "epoch_0001", id="unlink"),
+        pytest.param(kill_before, "Path.unlink", 1, "epoch_0001", id="unlink", marks=SLOW),
         pytest.param(kill_before, "shutil.rmtree", 2, "epoch_0001_batch_000002", id="rmtree", marks=SLOW),
         # when results.json is written
         pytest.param(kill_before, "os.replace", 3, "epoch_0001", id="results", marks=SLOW),
@@ -94,18 +94,15 @@ def test_killed_at(config, undisturbed, kill, place, number, start):
 def test_killed_again_and_again_at_random_moments(config, undisturbed, workers):
     config = replace(config, data=replace(config.data, workers=workers), resume=True)
     generator = random.Random(workers)
-    killed = 0
-    config.output.mkdir()
-    for _ in range(60):
-        process = start_process(config, config.output / "log.txt")
-        process.join(timeout=generator.uniform(0.3, 2.5))
-        if process.exitcode is not None:
+    reached = []
+    for _ in range(20):
+        status, log = run_process(config, kill_some_time_after_the_first_step, generator.uniform(0, 0.3))
+        if status == 0:
             break
-        process.kill()
-        process.join()
-        killed += 1
-    print(f"killed {killed} times")
-    assert killed > 2
+        assert status == -9, log
+        reached.append(latest_checkpoint(config.output))
+    print(f"killed {len(reached)} times, with {len(set(reached))} different newest checkpoints")
+    assert len(set(reached)) > 2
     finish(config, undisturbed)
 
 
@@ -182,7 +179,7 @@ def another_epoch_length(folder):
         pytest.param(truncate("state.pt", 0.99), "cannot be read", id="most of a state", marks=SLOW),
         pytest.param(truncate("model.safetensors", 0.5), "cannot be read", id="half the weights", marks=SLOW),
         pytest.param(truncate("model.safetensors", 0.001), "cannot be read", id="few weights", marks=SLOW),
-        pytest.param(another_program, "does not belong to this training: it lacks", id="another program"),
+        pytest.param(another_program, "does not belong to this training: it lacks", id="another program", marks=SLOW),
         pytest.param(a_pickle, "cannot be read", id="a pickle", marks=SLOW),
         pytest.param(another_model, "does not belong to this training", id="another model", marks=SLOW),
         pytest.param(another_epoch_length, "an epoch has 5: use the same data", id="another data set", marks=SLOW),

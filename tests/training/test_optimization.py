@@ -40,9 +40,14 @@ def test_norms_and_embeddings_without_decay(weight_decay):
 
 
 def test_step_drop_after_the_given_epoch():
-    found = rates(OptimizationConfig(epochs=4, lr_drop=3), steps=8, steps_per_epoch=2)
+    found = rates(OptimizationConfig(epochs=4, lr_drop=(3,)), steps=8, steps_per_epoch=2)
     assert [row[0] for row in found] == pytest.approx([1e-4] * 6 + [1e-5] * 2)
     assert [row[1] for row in found] == pytest.approx([1e-5] * 6 + [1e-6] * 2)
+
+
+def test_several_drops_within_epochs():
+    found = rates(OptimizationConfig(epochs=2, lr_drop=(0.5, 1.75)), steps=8, steps_per_epoch=4)
+    assert [row[0] for row in found] == pytest.approx([1e-4] * 2 + [1e-5] * 5 + [1e-6])
 
 
 def test_cosine_with_warmup():
@@ -55,8 +60,8 @@ def test_cosine_with_warmup():
 
 
 def test_named_schedules_are_the_papers():
-    assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=11)
-    assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=40)
+    assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=(11,))
+    assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=(40,))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,7 @@ def test_named_schedules_are_the_papers():
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
+        ({"lr_drop": (8, 0)}, "lr_drop must hold positive epochs"),
         ({"schedule": "24e"}, "schedule must be one of 12e, 50e or None"),
     ],
 )
