@@ -19,11 +19,13 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=15
 
-# Against peers, about 15 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
+# Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
 bench: $(VENV)/peers
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
-		--benchmark-json=benchmarks/results/pytest_benchmark.json
+	for file in benchmarks/bench_*.py; do \
+		$(BIN)/python -m pytest $$file --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+			--benchmark-json=benchmarks/results/$$(basename $$file .py).json || exit 1; \
+	done
 	$(BIN)/python benchmarks/summary.py --write
 
 # Every GPU kernel, compiled without a GPU: registers, shared memory, spills. Needs nvcc.

@@ -72,4 +72,4 @@ def prepare(case):
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("case", cases.DEFORMABLE, ids=str)
 def bench_ms_deform_attn(comparison, case, contender):
-    comparison("ms_deform_attn", case, contender, prepare)
+    comparison("ms_deform_attn", case, contender, prepare, seconds=40)

@@ -188,9 +188,7 @@ ATTENTION = [Attention(1), Attention(3), Attention(5), Attention(11)]
 DEFORMABLE = [Deformable(None), Deformable(300)]
 DETECTION = [Detection(1), Detection(5), Detection(11)]
 MASKS = [Segmentation(1), Segmentation(11)]
-SEGMENTATION = [
-    Segmentation(groups, batch=1, size=512) for groups in (1, 11)
-]  # a whole step at 1024 takes 20 GB and more
+SEGMENTATION = [Segmentation(1, size=512), Segmentation(11, size=512)]  # whole steps: the backbone wants memory, too
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
 GPU_ATTENTION = [Attention(11, queries, batch) for queries in (300, 900) for batch in (2, 16)]
 GPU_MATCHING = [Matching(20, batch=batch, num_queries=queries) for queries in (300, 900) for batch in (2, 16)]

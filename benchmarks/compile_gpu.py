@@ -1,7 +1,7 @@
 """Compiles every GPU kernel of the package without a GPU, and tells its registers, shared memory and spills.
 
     python benchmarks/compile_gpu.py
-    python benchmarks/compile_gpu.py --only sigmoid_focal_loss --architectures 90
+    python benchmarks/compile_gpu.py --only sigmoid_focal_loss --architectures 90 --jobs 4
 
 Triton kernels are compiled in every configuration that their modules list (``compile_cases``), CUDA sources as setup.py
 compiles them. The command fails if a kernel spills registers to memory or does not fit an architecture.
@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -159,6 +161,34 @@ def _plain_name(symbol: str) -> str:
     return re.search(r"(\w+(?:<[^(]*>)?)\(", name).group(1)
 
 
+class Task(NamedTuple):
+    """One Triton configuration, or one CUDA source, for one architecture."""
+
+    architecture: int
+    case: str | None = None
+    source: Path | None = None
+
+    def compile(self) -> list[Usage]:
+        if self.source is not None:
+            return compile_cuda(self.source, self.architecture)
+        (case,) = (case for case in triton_cases() if case.name == self.case)
+        return [compile_triton(case, self.architecture)]
+
+
+def tasks(only: str, architectures: Iterable[int]) -> list[Task]:
+    """What there is to compile, of kernels whose name has ``only`` in it."""
+    cases = [case.name for case in triton_cases() if only in case.name]
+    sources = [source for source in cuda_sources() if only in source.stem]
+    return [
+        task
+        for architecture in architectures
+        for task in (
+            *(Task(architecture, case=case) for case in cases),
+            *(Task(architecture, source=source) for source in sources),
+        )
+    ]
+
+
 def write(usages: Sequence[Usage], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -182,19 +212,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="compile only kernels whose name has this text in it")
     parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="where the table goes")
     arguments = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("compiling the Triton kernels needs triton (pip install triton)")
     if find_nvcc() is None:
         raise SystemExit("compiling the CUDA kernels needs nvcc (set CUDA_HOME)")
+    work = tasks(arguments.only, arguments.architectures)
     usages = []
-    for architecture in arguments.architectures:
-        print(f"compiling for sm_{architecture}", flush=True)
-        usages += [compile_triton(case, architecture) for case in triton_cases() if arguments.only in case.name]
-        for source in cuda_sources():
-            if arguments.only in source.stem:
-                usages += compile_cuda(source, architecture)
+    # spawn: torch has started threads by now, and a fork might find their locks taken.
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for done, found in enumerate(pool.map(Task.compile, work), start=1):
+            usages += found
+            if done % 50 == 0:
+                print(f"{done} of {len(work)} compiled", flush=True)
     write(usages, arguments.csv)
     print(table(usages))
     problems = [problem for usage in usages for problem in usage.problems()]

@@ -58,6 +58,21 @@ def test_cuda_kernels(source, architecture):
     assert_no_problems(usages)
 
 
+def test_tasks_are_all_configurations_and_sources(cases):
+    found = compile_gpu.tasks("", [80, 90])
+    assert len(found) == len(set(found)) == 2 * (len(cases) + len(compile_gpu.cuda_sources()))
+    (task,) = compile_gpu.tasks("ms_deform_attn", [80])
+    assert task.architecture == 80
+    assert task.source.name == "ms_deform_attn.cu"
+
+
+def test_a_task_compiles_its_configuration(cases):
+    task = next(task for task in compile_gpu.tasks("sigmoid_focal_loss", [90]) if task.case)
+    (usage,) = task.compile()
+    assert usage.kernel == task.case
+    assert usage.architecture == 90
+
+
 def test_a_kernel_that_spills_is_found(cases):
     case = next(case for case in cases if case.name.startswith("matching_cost/fp64"))
     (problem,) = compile_gpu.compile_triton(case._replace(num_warps=1), 90).problems()
