@@ -342,12 +342,14 @@ Problem check_inputs(const Tensor& value, const std::vector<int64_t>& spatial_sh
                   "ms_deform_attn: spatial_shapes must hold two numbers per level");
   int64_t pixels = 0;
   for (size_t level = 0; level < spatial_shapes.size(); level += 2) {
-    STD_TORCH_CHECK(spatial_shapes[level] >= 0 && spatial_shapes[level + 1] >= 0,
-                    "ms_deform_attn: spatial_shapes must not be negative");
-    pixels += spatial_shapes[level] * spatial_shapes[level + 1];
+    const int64_t height = spatial_shapes[level], width = spatial_shapes[level + 1];
+    STD_TORCH_CHECK(height >= 0 && width >= 0, "ms_deform_attn: spatial_shapes must not be negative");
+    // Sizes first: the product and the sum of large ones would overflow, perhaps to the number of rows.
+    STD_TORCH_CHECK(height <= INT32_MAX && width <= INT32_MAX && pixels + height * width <= INT32_MAX,
+                    "ms_deform_attn: value must have at most 2^31 - 1 rows");
+    pixels += height * width;
   }
   STD_TORCH_CHECK(pixels == value.size(1), "ms_deform_attn: value must have one row per pixel of spatial_shapes");
-  STD_TORCH_CHECK(pixels <= INT32_MAX, "ms_deform_attn: value must have at most 2^31 - 1 rows");
   STD_TORCH_CHECK(weights.size(0) == value.size(0) && weights.size(2) == value.size(2),
                   "ms_deform_attn: weights must have the images and heads of value");
   for (int64_t d = 0; d < 5; ++d) {

@@ -373,6 +373,8 @@ def test_kernel_checks_what_it_indexes_with():
         OP(value, [4, 6, 3, 3], locations, weights)
     with pytest.raises(RuntimeError, match="two numbers per level"):
         OP(value, [30, 1], locations, weights)
+    with pytest.raises(RuntimeError, match=r"at most 2\^31 - 1 rows"):  # whose products and sum overflow to 30
+        OP(value, [2**32, 2**32, 5, 6], locations, weights)
     with pytest.raises(RuntimeError, match="the shape of weights"):
         OP(value, flat, locations[:, :4], weights)
     with pytest.raises(RuntimeError, match="shape of the result"):
