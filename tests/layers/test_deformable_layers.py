@@ -148,7 +148,11 @@ def attention_of_transformers(ours):
     module = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     dim = ours.value_proj.in_features
     config = transformers.DeformableDetrConfig(
-        d_model=dim, num_feature_levels=ours.num_levels, disable_custom_kernels=True, use_timm_backbone=False
+        d_model=dim,
+        num_feature_levels=ours.num_levels,
+        disable_custom_kernels=True,
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(),  # not the default, which some versions download
     )
     theirs = module.DeformableDetrMultiscaleDeformableAttention(config, ours.num_heads, ours.num_points)
     theirs.load_state_dict(ours.state_dict())

@@ -26,6 +26,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name of it
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not admitted")
+        if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+            module = module.replace("numpy._core.", "numpy.core.")
         return super().find_class(module, name)
 
 
