@@ -1,16 +1,19 @@
 """Inference graphs of detectors, as torch.export programs and as ONNX files.
 
-A graph takes images alone and uses one group of queries. The number of images is free, their size is fixed.
+A graph uses one group of queries. It takes any number of images of any size, with or without masks of their padding.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-from ..ops.ms_deform_attn.reference import ms_deform_attn_reference
+from torch.nn import functional as F
 
 __all__ = ["export_onnx", "export_program"]
+
+# Free sizes are traced at one that leaves several cells, of different numbers, in the coarsest map of every detector.
+TRACED_SIZE = (608, 800)
 
 
 class _Inference(nn.Module):
@@ -21,69 +24,95 @@ class _Inference(nn.Module):
         self.model = model
         self.group = group
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model(images, num_groups=1, inference_group=self.group)
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if masks is not None:
+            torch._check(masks.shape == images[:, 0].shape)  # tells the tracer that their free axes are the same
+        out = self.model(images, masks, num_groups=1, inference_group=self.group)
         return out.logits[-1], out.boxes[-1]
 
 
 @torch.no_grad()
 def export_program(
-    model: nn.Module, image_size: tuple[int, int], *, inference_group: int = 0
+    model: nn.Module, image_size: tuple[int, int] | None = None, *, masks: bool = False, inference_group: int = 0
 ) -> torch.export.ExportedProgram:
     """Trace the inference graph of a detector.
 
     Args:
         model: a detector of this package that predicts boxes; its modules keep their modes.
-        image_size: (height, width) of the images in pixels, without padding.
+        image_size: (height, width) of all images in pixels; None for a graph that takes any size from two cells of the
+            coarsest feature map on (with ResNet-50, 33 pixels on one level and 65 on four).
+        masks: whether the graph also takes masks of the images' padding; without, no image may be padded.
         inference_group: the group of queries to use.
 
     Returns:
-        A program that takes images ``[B, 3, height, width]``, normalised as the backbone expects and on the model's
-        device, for any B, and returns logits ``[B, N, C]`` and boxes ``[B, N, 4]``, as in the last layer of a
-        :class:`DetectorOutput`. This package's ops stay in it as they are.
+        A program that takes ``images [B, 3, H, W]``, normalised as the backbone expects and on the model's device, and
+        with ``masks`` also ``[B, H, W]`` bool, True on padding, for any B. It returns logits ``[B, N, C]`` and boxes
+        ``[B, N, 4]``, as in the last layer of a :class:`DetectorOutput`. This package's ops stay in it as they are.
 
     Raises:
         TypeError: if the model predicts no boxes.
-        ValueError: if the model does not have that group.
+        ValueError: if the model does not have that group, or its backbone needs an ``image_size``: networks that pad as
+            TensorFlow does, such as timm's ``tf_efficientnet``, pad by amounts that follow from the size.
     """
     if model.config.predicts_masks:
         raise TypeError(f"expected a detector of boxes, got {type(model).__name__}")
-    height, width = image_size
+    if image_size is None and any(type(module).__name__.endswith("Same") for module in model.modules()):
+        # Tracing their paddings as formulas of the size takes longer than anybody waits.
+        raise ValueError(f"backbone {model.config.backbone!r} pads by the size of the image: give image_size")
+    height, width = image_size or TRACED_SIZE
     parameter = next(model.parameters())
-    images = torch.zeros(2, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+    inputs = [torch.zeros(2, 3, height, width, dtype=parameter.dtype, device=parameter.device)]
+    if masks:
+        inputs.append(torch.zeros(2, height, width, dtype=torch.bool, device=parameter.device))
+    last = (-2, -1) if image_size is None else ()
+    free = [{axis % tensor.dim(): torch.export.Dim.DYNAMIC for axis in (0, *last)} for tensor in inputs]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return torch.export.export(
-            _Inference(model, inference_group), (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-        )
+        return torch.export.export(_Inference(model, inference_group), tuple(inputs), dynamic_shapes=tuple(free))
     finally:
         for module, training in modes:
             module.training = training
 
 
-def export_onnx(model: nn.Module, path: str | Path, image_size: tuple[int, int], *, inference_group: int = 0) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    image_size: tuple[int, int] | None = None,
+    *,
+    masks: bool = False,
+    inference_group: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the inference graph of a detector as an ONNX file of standard operators.
 
     Needs onnx and onnxscript (the extra ``export``).
 
     Args:
-        model: as in :func:`export_program`.
-        path: where to write. The input is called ``images``, the outputs ``logits`` and ``boxes``, with the shapes
-            that :func:`export_program` gives; their first dimension is free.
-        image_size: (height, width) of the images in pixels.
-        inference_group: the group of queries to use.
+        model, image_size, masks, inference_group: as in :func:`export_program`.
+        path: where to write. The inputs are called ``images`` and ``masks``, the outputs ``logits`` and ``boxes``, with
+            the shapes that :func:`export_program` gives; free axes are called ``batch``, ``height`` and ``width``.
+        metadata: what to write into the file's ``metadata_props``, such as the names of the classes.
 
     Raises:
         ImportError: if onnx or onnxscript is missing.
         TypeError, ValueError: as :func:`export_program`.
     """
-    program = export_program(model, image_size, inference_group=inference_group)
+    program = export_program(model, image_size, masks=masks, inference_group=inference_group)
     own = torch.ops.groupdetr_fast
     program = program.run_decompositions(
-        {own.grouped_attention.default: _attend_in_one_group, own.ms_deform_attn.default: ms_deform_attn_reference}
+        {own.grouped_attention.default: _attend_in_one_group, own.ms_deform_attn.default: _deform_by_grid_sample}
     )
-    exported = torch.onnx.export(program, input_names=["images"], output_names=["logits", "boxes"], verbose=False)
+    inputs = ["images", "masks"] if masks else ["images"]
+    names = {0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"}
+    exported = torch.onnx.export(
+        program,
+        dynamic_shapes=(names, None)[: len(inputs)],  # those of the masks are the same
+        input_names=inputs,
+        output_names=["logits", "boxes"],
+        verbose=False,
+    )
+    exported.model.metadata_props.update(metadata or {})
     exported.save(path)
 
 
@@ -94,3 +123,23 @@ def _attend_in_one_group(
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     scores = query @ key.transpose(-1, -2) * scale
     return (scores.softmax(-1) @ value).transpose(1, 2), scores.logsumexp(-1)
+
+
+def _deform_by_grid_sample(
+    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """``ms_deform_attn`` at finite locations, in few operators: the time that onnx takes grows with their number."""
+    batch, _, heads, dim = value.shape
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+    maps = (
+        value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], dim=-1)
+    )  # [B * H, D, h * w]
+    grids = (2 * sampling_locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [levels, B * H, Lq, P, 2]
+    samples = [
+        F.grid_sample(image.unflatten(-1, size), grid, align_corners=False)
+        for image, size, grid in zip(maps, sizes, grids.unbind(), strict=True)
+    ]  # [B * H, D, Lq, P]
+    weights = attention_weights.to(dtype).flatten(-2).transpose(1, 2).flatten(0, 1)  # [B * H, Lq, levels * P]
+    out = (torch.cat(samples, dim=-1) * weights[:, None]).sum(-1)  # [B * H, D, Lq]
+    return out.view(batch, heads * dim, -1).transpose(1, 2).to(value.dtype)
