@@ -9,6 +9,9 @@
     python examples/train_coco.py --train-images DIR --train-annotations FILE --val-images DIR --val-annotations FILE
         on any pair of folders with COCO json
 
+    python examples/train_coco.py --data-path DIR
+        on a folder in COCO's or YOLO's layout
+
 Every setting is a flag: see --help. Without data flags, the defaults are those of the digits demo. The command
 ``groupdetr train`` is the same without the demo.
 """
@@ -20,7 +23,7 @@ import tyro
 from groupdetr_fast.cli import FLAGS, TrainCommand, run, training_defaults
 from groupdetr_fast.coco_training import digits_demo
 
-DATA_FLAGS = ("--coco-path", "--train-", "--val-", "--help", "-h")
+DATA_FLAGS = ("--data-path", "--coco-path", "--config", "--train-", "--val-", "--help", "-h")
 
 
 def parse() -> TrainCommand:

@@ -1,5 +1,7 @@
 """Group DETR training for PyTorch: the ops, the detectors, and the training loop."""
 
+from typing import Any
+
 from . import ops
 from .build import build_criterion
 from .groups import QueryGroups
@@ -30,7 +32,18 @@ __all__ = [
     "export_onnx",
     "export_program",
     "load_checkpoint",
+    "load_model",
     "model_names",
     "ops",
     "postprocess",
+    "predict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``load_model`` and ``predict``, which need the extra ``train``; the rest of the package does not."""
+    if name in ("load_model", "predict"):
+        from . import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

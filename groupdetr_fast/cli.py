@@ -1,4 +1,4 @@
-"""The command ``groupdetr``: train, evaluate, analyze, list the paper's runs, show what runs where."""
+"""Group DETR: check data, train, evaluate, predict, repeat the paper's measurements, show what runs where."""
 
 import importlib.metadata
 import logging
@@ -16,7 +16,11 @@ import tyro
 from . import __version__, ops
 from .analysis.commands import analyze_command
 from .coco_training import CocoTrainingConfig, DataConfig, ModelConfig, train
-from .data import AugmentationConfig
+from .commands.check import CheckCommand
+from .commands.export import ExportCommand
+from .commands.predict import PredictCommand
+from .config_file import from_yaml
+from .inference import EVAL_SETTINGS, InferenceSettings, describe_model
 from .models.checkpoints import read_metadata
 from .recipes import RECIPES, find_recipe
 from .training.faults import EXIT_STOPPED, TrainingStopped
@@ -29,13 +33,27 @@ FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(CocoTrainingConfig):
-    """Train a detector on COCO-format data.
+    """Train a detector on data in COCO's or YOLO's format.
+
+    Data of your own (look at them with groupdetr check DIR first):
+    groupdetr train --data-path DIR --backbone-weights imagenet
+
+    A run of the paper on COCO:
+    groupdetr train --recipe group_dab_detr_r50_12e --coco-path DIR
+
+    After an interruption: the same command with --resume. Once more, with another seed:
+    groupdetr train --config runs/coco/config.yaml --seed 1 --output runs/again
+
+    To use the result: groupdetr predict runs/coco/checkpoints/best IMAGES
 
     Attributes:
         recipe: a run of the paper (see the command recipes); its values are the defaults of the other flags.
+        config: yaml file of a configuration, such as config.yaml of an earlier run; its values are the defaults of the
+            other flags.
     """
 
     recipe: str | None = None
+    config: Path | None = None
 
     def __call__(self) -> None:
         train(self)
@@ -43,19 +61,20 @@ class TrainCommand(CocoTrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """Evaluate a checkpoint on COCO-format data.
+    """Evaluate a checkpoint on data in COCO's or YOLO's format.
 
     Attributes:
         load: checkpoint of this package (file or folder), an original repository or transformers.
         model: name of the detector, for checkpoints that do not say it; those of this package do.
+        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
         val_images: folder of images.
         val_annotations: COCO json.
         labels: "contiguous" or "category_id", for checkpoints that do not say it; "category_id" is what the original
             repositories do.
-        eval_short_side: short side of the images in pixels.
-        eval_max_size: limit of the long side, or None; it goes before the short side.
-        image_mean: of the channels red, green, blue in [0, 1].
+        eval_short_side: short side of the images in pixels; None for that of the checkpoint's training.
+        eval_max_size: limit of the long side, which goes before; None for that of the checkpoint's training.
+        image_mean: of the channels red, green, blue in [0, 1]; None for that of the checkpoint's training.
         image_std: standard deviation of the same.
         batch_size: images per process and step.
         workers: processes that load images, per process.
@@ -67,14 +86,15 @@ class EvalCommand:
 
     load: Path
     model: str | None = None
+    data_path: Path | None = None
     coco_path: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
     labels: Literal["contiguous", "category_id"] | None = None
-    eval_short_side: int = AugmentationConfig.eval_short_side
-    eval_max_size: int | None = AugmentationConfig.eval_max_size
-    image_mean: tuple[float, float, float] = AugmentationConfig.image_mean
-    image_std: tuple[float, float, float] = AugmentationConfig.image_std
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
     batch_size: int = OptimizationConfig.batch_size
     workers: int = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] = OptimizationConfig.precision
@@ -91,16 +111,15 @@ class EvalCommand:
         Raises:
             ValueError: if neither the checkpoint nor the flags name the detector.
         """
+        model, described = describe_model(self.load, self.model)
         metadata = read_metadata(self.load)
-        model = self.model or metadata.get("model")
-        if model is None:
-            raise ValueError(f"checkpoint {self.load} does not say which detector it is of: pass --model")
-        described = metadata.get("model_config", {})
+        sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         settings = {f.name: described[f.name] for f in fields(ModelConfig) if f.name in described}
         # All weights are in the checkpoint, and one group is enough.
         settings |= {"model": model, "load": self.load, "num_groups": 1, "backbone_weights": None}
         return CocoTrainingConfig(
             data=DataConfig(
+                data_path=self.data_path,
                 coco_path=self.coco_path,
                 val_images=self.val_images,
                 val_annotations=self.val_annotations,
@@ -108,12 +127,7 @@ class EvalCommand:
                 workers=self.workers,
             ),
             model=ModelConfig(**settings),
-            augmentation=AugmentationConfig(
-                eval_short_side=self.eval_short_side,
-                eval_max_size=self.eval_max_size,
-                image_mean=self.image_mean,
-                image_std=self.image_std,
-            ),
+            augmentation=InferenceSettings.from_metadata(metadata).with_sizes(**sizes).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
             output=self.output,
             eval_only=True,
@@ -124,9 +138,18 @@ class EvalCommand:
 
 @dataclass(frozen=True)
 class RecipesCommand:
-    """List the runs of the paper, with the AP that it reports for them and for the same run with one group."""
+    """List the runs of the paper, with the AP that it reports for them and for the same run with one group.
+
+    Attributes:
+        name: write this run as yaml instead, to edit it and train with --config.
+    """
+
+    name: tyro.conf.Positional[str | None] = None
 
     def __call__(self) -> None:
+        if self.name is not None:
+            print(find_recipe(self.name).config().as_yaml(), end="")
+            return
         rows = [("recipe", "K", "N", "epochs", "drop", "batch", "AP", "baseline")]
         for name, recipe in RECIPES.items():
             drops = "/".join(f"{epoch:g}" for epoch in recipe.lr_drop)
@@ -166,17 +189,22 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
     """What the flags of a training start from.
 
     Args:
-        arguments: the command line, of which ``--recipe`` is read.
-        otherwise: the defaults without a recipe.
+        arguments: the command line, of which ``--recipe`` and ``--config`` are read.
+        otherwise: the defaults without them.
 
     Raises:
-        ValueError: for an unknown recipe, or one that these processes cannot train.
+        OSError: if the file of the configuration cannot be read.
+        ValueError: for an unknown recipe, one that these processes cannot train, or a wrong configuration.
     """
-    name = _value_of("--recipe", arguments)
+    name, file = _value_of("--recipe", arguments), _value_of("--config", arguments)
     config = otherwise or CocoTrainingConfig()
-    if name is not None:
+    if name is not None and file is not None:
+        raise ValueError("give --recipe or --config, not both: groupdetr recipes NAME writes a recipe as a file")
+    if file is not None:
+        config = from_yaml(CocoTrainingConfig, Path(file))
+    elif name is not None:
         config = find_recipe(name).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
-    return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(config)}, recipe=name)
+    return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=name)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -211,6 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands = (
             Annotated[TrainCommand, tyro.conf.subcommand("train", default=training_defaults(arguments))]
             | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+            | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
+            | Annotated[CheckCommand, tyro.conf.subcommand("check")]
+            | Annotated[ExportCommand, tyro.conf.subcommand("export")]
             | Annotated[analyze_command(arguments), tyro.conf.subcommand("analyze")]
             | Annotated[RecipesCommand, tyro.conf.subcommand("recipes")]
             | Annotated[EnvCommand, tyro.conf.subcommand("env")]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .build import build_criterion
+from .config_file import to_yaml
 from .data import (
     AugmentationConfig,
     CocoDataset,
@@ -25,11 +26,15 @@ from .data import (
     collate,
     digits_dataset,
     eval_transforms,
+    find_data,
     train_transforms,
 )
 from .evaluation.coco import CocoEvaluator, format_table
 from .evaluation.visualize import draw_detections
+from .inference import EVAL_SETTINGS, class_table
 from .models import build_model, load_checkpoint, model_config, postprocess
+from .models.checkpoints import read_metadata
+from .training.checkpoint import BEST, write_whole
 from .training.engine import Trainer, build_accelerator
 from .training.matcher import Assignment
 from .training.optimization import OptimizationConfig
@@ -38,6 +43,8 @@ __all__ = ["CocoTrainingConfig", "DataConfig", "ModelConfig", "digits_demo", "ev
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
+STARTED = ("resume", "eval_only")  # how a run is started, not what it is: not in its configuration's file
 PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
 
 
@@ -46,6 +53,7 @@ class DataConfig:
     """Where the images and annotations are.
 
     Attributes:
+        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
         train_images: folder of the images to train on.
         train_annotations: COCO json to train on.
@@ -58,6 +66,7 @@ class DataConfig:
         max_unreadable_images: images to train on that may be missing or damaged; another one stands in for each.
     """
 
+    data_path: Path | None = None
     coco_path: Path | None = None
     train_images: Path | None = None
     train_annotations: Path | None = None
@@ -81,12 +90,15 @@ class DataConfig:
         return self._paths("val", self.val_images, self.val_annotations)
 
     def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
+        files = any((self.train_images, self.train_annotations, self.val_images, self.val_annotations))
+        if (self.data_path is not None) + (self.coco_path is not None) + files > 1:
+            raise DataError("give data_path, coco_path, or the four of train and val images and annotations: only one")
+        if self.data_path is not None:
+            return find_data(self.data_path, part)
         if self.coco_path is not None:
-            if any((self.train_images, self.train_annotations, self.val_images, self.val_annotations)):
-                raise DataError("give either coco_path or the four of train and val images and annotations, not both")
             return self.coco_path / f"{part}2017", self.coco_path / "annotations" / f"instances_{part}2017.json"
         if images is None or annotations is None:
-            raise DataError(f"give coco_path, or both {part}_images and {part}_annotations")
+            raise DataError(f"give data_path, coco_path, or both {part}_images and {part}_annotations")
         return images, annotations
 
 
@@ -95,7 +107,8 @@ class ModelConfig:
     """Which detector. Every setting that is None keeps the model's own default.
 
     Attributes:
-        model: name of the detector.
+        model: name of the detector: conditional_detr_r50, dab_detr_r50, dn_detr_r50 (each also with _dc5),
+            dab_deformable_detr_r50, dino_4scale_r50 or mask2former_r50.
         num_groups: K, groups of queries in training.
         num_queries: N, queries of one group.
         d_model: size of tokens and queries.
@@ -105,8 +118,8 @@ class ModelConfig:
         dim_feedforward: hidden size of the feed-forward blocks.
         encoder_dim_feedforward: the same in the pixel decoder of Mask2Former.
         dropout: probability.
-        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-...
-        backbone_weights: imagenet, or a file.
+        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-... (small convolutions).
+        backbone_weights: imagenet (downloaded on first use), or a file; without either, the weights are random.
         backbone_stages: use the first stages of the backbone only.
         dilation: dilate the backbone's last stage (DC5).
         frozen_stages: stages of the backbone that are not trained.
@@ -171,10 +184,12 @@ class CocoTrainingConfig:
         assignment: how targets are assigned to queries: "group" is Group DETR; "one_to_one" and "one_to_many" assign
             them to all queries together, for comparison.
         positives: queries that each target gets, or None for ``num_groups``.
-        output: folder of the run: checkpoints, TensorBoard curves, ``results.json``, ``predictions.png``.
+        output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
         resume: continue from the newest checkpoint in ``output``.
         eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
         evaluate_every: epochs between evaluations.
+        early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
+        early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
         checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
         max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
         strict: stop at the first unreadable image and the first loss that is not finite.
@@ -192,11 +207,25 @@ class CocoTrainingConfig:
     resume: bool = False
     eval_only: bool = False
     evaluate_every: int = 1
+    early_stopping: int = 0
+    early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
     max_skipped_steps: int = 10
     strict: bool = False
     top_k: int = 100
     pictures: int = 12
+
+    def __post_init__(self):
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
+        for name in ("early_stopping", "early_stopping_delta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def as_yaml(self) -> str:
+        """The configuration as ``groupdetr train --config`` reads it."""
+        own = CocoTrainingConfig(**{f.name: getattr(self, f.name) for f in fields(CocoTrainingConfig)})
+        return to_yaml(own, omit=STARTED)
 
 
 def digits_demo(*, compose: bool = True) -> CocoTrainingConfig:
@@ -270,7 +299,8 @@ def train(
         return evaluate(accelerator, model, val_loader, val_set, config)
 
     if config.eval_only:
-        results = metrics = run_evaluation(accelerator.prepare(model))
+        _compare_categories(config.model.load, val_set, val_annotations)
+        results = metrics = run_evaluation(accelerator.prepare_model(model, evaluation_mode=True))
     else:
         train_set = CocoDataset(
             train_images,
@@ -288,7 +318,10 @@ def train(
             "model_config": asdict(model.config),
             "categories": val_set.categories,
             "labels": config.data.labels,
+            "evaluation": {name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
         }
+        if accelerator.is_main_process:
+            write_whole(config.output / CONFIG_FILE, config.as_yaml())
         trainer = Trainer(
             accelerator,
             model,
@@ -299,6 +332,8 @@ def train(
             config.output,
             metadata,
             evaluate_every=config.evaluate_every,
+            early_stopping=config.early_stopping,
+            early_stopping_delta=config.early_stopping_delta,
             checkpoint_every=config.checkpoint_every,
             max_skipped_steps=0 if config.strict else config.max_skipped_steps,
             observe=observe,
@@ -309,6 +344,8 @@ def train(
         metrics = results["epochs"][-1]["metrics"]
     if accelerator.is_main_process:
         print(format_table(metrics))
+        if not config.eval_only and results["best_epoch"] is not None:
+            print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")
     return results
 
@@ -361,17 +398,33 @@ def _check_categories(train_set: CocoDataset, val_set: CocoDataset, train_file: 
         )
 
 
+def _compare_categories(checkpoint: Path | None, val_set: CocoDataset, val_file: Path) -> None:
+    """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
+    categories = [] if checkpoint is None else read_metadata(checkpoint).get("categories", [])
+    trained, evaluated = (
+        {entry["id"]: str(entry["name"]) for entry in each} for each in (categories, val_set.categories)
+    )
+    if categories and trained != evaluated:
+        differing = sorted(trained.items() ^ evaluated.items())[0]
+        logger.warning(
+            "%s was trained on other categories than those of %s (id %d, %r, is in one only): "
+            "its classes may mean others",
+            checkpoint,
+            val_file,
+            *differing,
+        )
+
+
 def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], config: CocoTrainingConfig) -> None:
     """Write ``predictions.png`` for the first images, of those that this process evaluated."""
     indices = [index for index in range(min(config.pictures, len(dataset))) if dataset.image_ids[index] in detections]
     if not indices:
         return
-    names = {category["id"]: category["name"] for category in dataset.categories}
     draw_detections(
         [dataset.image(index) for index in indices],
         [dataset.ground_truth(index) for index in indices],
         [detections[dataset.image_ids[index]] for index in indices],
-        [names.get(category_id, str(category_id)) for category_id in dataset.category_ids.tolist()],
+        class_table(dataset.categories, config.data.labels)[0],
         config.output / "predictions.png",
         score_threshold=PICTURE_THRESHOLD,
     )

@@ -23,7 +23,19 @@ ALLOWED = {
     "data": {"boxes", "groups", "targets"},
     "evaluation": {"boxes", "groups", "targets"},
 }
-MAY_IMPORT_ALL = {"__init__", "__main__", "analysis", "build", "cli", "coco_training", "integrations", "recipes"}
+MAY_IMPORT_ALL = {
+    "__init__",
+    "__main__",
+    "analysis",
+    "build",
+    "cli",
+    "coco_training",
+    "commands",
+    "config_file",
+    "inference",
+    "integrations",
+    "recipes",
+}
 
 
 def part_of(path):

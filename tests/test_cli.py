@@ -49,7 +49,10 @@ def test_a_recipe_gives_defaults_and_flags_override_them(training, flag, monkeyp
     ("arguments", "message"),
     [
         (["train", "--recipe", "nope"], "error: unknown recipe 'nope'"),
-        (["train", "--output", "{tmp}/run"], "error: give coco_path, or both val_images and val_annotations"),
+        (
+            ["train", "--output", "{tmp}/run"],
+            "error: give data_path, coco_path, or both val_images and val_annotations",
+        ),
         (["train", "--num-groups", "0", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
         (
             ["eval", "--load", "{tmp}/none.pth", "--coco-path", "c"],
@@ -85,7 +88,7 @@ def test_the_module_runs_as_the_command():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     commands = re.search(r"\{(.*)\}", done.stdout)[1].split(",")
-    assert {"train", "eval", "recipes", "env"} <= set(commands)
+    assert {"train", "eval", "predict", "check", "recipes", "env"} <= set(commands)
 
 
 def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, capsys):
@@ -101,7 +104,7 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     trained = capsys.readouterr().out
 
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
-    evaluation = ["--load", checkpoint, "--eval-short-side=48", "--output", tmp_path / "eval", "--pictures=0"]
+    evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
     cli.main([str(argument) for argument in ["eval", *evaluation, *val]])
     table = re.compile(r"^.*Average.*$", re.MULTILINE)
     assert len(table.findall(trained)) >= 6
@@ -109,6 +112,35 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     first, second = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("run", "eval"))
     assert first == second
     assert len(first) > 0
+
+
+def test_a_configuration_gives_defaults_and_flags_override_them(training, tmp_path):
+    saved = RECIPES["group_mask2former_r50_12e"].config(processes=8)
+    (tmp_path / "config.yaml").write_text(saved.as_yaml())
+    cli.main(["train", "--config", str(tmp_path / "config.yaml"), "--lr", "2e-4", "--coco-path", "coco"])
+    (config,) = training
+    assert config.optimization == replace(saved.optimization, lr=2e-4)
+    assert config.data == replace(saved.data, coco_path=Path("coco"))
+    assert (config.model, config.augmentation, config.output) == (saved.model, saved.augmentation, saved.output)
+
+
+def test_a_recipe_is_written_as_a_configuration(training, tmp_path, capsys):
+    cli.main(["recipes", "dab_detr_r50_12e"])
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    cli.main(["train", f"--config={tmp_path / 'recipe.yaml'}"])
+    assert training[0] == replace(
+        cli.training_defaults(["--recipe", "dab_detr_r50_12e"]), recipe=None, config=training[0].config
+    )
+
+
+def test_faults_of_a_configuration_name_file_and_key(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("model: {num_groupz: 3}\n")
+    with pytest.raises(
+        SystemExit, match=r"error: .*wrong.yaml: unknown key model.num_groupz; perhaps model.num_groups"
+    ):
+        cli.main(["train", "--config", str(tmp_path / "wrong.yaml")])
+    with pytest.raises(SystemExit, match="error: give --recipe or --config, not both"):
+        cli.main(["train", "--config", "a.yaml", "--recipe", "dab_detr_r50_12e"])
 
 
 def test_the_demo_stays_the_default_of_the_example():

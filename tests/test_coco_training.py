@@ -1,6 +1,7 @@
 """Whole runs on a few small images: training, resuming, evaluation, and what happens to wrong input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from groupdetr_fast import coco_training
 from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, digits_demo, train
+from groupdetr_fast.config_file import from_yaml
 from groupdetr_fast.data import AugmentationConfig, DataError, DigitsConfig, digits_dataset
+from groupdetr_fast.models.checkpoints import read_metadata
+from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
 from groupdetr_fast.training.optimization import OptimizationConfig
 
@@ -65,6 +70,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     assert isinstance(json.loads((config.output / "detections.json").read_text()), list)
     assert list(config.output.glob("tensorboard/**/*events*"))
     assert [path.parent.name for path in sorted(config.output.glob("checkpoints/*/model.safetensors"))] == [
+        "best",
         "epoch_0001",
         "epoch_0002",
         "epoch_0003",
@@ -168,9 +174,10 @@ def test_masks_train_and_are_evaluated(config, digits, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_images": None}, "give coco_path, or both val_images and val_annotations"),
-        ({"train_annotations": None}, "give coco_path, or both train_images and train_annotations"),
-        ({"coco_path": Path("coco")}, "not both"),
+        ({"val_images": None}, "give data_path, coco_path, or both val_images and val_annotations"),
+        ({"train_annotations": None}, "give data_path, coco_path, or both train_images and train_annotations"),
+        ({"coco_path": Path("coco")}, "only one"),
+        ({"data_path": Path("set")}, "only one"),
         ({"train_images": Path("missing")}, "image folder missing does not exist"),
     ],
 )
@@ -185,6 +192,128 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
     (tmp_path / "more.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"different category tables \(ids \[77\]"):
         train(replace(config, data=replace(config.data, train_annotations=tmp_path / "more.json")))
+
+
+def with_aps(monkeypatch, *aps):
+    """Let the evaluations of runs find these APs, epoch by epoch."""
+    measured = iter(aps)
+    original = coco_training.evaluate
+
+    def evaluate(*arguments):
+        return {**original(*arguments), "AP": next(measured)}
+
+    monkeypatch.setattr(coco_training, "evaluate", evaluate)
+
+
+def best_metadata(run):
+    metadata = read_metadata(run / "checkpoints" / "best")
+    return metadata["epoch"], metadata["AP"]
+
+
+def test_a_run_stops_early_and_keeps_the_best(config, monkeypatch):
+    with_aps(monkeypatch, 0.1, 0.4, 0.3, 0.4, 0.9)
+    epochs = replace(config.optimization, epochs=5)
+    results = train(replace(config, optimization=epochs, early_stopping=2, pictures=0))
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3, 4]
+    assert results["best_epoch"] == 2
+    assert best_metadata(config.output) == (2, 0.4)
+    best = load_file(config.output / "checkpoints" / "best" / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(config.output, 2).items())
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_early_stopping_and_the_best_epoch_survive_resuming(config, monkeypatch, stopped_after):
+    aps = (0.3, 0.5, 0.52, 0.51, 0.9)
+    config = replace(
+        config,
+        optimization=replace(config.optimization, epochs=5),
+        early_stopping=2,
+        early_stopping_delta=0.05,
+        pictures=0,
+    )
+    original = checkpoint.mark_best
+
+    def fail(run, epoch):  # at the worst moment: the epoch is saved, and not yet marked as the best
+        if len(list((run / "checkpoints").glob("epoch_*"))) == stopped_after:
+            raise KeyboardInterrupt
+        original(run, epoch)
+
+    with_aps(monkeypatch, *aps)
+    monkeypatch.setattr(engine, "mark_best", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(engine, "mark_best", original)
+    with_aps(monkeypatch, *aps[stopped_after:])
+    results = train(replace(config, resume=True))
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3, 4]
+    assert best_metadata(config.output) == (3, 0.52)
+    assert train(replace(config, resume=True)) == results  # nothing is left to do
+
+
+def test_a_run_starts_again_from_its_configuration(config, tmp_path, capsys):
+    short = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    train(short)
+    again = from_yaml(CocoTrainingConfig, config.output / "config.yaml")
+    assert again == short
+    train(replace(again, output=tmp_path / "again"))
+    first, second = weights(config.output, 1), weights(tmp_path / "again", 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def write_yolo(digits, folder):
+    """The digits in YOLO's layout."""
+    for part, images, annotations in (("train", *digits[:2]), ("val", *digits[2:])):
+        shutil.copytree(images, folder / "images" / part)
+        (folder / "labels" / part).mkdir(parents=True)
+        content = json.loads(annotations.read_text())
+        for image in content["images"]:
+            side = image["width"]
+            lines = [
+                f"{entry['category_id'] - 1} {(x + w / 2) / side} {(y + h / 2) / side} {w / side} {h / side}\n"
+                for entry in content["annotations"]
+                if entry["image_id"] == image["id"]
+                for x, y, w, h in [entry["bbox"]]
+            ]
+            (folder / "labels" / part / image["file_name"]).with_suffix(".txt").write_text("".join(lines))
+    names = [str(number) for number in range(10)]
+    (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {names}\n")
+
+
+@pytest.mark.parametrize("layout", ["coco", "yolo"])
+def test_a_folder_is_trained_on_as_the_files_that_it_holds(config, digits, tmp_path, monkeypatch, layout):
+    config = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    expected = train(config)["epochs"][0]
+    folder = digits.train_images.parent
+    if layout == "yolo":
+        monkeypatch.setenv("GROUPDETR_FAST_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "yolo"
+        write_yolo(digits, folder)
+    found = train(replace(config, data=DataConfig(data_path=folder, workers=0), output=tmp_path / "again"))["epochs"][0]
+    assert found["train"] == pytest.approx(expected["train"], rel=1e-4)
+    assert found["metrics"]["per_category"].keys() == expected["metrics"]["per_category"].keys()  # the classes' names
+
+
+def test_evaluating_with_other_categories_is_warned_about(config, digits, tmp_path, caplog):
+    train(replace(config, optimization=replace(config.optimization, epochs=1), pictures=0))
+    content = json.loads(digits.val_annotations.read_text())
+    content["categories"][3]["name"] = "another"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    data = replace(config.data, train_images=None, train_annotations=None, val_annotations=tmp_path / "val.json")
+    model = replace(config.model, load=config.output / "checkpoints" / "best", num_groups=1)
+    train(replace(config, data=data, model=model, eval_only=True, output=tmp_path / "eval", pictures=0))
+    assert "trained on other categories" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"early_stopping": -1}, "early_stopping must not be"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least"),
+    ],
+)
+def test_wrong_settings_of_a_run_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CocoTrainingConfig(**settings)
 
 
 def run_example(*arguments, cwd):

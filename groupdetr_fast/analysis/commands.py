@@ -28,7 +28,7 @@ from .sweep import run_sweep
 
 __all__ = ["analyze_command"]
 
-DATA_FLAGS = ("--coco-path", "--train-", "--val-")
+DATA_FLAGS = ("--data-path", "--coco-path", "--train-", "--val-")
 DEMO_EPOCHS = 12
 _APS = ("AP_one_group", "AP_all_queries", "AP_all_queries_nms")
 
@@ -57,7 +57,7 @@ class Analysis:
     def training(self) -> CocoTrainingConfig:
         """The training that the runs vary; composes the digits on first use, if there is no other data."""
         data = self.data
-        files = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+        files = ("data_path", "coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
         if not any(getattr(data, name) for name in files):
             demo = digits_demo().data
             data = replace(data, **{name: getattr(demo, name) for name in files})

@@ -4,6 +4,7 @@ from .annotations import DataError
 from .batch import Batch, collate
 from .coco import CocoDataset
 from .digits import DigitsConfig, DigitsPaths, digits_dataset
+from .layouts import find_data
 from .sampling import EpochSampler
 from .transforms import AugmentationConfig, eval_transforms, train_transforms
 from .unreadable import SkipUnreadable
@@ -20,5 +21,6 @@ __all__ = [
     "collate",
     "digits_dataset",
     "eval_transforms",
+    "find_data",
     "train_transforms",
 ]

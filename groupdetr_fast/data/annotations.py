@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _TABLES = ("images", "annotations", "categories")
 _IDS_IN_WARNING = 5
 _NUMBERS = {int, float}
+_LARGEST_ID = 2**63 - 1
+_LARGEST_SIDE = 2**31 - 1  # pixels
 
 
 class DataError(ValueError):
@@ -102,6 +104,11 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
+    for category in categories.values():
+        if not (isinstance(category["name"], str) and _is_text(category["name"])):
+            raise DataError(
+                f"annotation file {path}: category {category['id']} has the name {category['name']!r}; it must be text"
+            )
 
     position = {image_id: index for index, image_id in enumerate(images)}
     file_names = [_file_name(path, image) for image in images.values()]
@@ -113,7 +120,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         _check_reference(path, annotation, "image_id", images, "images")
         _check_reference(path, annotation, "category_id", categories, "categories")
         box = _box(path, annotation)
-        if not annotation.get("iscrowd", 0):
+        if not _is_crowd(path, annotation):
             boxes[len(kept)] = box
             kept.append(annotation)
     boxes = boxes[: len(kept)]
@@ -164,6 +171,10 @@ def _entries(path: Path, table: str, entries: Sequence[dict], keys: tuple[str, .
         entry_id = entry["id"]
         if type(entry_id) is not int:
             raise _not_an_integer(path, f"{table}[{index}]", "id", entry_id)
+        if abs(entry_id) > _LARGEST_ID:
+            raise DataError(
+                f"annotation file {path}: {table}[{index}] has an id beyond 64 bits; number the entries anew"
+            )
         if entry_id in by_id:
             raise DataError(f'annotation file {path}: id {entry_id} occurs twice in "{table}"; make its ids unique')
         by_id[entry_id] = entry
@@ -189,7 +200,7 @@ def _file_name(path: Path, image: dict) -> str:
     name = image["file_name"]
     # The Windows flavour knows both separators and drives, so that one check serves every system.
     parsed = PureWindowsPath(name) if isinstance(name, str) else None
-    if not parsed or "\0" in name or parsed.drive or parsed.root or ".." in parsed.parts or not parsed.parts:
+    if not parsed or not _is_text(name) or parsed.drive or parsed.root or ".." in parsed.parts or not parsed.parts:
         raise DataError(
             f"annotation file {path}: image {image['id']} has the file name {name!r}; "
             "it must be a path inside the image folder"
@@ -197,12 +208,20 @@ def _file_name(path: Path, image: dict) -> str:
     return name
 
 
+def _is_text(name: str) -> bool:
+    """Whether a file can have the name: json may hold half a surrogate pair, which no encoding has."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def _image_size(path: Path, image: dict) -> tuple[int, int]:
     height, width = image["height"], image["width"]
     for key, value in (("height", height), ("width", width)):
         if type(value) is not int:
             raise _not_an_integer(path, f"image {image['id']}", key, value)
-    if height < 1 or width < 1:
+    if not (1 <= height <= _LARGEST_SIDE and 1 <= width <= _LARGEST_SIDE):
         raise DataError(
             f"annotation file {path}: image {image['id']} has the size {width} x {height}; "
             "write the image's width and height in pixels"
@@ -222,6 +241,20 @@ def _box(path: Path, annotation: dict) -> tuple[float, float, float, float]:
         f"annotation file {path}: annotation {annotation['id']} has the bbox {box!r}; "
         "it must be four numbers, x, y, width, height in pixels"
     )
+
+
+def _is_crowd(path: Path, annotation: dict) -> bool:
+    """Check what COCO's metric reads besides the box, "iscrowd" and "area"; both may be missing."""
+    crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 0)
+    if type(crowd) not in (int, bool) or crowd not in (0, 1):
+        raise DataError(
+            f"annotation file {path}: annotation {annotation['id']} has iscrowd {crowd!r}; it must be 0 or 1"
+        )
+    if type(area) not in _NUMBERS:
+        raise DataError(
+            f"annotation file {path}: annotation {annotation['id']} has the area {area!r}; it must be a number"
+        )
+    return bool(crowd)
 
 
 def _segmentation(path: Path, annotation: dict, images: Mapping[int, dict]) -> Segmentation | None:

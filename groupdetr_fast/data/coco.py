@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -17,9 +16,12 @@ from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotations import DataError, read_annotations, read_json
+from .images import decode_rgb
 from .sampling import seeded
 
 __all__ = ["CocoDataset"]
+
+_LARGEST_LABEL = 99_999  # a model has a class for every number up to the largest category id
 
 
 class CocoDataset(Dataset):
@@ -95,9 +97,10 @@ class CocoDataset(Dataset):
             self.category_ids = ids
             self._labels = torch.searchsorted(ids, self._annotations.category_ids)
         else:
-            if ids[0] < 0:
-                raise DataError(f'annotation file {annotation_file}: category id {ids[0]} cannot be a label; use '
-                                'labels="contiguous"')  # fmt: skip
+            for extreme in (ids[0], ids[-1]):
+                if not 0 <= extreme <= _LARGEST_LABEL:
+                    raise DataError(f'annotation file {annotation_file}: category id {extreme} cannot be a label; use '
+                                    'labels="contiguous"')  # fmt: skip
             self.category_ids = torch.arange(int(ids[-1]) + 1)
             self._labels = self._annotations.category_ids
         self.num_classes = len(self.category_ids)
@@ -199,17 +202,17 @@ class CocoDataset(Dataset):
     def _decode(self, index: int) -> Tensor:
         path = self.image_folder / self._annotations.file_names[index]
         name = f"image file {path} (image id {self.image_ids[index]})"
+        height, width = self._annotations.image_sizes[index]
         try:
             with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
+                size = file.size
+                if size == (width, height):  # else nothing is decoded: a small file may hold a huge image
+                    return decode_rgb(file)
         except FileNotFoundError:
             raise DataError(f"{name} does not exist; check the image folder and the annotation file") from None
         except Exception as error:  # decoders raise anything on damaged files
             raise DataError(f"{name} cannot be read ({error}); replace the file or remove its entry") from None
-        height, width = self._annotations.image_sizes[index]
-        if pixels.shape[:2] != (height, width):
-            raise DataError(
-                f"{name} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but {self._annotations.path} says "
-                f"{width} x {height}; correct the file (EXIF orientation is ignored) or the entry"
-            )
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise DataError(
+            f"{name} is {size[0]} x {size[1]} pixels, but {self._annotations.path} says {width} x {height}; correct "
+            "the file (EXIF orientation is ignored) or the entry"
+        )

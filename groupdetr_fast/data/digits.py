@@ -3,15 +3,14 @@
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .cache import cache_root, made_once
 
 __all__ = ["DigitsConfig", "DigitsPaths", "digits_dataset"]
 
@@ -86,43 +85,23 @@ def digits_dataset(root: str | Path | None = None, *, config: DigitsConfig | Non
     """Compose the set, or find it where an earlier call left it.
 
     Ten categories, ids 1 to 10 named "0" to "9"; the boxes are tight to the visible ink. The same config gives the
-    same bytes. The folder appears under its final name only when it is complete, so an interrupted call leaves
-    nothing that a later one would take for the set, and several processes may call this at once.
+    same bytes. It may be interrupted, or called by several processes at once, see ``cache.made_once``.
 
     Args:
-        root: folder of the cache; by default ``$GROUPDETR_FAST_CACHE``, else ``$XDG_CACHE_HOME/groupdetr_fast``, else
-            ``~/.cache/groupdetr_fast``.
+        root: folder of the cache, by default ``cache.cache_root()``.
         config: defaults to ``DigitsConfig()``: 3000 + 300 images, 10 to 20 seconds on one core.
 
     Raises:
         OSError: if the folder cannot be written.
     """
     config = config or DigitsConfig()
-    root = Path(root) if root is not None else _cache_folder()
+    root = Path(root) if root is not None else cache_root()
     digest = hashlib.sha256(json.dumps([_VERSION, asdict(config)], sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"digits-{digest}"
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        try:
-            _write(unfinished, config)
-            unfinished.chmod(0o755)
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # unless another process was faster
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    made_once(folder, lambda unfinished: _write(unfinished, config))
     return DigitsPaths(
         folder / "train", folder / "annotations" / "train.json", folder / "val", folder / "annotations" / "val.json"
     )
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("GROUPDETR_FAST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groupdetr_fast"
 
 
 def _write(folder: Path, config: DigitsConfig) -> None:

@@ -14,6 +14,7 @@ __all__ = ["Segmentation", "Segmentations", "parse_segmentation"]
 
 Segmentation = list[np.ndarray] | dict[str, Any]  # polygons [x1, y1, x2, y2, ...], or compressed run lengths
 
+_LARGEST_SHIFT = 60  # bits of a count in a compressed string; adding to longer and longer numbers would take for ever
 _LARGEST_COORDINATE = 1e5  # pixels; pycocotools walks along every edge, however long
 
 
@@ -69,10 +70,14 @@ def _decompress(text: str) -> list[int]:
     """
     counts: list[int] = []
     number, shift = 0, 0
+    if not text.isascii():
+        raise ValueError("has counts with characters that compressed strings do not have")
     for character in text:
         bits = ord(character) - 48
         number |= (bits & 0x1F) << shift
         shift += 5
+        if shift > _LARGEST_SHIFT:
+            raise ValueError("has a count in its compressed string that does not end")
         if not bits & 0x20:
             if bits & 0x10:
                 number -= 1 << shift

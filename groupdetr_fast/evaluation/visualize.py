@@ -1,4 +1,4 @@
-"""Pictures of predictions beside the ground truth."""
+"""Pictures of predictions, also beside the ground truth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-__all__ = ["draw_detections"]
+__all__ = ["draw_detections", "draw_image"]
 
 _CELL = 2.6  # inches, the width of one picture
-_GAP = 0.05  # of that width, between pairs
+_GAP = 0.05  # of that width, between images
 _TITLE = 0.3  # inches, the line above the first row
-_PAIRS_PER_ROW = 3
+_PAIRS_PER_ROW = 3  # images with their ground truth; without it, twice as many
 _MASK_ALPHA = 0.45
+_LONG_SIDE = 8.0  # inches of a single picture, so that text keeps its size relative to the image
+_LEAST_PIXELS = 640  # of that side, so that text can be read
 
 
 def draw_detections(
     images: Sequence[Tensor],
-    ground_truth: Sequence[Mapping[str, Tensor]],
+    ground_truth: Sequence[Mapping[str, Tensor]] | None,
     predictions: Sequence[Mapping[str, Tensor]],
     category_names: Sequence[str],
     path: str | Path,
@@ -30,12 +32,12 @@ def draw_detections(
 ) -> None:
     """Write a picture that shows each image twice: with its ground truth, and with its predictions and their scores.
 
-    Boxes have one colour for each category, masks one for each object. matplotlib's global backend and figures are not
-    touched.
+    Without ground truth each image is shown once. Boxes have one colour for each category, masks one for each object.
+    matplotlib's global backend and figures are not touched.
 
     Args:
         images: uint8 ``[3, H, W]``, RGB, one or more, of any sizes.
-        ground_truth: per image ``{"labels": [T], "boxes": [T, 4]}``, ``xyxy`` in pixels of that image, as
+        ground_truth: None, or per image ``{"labels": [T], "boxes": [T, 4]}``, ``xyxy`` in pixels of that image, as
             ``CocoDataset.ground_truth`` gives them; also with ``"masks": [T, H, W]``, which are then drawn instead.
         predictions: per image ``{"scores": [N], "labels": [N], "boxes": [N, 4]}``, as ``postprocess`` gives them; also
             with ``"masks": [N, H, W]``.
@@ -45,36 +47,72 @@ def draw_detections(
         score_threshold: predictions with a lower score are not drawn.
 
     Raises:
-        ValueError: if there are no images or the three lists differ in length.
+        ValueError: if there are no images or the lists differ in length.
     """
-    if not images or not len(images) == len(ground_truth) == len(predictions):
+    truths = [None] * len(predictions) if ground_truth is None else ground_truth
+    if not images or not len(images) == len(truths) == len(predictions):
         raise ValueError(
             "need as many images as ground truths and predictions, at least one; "
-            f"got {len(images)}, {len(ground_truth)} and {len(predictions)}"
+            f"got {len(images)}, {len(truths)} and {len(predictions)}"
         )
-    pairs = min(_PAIRS_PER_ROW, len(images))
-    rows = -(-len(images) // pairs)
+    shown = 1 if ground_truth is None else 2  # how often each image is
+    per_row = min(_PAIRS_PER_ROW * 2 // shown, len(images))
+    rows = -(-len(images) // per_row)
     aspect = sum(image.shape[1] / image.shape[2] for image in images) / len(images)
-    # A pair is two pictures and a gap.
-    widths = [1, 1, _GAP] * pairs
+    widths = [*[1] * shown, _GAP] * per_row
     figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
-    for index, (image, truth, prediction) in enumerate(zip(images, ground_truth, predictions, strict=True)):
-        column = 3 * (index % pairs)
-        left, right = axes[index // pairs, column : column + 2]
-        _draw(left, image, truth, category_names)
-        keep = prediction["scores"] >= score_threshold
-        _draw(right, image, {name: value[keep] for name, value in prediction.items()}, category_names)
-        if index < pairs:
-            left.set_title("ground truth", fontsize=9)
+    for index, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
+        column = (shown + 1) * (index % per_row)
+        *left, right = axes[index // per_row, column : column + shown]
+        if truth is not None:
+            _draw(left[0], image, truth, category_names)
+        _draw(right, image, _above(prediction, score_threshold), category_names)
+        if index < per_row:
+            if truth is not None:
+                left[0].set_title("ground truth", fontsize=9)
             right.set_title(f"predictions (score ≥ {score_threshold:g})", fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_figure(path, dpi=110)
+
+
+def draw_image(
+    image: Tensor,
+    prediction: Mapping[str, Tensor],
+    category_names: Sequence[str],
+    path: str | Path,
+    score_threshold: float = 0.5,
+) -> None:
+    """Write one image with its predictions, at its own size or, if that is small, enlarged.
+
+    Args:
+        image: uint8 ``[3, H, W]``, RGB.
+        prediction: as one of those of :func:`draw_detections`.
+        category_names: the name of each label; other labels are shown by their number.
+        path: the file to write; its ending (jpg, png, pdf, svg) is the format.
+        score_threshold: predictions with a lower score are not drawn.
+    """
+    height, width = image.shape[1:]
+    long_side = max(height, width)
+    figure = Figure(figsize=(_LONG_SIDE * width / long_side, _LONG_SIDE * height / long_side))
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    _draw(axis, image, _above(prediction, score_threshold), category_names)
+    axis.set_aspect("auto")  # the figure has the image's shape but for rounding, which would leave a margin
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_figure(path, dpi=max(long_side, _LEAST_PIXELS) / _LONG_SIDE)
+
+
+def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    kept = prediction["scores"] >= threshold
+    return {name: value[kept] for name, value in prediction.items()}
 
 
 def _draw(axis: Axes, image: Tensor, objects: Mapping[str, Tensor], names: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 A run's folder holds ``checkpoints/epoch_0001/model.safetensors`` and so on, one per finished epoch. A checkpoint within
 an epoch is called ``epoch_0001_batch_000040``: one epoch has ended, and 40 batches of the next. The two newest
-checkpoints also have ``state.pt`` and can be resumed; older ones within an epoch are removed.
+checkpoints also have ``state.pt`` and can be resumed; older ones within an epoch are removed. ``checkpoints/best`` has
+the weights of the best epoch.
 
 A checkpoint is written under another name, forced to disk and renamed when it is complete, so that a folder that
 exists is whole whenever the process or the machine stops.
@@ -24,6 +25,7 @@ from torch import Tensor
 __all__ = [
     "CheckpointError",
     "latest_checkpoint",
+    "mark_best",
     "read_checkpoint",
     "resumable_checkpoints",
     "save_checkpoint",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
+BEST = "best"
 
 
 class CheckpointError(ValueError):
@@ -108,6 +111,34 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {folder} cannot be read: {STATE} holds no state of a training")
     return weights, state
+
+
+def mark_best(run: Path, epoch: int) -> None:
+    """Let ``checkpoints/best`` have the weights of a finished epoch; it is whole at any moment.
+
+    It is another name of the same file, and a copy only where the file system has no hard links.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk.
+    """
+    source = run / "checkpoints" / f"epoch_{epoch:04d}" / WEIGHTS
+    target = run / "checkpoints" / BEST / WEIGHTS
+    unfinished = target.with_name(f".{WEIGHTS}.unfinished")
+    # Someone may have removed the weights of old epochs; those that are marked are then the best still.
+    if not source.exists() or (target.exists() and target.samefile(source)):
+        return
+    try:
+        target.parent.mkdir(exist_ok=True)
+        unfinished.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            os.link(source, unfinished)
+        except OSError:
+            shutil.copyfile(source, unfinished)
+            _sync(unfinished)
+        os.replace(unfinished, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .sharding import own_part
+
 __all__ = ["AveragedWeights"]
 
 
@@ -42,7 +44,8 @@ class AveragedWeights:
         self.updates += 1
         state = self.model.state_dict()
         moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.average[name] for name in moving], [state[name] for name in moving], 1 - decay)
+        averages, weights = ([own_part(tensors[name]) for name in moving] for tensors in (self.average, state))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for name in state.keys() - set(moving):
             self.average[name].copy_(state[name])
 

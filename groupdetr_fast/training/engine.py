@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .checkpoint import CheckpointError, read_checkpoint, resumable_checkpoints, save_checkpoint, write_whole
+from .checkpoint import CheckpointError, mark_best, read_checkpoint, resumable_checkpoints, save_checkpoint, write_whole
 from .criterion import StepTotals
 from .ema import AveragedWeights
 from .faults import StopRequest, TrainingError, TrainingStopped
@@ -30,6 +30,8 @@ from .optimization import OptimizationConfig, build_optimizer, build_scheduler
 from .passes import GroupPasses, add_losses, average_gradients
 from .random_state import random_state, random_state_kept, restore_random_state
 from .recompute import recompute_decoder_layers
+from .selection import best_epoch, epochs_without_gain
+from .sharding import gathered, sharded_like, sharded_optimizer_state, whole
 
 __all__ = ["Trainer", "build_accelerator"]
 
@@ -40,12 +42,19 @@ WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a 
 
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
-    """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything."""
+    """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
+
+    Raises:
+        ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing.
+    """
+    if config.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
+        raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or no")
     # Accelerate keeps its precision in globals; a second run of one process may want another.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
-        cpu=cpu,
+        # Without an accelerator, Accelerate would take the processes of a launcher for so many single ones.
+        cpu=cpu or not torch.accelerator.is_available(),
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
@@ -92,6 +101,8 @@ class Trainer:
         run: folder of the run.
         metadata: what is needed to rebuild the model, kept in every checkpoint and in ``results.json``.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
+        early_stopping: epochs without a better AP after which the training ends; 0 to train all epochs.
+        early_stopping_delta: by how much AP must rise to count as better.
         checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
         max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
             skipped.
@@ -111,6 +122,8 @@ class Trainer:
         metadata: dict[str, Any],
         *,
         evaluate_every: int = 1,
+        early_stopping: int = 0,
+        early_stopping_delta: float = 0.0,
         checkpoint_every: int = 0,
         max_skipped_steps: int = 10,
         observe: Callable[[int, nn.Module, Any, Any], None] | None = None,
@@ -121,6 +134,8 @@ class Trainer:
         self.metadata = metadata
         self.evaluate = evaluate
         self.evaluate_every = evaluate_every
+        self.early_stopping = early_stopping
+        self.early_stopping_delta = early_stopping_delta
         self.checkpoint_every = checkpoint_every
         self.max_skipped_steps = max_skipped_steps
         self.observe = observe
@@ -135,8 +150,11 @@ class Trainer:
         if self.config.groups_per_pass:
             self.passes = GroupPasses(model, criterion, self.config.groups_per_pass)
             self._check_passes()
+        _check_sharding(accelerator)
         optimizer = build_optimizer(model, self.config)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        if accelerator.process_index > 0:  # the weights are one, dropout and noise are each process's own
+            set_seed(self.config.seed + accelerator.process_index)
         steps_per_epoch = -(-len(self.loader) // self.config.accumulate)
         self.scheduler = build_scheduler(self.optimizer, self.config, steps_per_epoch)
         self.average = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
@@ -166,6 +184,7 @@ class Trainer:
                     raise
                 logger.warning("%s; going back to the one before it", error)
             else:
+                self._mark_best()
                 logger.info("resumed %s", folder)
                 return True
         return False
@@ -193,7 +212,7 @@ class Trainer:
             task = progress.add_task(
                 "train", total=total, completed=self.step, epoch=self.epoch + 1, loss=float("nan"), lr=self.config.lr
             )
-            while self.epoch < self.config.epochs:
+            while self.epoch < self.config.epochs and not self._waited_long_enough():
                 try:
                     self._run_epoch(progress, task)
                 except (RuntimeError, ConnectionError, EOFError) as error:
@@ -249,7 +268,7 @@ class Trainer:
                 parts.append(self._add_gradients(self.step + index, batch, totals))
         if self.passes is not None:
             average_gradients(self.model.parameters())
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf))
         losses = add_losses(*parts)
         scaler = self.accelerator.scaler
         # With a scaler, gradients overflow now and then; it skips the step itself, and lowers the scale.
@@ -274,7 +293,8 @@ class Trainer:
 
     def _add_gradients(self, step: int, batch: Any, totals: StepTotals) -> dict[str, Tensor]:
         """Forward and backward pass of a batch. Returns its detached losses."""
-        output = self.model(batch.images, batch.masks, batch.targets)
+        with self.accelerator.autocast():  # which FSDP's model does not have in itself
+            output = self.model(batch.images, batch.masks, batch.targets)
         losses = self.criterion(output, batch.targets, totals)
         self.accelerator.backward(losses["loss"])
         if self.observe is not None:
@@ -331,9 +351,18 @@ class Trainer:
         """Whether a flag is set in any process: so all of them skip a step or stop, or none."""
         return bool(self.accelerator.reduce(flag.float(), "sum"))
 
+    @staticmethod
+    def _over_processes(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over processes, on the CPU: the losses of all their images.
+
+        A loss that a process lacks is 0 there, such as that of denoising queries where no image has an object.
+        """
+        parts = gather_object([{name: value.cpu() for name, value in losses.items()}])
+        return {name: total / len(parts) for name, total in add_losses(*parts).items()}
+
     def _log_step(self, losses: dict[str, Tensor], progress: Progress, task: Any) -> None:
         rate = self.scheduler.get_last_lr()[0]
-        values = {f"train/{name}": value.item() for name, value in losses.items()}
+        values = {f"train/{name}": value.item() for name, value in self._over_processes(losses).items()}
         self.accelerator.log({**values, "train/lr": rate}, step=self.step)
         progress.update(task, epoch=self.epoch + 1, loss=values["train/loss"], lr=rate)
 
@@ -345,7 +374,9 @@ class Trainer:
             "peak_memory_mib": self._peak_memory(),
             "skipped_steps": current.skipped,
             "unreadable_images": getattr(self.loader.dataset, "num_unreadable", 0),
-            "train": {name: (total / current.steps).item() for name, total in current.sums.items()},
+            "train": {
+                name: (total / current.steps).item() for name, total in self._over_processes(current.sums).items()
+            },
         }
         if row["epoch"] % self.evaluate_every == 0 or row["epoch"] == self.config.epochs:
             averaged = nullcontext() if self.average is None else self.average.in_model()
@@ -356,6 +387,8 @@ class Trainer:
         metrics = {name: value for name, value in row.get("metrics", {}).items() if isinstance(value, float)}
         self.accelerator.log({f"val/{name}": value for name, value in metrics.items()}, step=self.step)
         self._save()
+        if best_epoch(self.history) is row:
+            self._mark_best()
         if self.accelerator.is_main_process:
             shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75") if name in metrics)
             self.console.print(
@@ -365,29 +398,54 @@ class Trainer:
         if self._asked_to_stop() and self.epoch < self.config.epochs:
             self._stop(f"after epoch {self.epoch}")
 
+    def _waited_long_enough(self) -> bool:
+        if not self.early_stopping or not self.history or "metrics" not in self.history[-1]:
+            return False
+        waited = epochs_without_gain(self.history, self.early_stopping_delta)
+        if waited < self.early_stopping:
+            return False
+        if self.accelerator.is_main_process:
+            self.console.print(f"stopped early after epoch {self.epoch}: no better AP for {waited} epochs")
+        return True
+
+    def _mark_best(self) -> None:
+        """Let ``checkpoints/best`` have the weights of the best epoch so far."""
+        best = best_epoch(self.history)
+        if best is not None and self.accelerator.is_main_process:
+            mark_best(self.run, best["epoch"])
+
     def _save(self) -> None:
         """Write a checkpoint and ``results.json``."""
+        main = self.accelerator.is_main_process
         random_states = gather_object([random_state()])
+        sums = self._over_processes(self.current.sums)
+        weights = gathered(self.accelerator.unwrap_model(self.model).state_dict(), keep=main)
+        optimizer = gathered(self.optimizer.state_dict(), keep=main)
+        average = None if self.average is None else gathered(self.average.average, keep=main)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if main:
             scaler = self.accelerator.scaler
             state = {
                 "epoch": self.epoch,
-                "current": vars(self.current),
+                "current": {**vars(self.current), "sums": sums},
                 "batches_per_epoch": len(self.loader),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": random_states,
                 "history": json.dumps(self.history),
             }
-            weights = self.accelerator.unwrap_model(self.model).state_dict()
-            if self.average is not None:
+            if average is not None:
                 state |= {"weights": weights, "ema_updates": self.average.updates}
-                weights = self.average.average
-            save_checkpoint(self.run, self.epoch, self.current.batches, weights, state, self.metadata)
+                weights = average
+            save_checkpoint(self.run, self.epoch, self.current.batches, weights, state, self._description())
             write_whole(self.run / "results.json", json.dumps(self._results(), indent=1) + "\n")
         self.accelerator.wait_for_everyone()
+
+    def _description(self) -> dict[str, Any]:
+        """The metadata, with what the weights have been through: finished epochs, and AP if these are evaluated."""
+        last = self.history[-1] if self.history and not self.current.batches else {}
+        return {**self.metadata, "epoch": self.epoch, "AP": last.get("metrics", {}).get("AP")}
 
     def _restore(self, folder: Path) -> None:
         """Set everything that :meth:`_save` wrote.
@@ -406,10 +464,12 @@ class Trainer:
                 )
             current.sums = {name: value.to(device) for name, value in current.sums.items()}
             # With averaged weights, which are those to evaluate, the trained ones are part of the state.
-            self.accelerator.unwrap_model(self.model).load_state_dict(state.get("weights", weights))
+            model = self.accelerator.unwrap_model(self.model)
+            own = model.state_dict()
+            model.load_state_dict(sharded_like(state.get("weights", weights), own))
             if self.average is not None:
-                self.average.restart(weights, state.get("ema_updates", 0))
-            self.optimizer.load_state_dict(state["optimizer"])
+                self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
+            self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
             self.scheduler.load_state_dict(state["scheduler"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -423,8 +483,7 @@ class Trainer:
             raise CheckpointError(f"checkpoint {folder} does not belong to this training: {reason}") from None
 
     def _results(self) -> dict[str, Any]:
-        evaluated = [row for row in self.history if "AP" in row.get("metrics", {})]
-        best = max(evaluated, key=lambda row: row["metrics"]["AP"], default=None)
+        best = best_epoch(self.history)
         return {
             **self.metadata,
             "optimization": asdict(self.config),
@@ -441,6 +500,18 @@ class Trainer:
             return torch.cuda.max_memory_allocated() / 2**20
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what checkpoints cannot be made of, and let FSDP compute in the precision of all other trainings."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"weights are sharded by FSDP version 2 alone, not by {kind.value}: set fsdp_version to 2")
+    if accelerator.is_fsdp2:
+        # FSDP would cast the weights and, with them, reference points and boxes; autocast leaves those in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:

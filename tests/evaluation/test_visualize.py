@@ -5,7 +5,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from groupdetr_fast.evaluation import draw_detections
+from groupdetr_fast.evaluation import draw_detections, draw_image
 
 NAMES = ["cat", "dog", "a much longer name"]
 
@@ -66,6 +66,30 @@ def test_images_of_many_sizes_and_without_objects(tmp_path):
     picture = Image.open(path)
     assert picture.width > 1.2 * picture.height
     assert matplotlib.get_backend() == backend
+
+
+def test_predictions_alone_are_shown_once(tmp_path):
+    images = [torch.full((3, 60, 80), 200, dtype=torch.uint8)] * 2
+    predictions = [objects([12, 22, 38, 52], scores=[0.9]), objects([12, 22, 38, 52], scores=[0.1])]
+    draw_detections(images, None, predictions, NAMES, tmp_path / "sheet.png")
+    picture = np.array(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    cat = pixels_of_colour(picture, 0)
+    assert len(cat)
+    assert (cat < picture.shape[1] / 2).all()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((60, 80), (480, 640)), ((1000, 1500), (1000, 1500))])
+def test_one_image_keeps_its_shape(tmp_path, size, expected):
+    image = torch.full((3, *size), 200, dtype=torch.uint8)
+    height, width = size
+    prediction = objects([0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height], scores=[0.9])
+    draw_image(image, prediction, NAMES, tmp_path / "new" / "a.png")
+    picture = np.array(Image.open(tmp_path / "new" / "a.png").convert("RGB"))
+    assert picture.shape[:2] == expected
+    assert (picture[[2, -3]][:, [2, -3]] == 200).all()  # no margin
+    drawn = (np.abs(picture.astype(int) - 200).max(axis=-1) > 20).any(axis=0).nonzero()[0]
+    assert abs(drawn.min() / expected[1] - 0.25) < 0.02
+    assert abs(drawn.max() / expected[1] - 0.75) < 0.02
 
 
 def test_lengths_must_agree(tmp_path):

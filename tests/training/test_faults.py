@@ -74,13 +74,15 @@ SLOW = pytest.mark.slow
         # while a checkpoint is written
         pytest.param(kill_halfway, "checkpoint.save_file", 3, "epoch_0000_batch_000004", id="weights"),
         pytest.param(kill_halfway, "torch.save", 4, "epoch_0001", id="state", marks=SLOW),
-        pytest.param(kill_before, "os.fsync", 11, "epoch_0000_batch_000004", id="fsync", marks=SLOW),
+        pytest.param(kill_before, "os.fsync", 12, "epoch_0000_batch_000004", id="fsync", marks=SLOW),
         pytest.param(kill_before, "os.rename", 4, "epoch_0001", id="rename", marks=SLOW),
         # when it is there, and older ones are removed
         pytest.param(kill_before, "Path.unlink", 1, "epoch_0001", id="unlink", marks=SLOW),
         pytest.param(kill_before, "shutil.rmtree", 2, "epoch_0001_batch_000002", id="rmtree", marks=SLOW),
         # when results.json is written
-        pytest.param(kill_before, "os.replace", 3, "epoch_0001", id="results", marks=SLOW),
+        pytest.param(kill_before, "os.replace", 4, "epoch_0001", id="results", marks=SLOW),
+        # when the best weights are marked
+        pytest.param(kill_before, "os.link", 1, "epoch_0002", id="best", marks=SLOW),
     ],
 )
 def test_killed_at(config, undisturbed, kill, place, number, start):

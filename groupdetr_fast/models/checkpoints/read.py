@@ -69,8 +69,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         path: the file, or a folder that holds one.
 
     Returns:
-        ``model``, the name of the detector, ``model_config``, ``categories`` and ``labels``; empty for files of other
-        code.
+        ``model``, the name of the detector, ``model_config``, ``categories``, ``labels``, ``evaluation`` (sizes and
+        normalisation), and ``epoch`` and ``AP`` of the weights; empty for files of other code.
 
     Raises:
         ValueError: if the file is damaged.

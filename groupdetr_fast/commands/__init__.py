@@ -1,0 +1,1 @@
+"""Commands of ``groupdetr`` that are more than their flags."""

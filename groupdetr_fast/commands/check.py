@@ -1,0 +1,142 @@
+"""The command ``groupdetr check``."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from ..coco_training import DataConfig, ModelConfig
+from ..data import DataError
+from ..data.annotations import read_annotations, read_json
+from ..data.check import Findings, Statistics, check_part, compare_parts
+from ..data.layouts import find_yolo
+from ..data.yolo import read_yolo
+from ..models.registry import model_config
+
+__all__ = ["CheckCommand"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckCommand:
+    """List what is wrong with a data set, before a night is lost on it. The exit status is 1 if there are errors.
+
+    Errors are what stops a training: images that are missing or damaged, ids that are not in the tables or occur twice.
+    Warnings are what is dropped, clipped or deserves a look: empty boxes, boxes outside their image, classes without
+    objects, images with more objects than queries, images that are in train and val.
+
+    Attributes:
+        folder: the same as data_path.
+        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
+        coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
+        train_images: folder of the images to train on.
+        train_annotations: COCO json to train on.
+        val_images: folder of the images to evaluate on.
+        val_annotations: COCO json to evaluate on.
+        model: the detector to be trained, which says the number of queries.
+        num_queries: N, queries of one group, where it is not the detector's default.
+        decode: decode every image, and compare those of train and val; without, only their headers are read.
+        workers: threads that read images.
+        limit: messages of one kind that are shown.
+    """
+
+    folder: tyro.conf.Positional[Path | None] = None
+    data_path: Path | None = None
+    coco_path: Path | None = None
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    model: str = ModelConfig.model
+    num_queries: int | None = None
+    decode: bool = True
+    workers: int = os.cpu_count() or 1
+    limit: int = 20
+
+    def __call__(self) -> None:
+        findings = self.findings()
+        for part in findings:
+            _print_statistics(part)
+        counts = {"error": 0, "warning": 0}
+        for kind in counts:
+            for part in findings:
+                for messages in (part.errors if kind == "error" else part.warnings).values():
+                    counts[kind] += len(messages)
+                    _print_messages(kind, messages, self.limit)
+        errors, warnings = (f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
+        if counts["error"]:
+            raise DataError(f"the data set has {errors} and {warnings}")
+        print(f"no errors, {warnings}")
+
+    def findings(self) -> list[Findings]:
+        """What is found in the parts for training and evaluation.
+
+        Raises:
+            DataError: if the data are not given, or a file of annotations cannot be read.
+        """
+        if self.folder is not None and self.data_path is not None:
+            raise DataError("give the folder or data_path, not both")
+        names = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+        data = DataConfig(
+            data_path=self.folder or self.data_path, **{name: getattr(self, name) for name in names}, workers=0
+        )
+        queries = self.num_queries or model_config(self.model).num_queries
+        findings = [self._check(part, data, queries) for part in ("train", "val")]
+        compare_parts(*findings)
+        return findings
+
+    def _check(self, part: str, data: DataConfig, num_queries: int) -> Findings:
+        yolo = None if data.data_path is None else find_yolo(data.data_path)
+        if yolo is not None:
+            found = read_yolo(yolo, part)
+            folder, content = found.image_folder, found.content
+        else:
+            folder, annotations = data.train_paths() if part == "train" else data.val_paths()
+            content = read_json(annotations)
+            if not folder.is_dir():
+                raise DataError(f"image folder {folder} does not exist; give the folder that holds the images")
+        findings = check_part(
+            part,
+            folder,
+            content,
+            num_queries=num_queries,
+            decode=self.decode,
+            workers=self.workers,
+            progress=lambda items, total: track(items, f"images ({part})", total, console=Console(stderr=True)),
+        )
+        if yolo is not None:
+            findings.errors["yolo"] = found.faults
+        elif not any(findings.errors.values()):
+            try:  # so that nothing passes that training refuses
+                read_annotations(annotations, segmentations=model_config(self.model).predicts_masks)
+            except DataError as error:
+                findings.errors["other"].append(f"{part}: {error}")
+        return findings
+
+
+def _print_statistics(part: Findings) -> None:
+    numbers: Statistics = part.statistics
+    print(
+        f"{part.name}: {numbers.images} images ({numbers.without_objects} without objects), {numbers.objects} objects, "
+        f"{numbers.crowds} crowd regions, {len(numbers.per_category)} categories"
+    )
+    if numbers.smallest_image and numbers.largest_image:
+        sizes = [f"{width} x {height}" for width, height in (numbers.smallest_image, numbers.largest_image)]
+        print(f"  images from {sizes[0]} to {sizes[1]} pixels")
+    if numbers.objects:
+        mean = numbers.objects / numbers.images
+        small, medium, large = (f"{100 * count / numbers.objects:.0f} %" for count in numbers.sizes)
+        fullest = f"{numbers.most_objects} in image {numbers.fullest_image}"
+        print(f"  objects per image: {mean:.1f} on average, at most {fullest}")
+        print(f"  objects: {small} small (below 32 x 32 pixels), {medium} medium, {large} large (from 96 x 96)")
+        counts = (f"{part.categories[number]} {count}" for number, count in numbers.per_category.items())
+        print("  per category: " + ", ".join(counts))
+
+
+def _print_messages(kind: str, messages: list[str], limit: int) -> None:
+    for message in messages[:limit]:
+        print(f"{kind}: {message}")
+    if len(messages) > limit:
+        print(f"{kind}: ... and {len(messages) - limit} more like these")

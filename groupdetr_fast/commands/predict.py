@@ -1,0 +1,231 @@
+"""The command ``groupdetr predict``."""
+
+import glob
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from ..data import DataError
+from ..data.annotations import read_json
+from ..data.images import IMAGE_SUFFIXES, as_rgb
+from ..evaluation.coco import to_coco_results
+from ..evaluation.visualize import draw_detections, draw_image
+from ..inference import InferenceSettings, load_model, predict
+from ..training.checkpoint import write_whole
+
+__all__ = ["PredictCommand", "find_images"]
+
+logger = logging.getLogger(__name__)
+
+JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
+THUMBNAIL = 600  # pixels of the long side in the contact sheet, of which many are in memory at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictCommand:
+    """Detect objects in images.
+
+    Writes ``predictions.json`` (a COCO file: images, categories, and detections with scores as annotations), each image
+    with its detections into ``images/``, and the first of them together into ``contact_sheet.png``. Images that cannot
+    be read are named, and the others done.
+
+    Attributes:
+        checkpoint: file or folder of this package, an original repository or transformers.
+        images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
+        output: folder to write into.
+        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        categories: COCO json whose categories name the classes, for checkpoints that do not.
+        labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
+        score_threshold: detections with lower scores are left out.
+        top_k: detections per image.
+        batch_size: images at a time.
+        eval_short_side: short side to which images are resized, in pixels; None for that of the checkpoint.
+        eval_max_size: limit of the long side, which goes before; None for that of the checkpoint.
+        image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
+        image_std: standard deviation of the same.
+        device: such as cpu or cuda:1; None for a GPU if there is one.
+        contact_sheet: images in ``contact_sheet.png``; 0 for none.
+        annotated: whether to write each image with its detections.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    images: tyro.conf.Positional[tuple[str, ...]]
+    output: Path = Path("runs/predict")
+    model: str | None = None
+    categories: Path | None = None
+    labels: Literal["contiguous", "category_id"] = "category_id"
+    score_threshold: float = 0.3
+    top_k: int = 100
+    batch_size: int = 4
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    device: str | None = None
+    contact_sheet: int = 24
+    annotated: bool = True
+
+    def __call__(self) -> None:
+        paths = find_images(self.images, besides=self.output)
+        model = load_model(self.checkpoint, model=self.model, device=self.device)
+        settings = self._settings(model.inference_settings)
+        writer = _Writer(self, settings)
+        unreadable: list[Path] = []
+        for part in _readable(paths, self.batch_size, unreadable):
+            detections = predict(
+                model,
+                [pixels for _, pixels in part],
+                score_threshold=self.score_threshold,
+                top_k=self.top_k,
+                batch_size=self.batch_size,
+                settings=settings,
+            )
+            for (path, pixels), detection in zip(part, detections, strict=True):
+                writer.add(path, pixels, detection)
+        writer.finish()
+        if unreadable:
+            names = ", ".join(map(str, unreadable))
+            raise DataError(f"{len(unreadable)} of {len(paths)} images cannot be read: {names}; the others are done")
+
+    def _settings(self, settings: InferenceSettings) -> InferenceSettings:
+        if self.categories is not None:
+            try:
+                categories = sorted(read_json(self.categories)["categories"], key=lambda category: category["id"])
+                settings = settings.with_categories(categories, self.labels)
+            except KeyError as error:
+                raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
+        return settings.with_sizes(
+            eval_short_side=self.eval_short_side,
+            eval_max_size=self.eval_max_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+
+def find_images(names: Sequence[str], *, besides: Path | None = None) -> list[Path]:
+    """The image files that are meant.
+
+    Args:
+        names: files; folders, of which the image files directly in them are meant; patterns of ``glob``, where ``**``
+            goes through folders.
+        besides: a folder whose content folders and patterns leave out, as that of earlier results.
+
+    Returns:
+        Paths without repetition, in the order of ``names``. A file that is named need not exist.
+
+    Raises:
+        DataError: if a folder or a pattern has no images, or nothing is named.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            candidates = sorted(path.iterdir())
+        elif not path.exists() and glob.has_magic(name):
+            candidates = sorted(map(Path, glob.glob(name, recursive=True)))
+        else:
+            found[path] = None
+            continue
+        inside = {
+            path: None
+            for path in candidates
+            if path.suffix.lower() in IMAGE_SUFFIXES and (besides is None or besides not in path.parents)
+        }
+        if not inside:
+            raise DataError(f"there are no images in {name}")
+        found |= inside
+    if not found:
+        raise DataError("name the images: files, folders or patterns")
+    return list(found)
+
+
+def _readable(paths: Sequence[Path], size: int, unreadable: list[Path]) -> Iterator[list[tuple[Path, Tensor]]]:
+    """Batches of images with their pixels; files that cannot be read are logged and added to ``unreadable``."""
+    part: list[tuple[Path, Tensor]] = []
+    for path in paths:
+        try:
+            part.append((path, as_rgb(path)))
+        except DataError as error:
+            logger.warning("%s", error)
+            unreadable.append(path)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class _Writer:
+    """Writes the results of images, one after another."""
+
+    def __init__(self, command: PredictCommand, settings: InferenceSettings):
+        self.command = command
+        self.settings = settings
+        self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+        self.thumbnails: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.file_names: set[str] = set()
+        command.output.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: Path, pixels: Tensor, detection: dict[str, Any]) -> None:
+        detection = {name: value for name, value in detection.items() if name != "class_names"}
+        image_id = len(self.content["images"]) + 1
+        height, width = pixels.shape[1:]
+        self.content["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
+        results = to_coco_results([image_id], [detection], self.settings.category_ids)
+        for index, result in enumerate(results):
+            area = result["bbox"][2] * result["bbox"][3]
+            if "masks" in detection:
+                area = float(detection["masks"][index].sum())
+            entry = {"id": len(self.content["annotations"]) + 1, **result, "area": area, "iscrowd": 0}
+            self.content["annotations"].append(entry)
+        if self.command.annotated:
+            target = self.command.output / PICTURES / self._file_name(path)
+            draw_image(pixels, detection, self.settings.class_names, target, self.command.score_threshold)
+        if len(self.thumbnails) < self.command.contact_sheet:
+            self.thumbnails.append(_thumbnail(pixels, detection))
+
+    def finish(self) -> None:
+        self.content["categories"] = self._categories()
+        write_whole(self.command.output / JSON, json.dumps(self.content) + "\n")
+        if self.thumbnails:
+            images, detections = zip(*self.thumbnails, strict=True)
+            names, sheet = self.settings.class_names, self.command.output / SHEET
+            draw_detections(images, None, detections, names, sheet, self.command.score_threshold)
+        images, annotations = len(self.content["images"]), len(self.content["annotations"])
+        print(f"{annotations} detections in {images} images: {self.command.output}")
+
+    def _categories(self) -> list[dict[str, Any]]:
+        """Those that the checkpoint names, and those of the detections."""
+        named = dict(zip(self.settings.category_ids or (), self.settings.class_names, strict=True))
+        detected = {entry["category_id"] for entry in self.content["annotations"]}
+        ids = sorted(detected | {category_id for category_id, name in named.items() if name != str(category_id)})
+        return [{"id": category_id, "name": named.get(category_id, str(category_id))} for category_id in ids]
+
+    def _file_name(self, path: Path) -> str:
+        """The name of the picture of an image; images of several folders may have the same name."""
+        name, number = f"{path.stem}.jpg", 1
+        while name in self.file_names:
+            number += 1
+            name = f"{path.stem}_{number}.jpg"
+        self.file_names.add(name)
+        return name
+
+
+def _thumbnail(pixels: Tensor, detection: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    height, width = pixels.shape[1:]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+    reduced = {**detection, "boxes": detection["boxes"] * factors}
+    if "masks" in detection:
+        masks = F.resize(detection["masks"].to(torch.uint8), size, interpolation=F.InterpolationMode.NEAREST)
+        reduced["masks"] = masks.bool()
+    return F.resize(pixels, size), reduced

@@ -1,0 +1,133 @@
+"""Configurations, which are dataclasses, as yaml files and back."""
+
+import difflib
+import re
+import types
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+__all__ = ["from_yaml", "to_yaml"]
+
+T = TypeVar("T")
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_NAMES = {
+    bool: "true or false",
+    float: "a number",
+    int: "an integer",
+    str: "a text",
+    Path: "a path",
+    type(None): "null",
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples in one line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads booleans and numbers as YAML 1.2 does: ``no`` is a text, and ``1e-4`` a number."""
+
+
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)\Z"), list("-+.0123456789")
+)
+
+
+def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
+    """A dataclass, whose fields may be dataclasses, tuples and paths, as yaml.
+
+    Args:
+        config: the dataclass.
+        omit: fields to leave out.
+    """
+    values = {name: value for name, value in asdict(config).items() if name not in omit}
+    return yaml.dump(_plain(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(kind: type[T], path: Path) -> T:
+    """The inverse of :func:`to_yaml`, for the dataclass ``kind``. Fields that the file lacks have their defaults.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not yaml, or has an unknown key or a value that does not fit; the message names the file
+            and the key.
+    """
+    try:
+        content = yaml.load(path.read_text(), Loader=_Loader)
+        return _build(kind, {} if content is None else content, "")
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as yaml: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: type, values: Any, key: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{key or 'the file'} must have keys and values, got {values!r}")
+    prefix = f"{key}." if key else ""
+    hints = get_type_hints(kind)
+    names = [each.name for each in fields(kind)]
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; perhaps {prefix}{close[0]}" if close else ""
+            raise ValueError(f"unknown key {prefix}{name}{hint}")
+    converted = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    try:
+        return kind(**converted)
+    except ValueError as error:  # the dataclass checks what its type does not say
+        raise ValueError(f"{key}: {error}" if key else str(error)) from None
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """A value of yaml as the type that a field has."""
+    if is_dataclass(hint):
+        return _build(hint, value, key)
+    for option in _options(hint):
+        arguments = get_args(option)
+        if get_origin(option) is Literal:
+            if isinstance(value, str) and value in arguments:
+                return value
+        elif get_origin(option) is tuple:
+            if isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
+                kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+                return tuple(_convert(kind, each, key) for kind, each in zip(kinds, value, strict=True))
+        elif option is Path and type(value) is str:
+            return Path(value)
+        elif option is float and type(value) in (int, float):
+            return float(value)
+        elif type(value) is option:
+            return value
+    raise ValueError(f"{key} must be {' or '.join(map(_in_words, _options(hint)))}, got {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _in_words(option: Any) -> str:
+    arguments = get_args(option)
+    if get_origin(option) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(option) is tuple:
+        number = "" if arguments[-1] is ... else f" of length {len(arguments)}"
+        return f"a list{number}, each entry {_NAMES[arguments[0]]}"
+    return _NAMES[option]

@@ -1,0 +1,210 @@
+"""From a checkpoint and images to named detections, without a data set (extra ``train``)."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from .data import AugmentationConfig, collate, eval_transforms
+from .data.images import ImageLike, as_rgb
+from .models import build_model, load_checkpoint, model_config, postprocess
+from .models.checkpoints import read_metadata
+
+__all__ = ["EVAL_SETTINGS", "InferenceSettings", "class_table", "describe_model", "load_model", "predict"]
+
+# The settings of AugmentationConfig that inference needs; checkpoints carry them under "evaluation".
+EVAL_SETTINGS = ("eval_short_side", "eval_max_size", "image_mean", "image_std")
+
+
+def class_table(categories: Sequence[Mapping[str, Any]], labels: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and category ids of the classes, by label.
+
+    Args:
+        categories: COCO's entries, ascending by id.
+        labels: "contiguous" or "category_id", see ``CocoDataset``; in the second mode, labels that are the id of no
+            category have their number as name.
+    """
+    names = {category["id"]: str(category["name"]) for category in categories}
+    ids = tuple(names) if labels == "contiguous" else tuple(range(max(names, default=-1) + 1))
+    return tuple(names.get(category_id, str(category_id)) for category_id in ids), ids
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """What a checkpoint says beside its weights.
+
+    Attributes:
+        class_names: of the labels; a label beyond them is named by its number.
+        category_ids: COCO's category id of each label; None where labels are category ids.
+        augmentation: of which the sizes in evaluation, the mean and the deviation count.
+    """
+
+    class_names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] | None = None
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "InferenceSettings":
+        """The settings in the header of a checkpoint of this package; the defaults where it has none."""
+        described = {name: _as_tuple(value) for name, value in metadata.get("evaluation", {}).items()}
+        settings = cls(augmentation=AugmentationConfig(**described))
+        if metadata.get("categories"):
+            settings = settings.with_categories(metadata["categories"], metadata["labels"])
+        return settings
+
+    def with_categories(self, categories: Sequence[Mapping[str, Any]], labels: str) -> "InferenceSettings":
+        """The same settings with the classes of another table; see :func:`class_table`."""
+        names, ids = class_table(categories, labels)
+        return replace(self, class_names=names, category_ids=ids)
+
+    def with_sizes(self, **settings: Any) -> "InferenceSettings":
+        """The same settings with some of :data:`EVAL_SETTINGS` replaced; None keeps what there is."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self, augmentation=replace(self.augmentation, **given))
+
+    def name(self, label: int) -> str:
+        """The name of a class."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+
+def describe_model(checkpoint: str | Path, model: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Which detector a checkpoint is of: its name, and its settings as far as the checkpoint tells.
+
+    Args:
+        checkpoint: file or folder.
+        model: the detector's name, which goes before that in the checkpoint.
+
+    Raises:
+        ValueError: if neither names the detector, or the checkpoint cannot be read.
+    """
+    metadata = read_metadata(checkpoint)
+    name = model or metadata.get("model")
+    if name is None:
+        raise ValueError(
+            f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
+        )
+    return name, metadata.get("model_config", {}) if name == metadata.get("model") else {}
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    num_groups: int = 1,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Build the detector that a checkpoint is of, and load it, for inference.
+
+    Args:
+        checkpoint: file or folder of this package, an original repository or transformers.
+        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        num_classes: the same, for the number of classes; by default that of the original model (91 with COCO's ids as
+            labels, and 80 for Mask2Former).
+        num_groups: groups of queries to keep; inference uses the first.
+        device: None for a GPU if there is one.
+
+    Returns:
+        The detector in eval mode. Its ``inference_settings`` are what :func:`predict` goes by.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if nobody names the detector, or the checkpoint does not fit it.
+    """
+    name, described = describe_model(checkpoint, model)
+    settings = {"num_classes": model_config(name).num_classes, **described, "num_groups": num_groups}
+    if num_classes is not None:
+        settings["num_classes"] = num_classes
+    detector = build_model(name, **{**settings, "backbone_weights": None})
+    load_checkpoint(detector, checkpoint)
+    detector.inference_settings = InferenceSettings.from_metadata(read_metadata(checkpoint))
+    return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    score_threshold: float = 0.3,
+    top_k: int = 100,
+    batch_size: int = 4,
+    settings: InferenceSettings | None = None,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Detect objects in images.
+
+    The model runs in eval mode, and is afterwards as it was. Images are read batch by batch.
+
+    Args:
+        model: a detector, as :func:`load_model` or ``build_model`` make it, on any device.
+        images: one image or several: paths, PIL images, arrays ``[H, W(, C)]`` or tensors ``[(C, )H, W]`` of uint8 or
+            of floats in [0, 1]; grey, RGB or RGBA. The EXIF orientation of files and PIL images is applied.
+        score_threshold: detections with lower scores are left out.
+        top_k: detections per image.
+        batch_size: images at a time, padded to the largest of them.
+        settings: names of the classes, sizes and normalisation; by default the model's ``inference_settings``, or those
+            of :class:`InferenceSettings` for a model without.
+
+    Returns:
+        A dictionary for one image, a list of them for several, with tensors on the CPU: ``"scores" [k]``, descending;
+        ``"labels" [k]`` int64; ``"class_names"``, a list of k strings; ``"boxes" [k, 4]`` xyxy in pixels of the image
+        that was given, the right way up; of a model that predicts masks also ``"masks" [k, H, W]`` bool.
+
+    Raises:
+        DataError: for an image file that cannot be read.
+        TypeError, ValueError: for anything else that is no image, and for a ``batch_size`` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if settings is None:
+        settings = getattr(model, "inference_settings", InferenceSettings())
+    single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    transform = eval_transforms(settings.augmentation)
+    device = next(model.parameters()).device
+    remaining, detections = iter([images] if single else images), []
+    with _in_eval_mode(model):
+        while part := list(itertools.islice(remaining, batch_size)):
+            batch = collate([_sample(as_rgb(image), transform) for image in part])
+            output = model(batch.images.to(device), batch.masks.to(device))
+            detections += postprocess(output, batch.original_sizes, top_k=top_k, score_threshold=score_threshold)
+    named = [_named(detection, settings) for detection in detections]
+    return named[0] if single else named
+
+
+def _sample(pixels: Tensor, transform: Any) -> tuple[Tensor, dict[str, Any]]:
+    """An image as ``CocoDataset`` gives them, without objects."""
+    target = {
+        "labels": torch.empty(0, dtype=torch.int64),
+        "boxes": torch.empty(0, 4),
+        "image_id": 0,
+        "original_size": torch.tensor(pixels.shape[-2:]),
+    }
+    return transform(tv_tensors.Image(pixels)).as_subclass(Tensor), target
+
+
+def _named(detection: dict[str, Tensor], settings: InferenceSettings) -> dict[str, Any]:
+    detection = {name: value.cpu() for name, value in detection.items()}
+    return {**detection, "class_names": [settings.name(label) for label in detection["labels"].tolist()]}
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

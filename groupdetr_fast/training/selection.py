@@ -1,0 +1,35 @@
+"""The best epoch of a run, and when to stop waiting for a better one.
+
+Both follow from the run's history alone, so that a run that was resumed chooses as one that was not interrupted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["best_epoch", "epochs_without_gain"]
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry of the epoch with the highest AP, the first of several; None if no epoch has one.
+
+    Args:
+        history: an entry for each finished epoch, with ``"epoch"`` and, where it was evaluated, ``"metrics"``.
+    """
+    evaluated = [row for row in history if "AP" in row.get("metrics", {})]
+    return max(evaluated, key=lambda row: row["metrics"]["AP"], default=None)
+
+
+def epochs_without_gain(history: Sequence[dict[str, Any]], delta: float) -> int:
+    """Epochs since AP rose for the last time, as far as it was evaluated.
+
+    Args:
+        history: see :func:`best_epoch`.
+        delta: a rise counts if it is larger; a sum of smaller ones counts as well.
+    """
+    reference, since, last = float("-inf"), 0, 0
+    for row in history:
+        if "AP" in row.get("metrics", {}):
+            last = row["epoch"]
+            if row["metrics"]["AP"] > reference + delta:
+                reference, since = row["metrics"]["AP"], last
+    return last - since

@@ -1,0 +1,35 @@
+"""The cost model of many GPUs: its collectives against known formulas, and the document that shows its tables."""
+
+import pytest
+import scaling
+from documents import read_section
+from scaling import GPUS, NETWORK, NVLINK, Cluster, epoch, step, weights
+
+
+def test_document_has_the_tables_that_the_script_prints():
+    assert read_section(scaling.DOCUMENT, scaling.SECTION) == scaling.tables()
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+def test_an_all_reduce_sends_what_a_ring_sends(gpus):
+    """2 (n - 1) / n of the bytes, of which a part stays in the node."""
+    link = Cluster(gpus).all_reduce(1e9)
+    assert link.local + link.remote == pytest.approx(2 * (gpus - 1) / gpus * 1e9)
+    assert link.seconds >= max(link.local / NVLINK, link.remote / NETWORK)
+    assert (link.remote == 0) == (gpus == 8)
+
+
+def test_more_gpus_make_a_step_no_shorter_and_an_epoch_shorter():
+    steps = [sum(step(Cluster(gpus)).values()) for gpus in GPUS]
+    assert steps == sorted(steps)
+    epochs = [sum(epoch(Cluster(gpus)).values()) for gpus in GPUS]
+    assert epochs == sorted(epochs, reverse=True)
+    assert epochs[-1] > scaling.METRIC
+
+
+def test_sharding_sends_half_as_much_again():
+    total, trained = weights("conditional_detr_r50")
+    assert 0.9 < trained / total < 1  # the first stages of the backbone are frozen
+    cluster = Cluster(64)
+    whole, sharded = cluster.all_reduce(1.0), cluster.half_sum(1.0)
+    assert 3 * sharded.local == pytest.approx(1.5 * whole.local)

@@ -1,0 +1,113 @@
+"""``groupdetr predict`` on a small detector with random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from small_checkpoint import CATEGORIES, write_checkpoint
+
+import groupdetr_fast as gd
+from groupdetr_fast import cli
+from groupdetr_fast.commands.predict import find_images
+from groupdetr_fast.data import DataError
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in {"a/1.png": (30, 40), "b/1.jpg": (50, 30), "b/2.jpg": (20, 20)}.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "photos" / "b" / "notes.txt").touch()
+    return tmp_path / "photos"
+
+
+def run(*arguments):
+    cli.main(["predict", *map(str, arguments)])
+
+
+def test_results_of_files_folders_and_patterns(images, tmp_path, capsys):
+    checkpoint, output = write_checkpoint(tmp_path), tmp_path / "out"
+    run(
+        checkpoint,
+        images / "a" / "1.png",
+        images / "b",
+        f"{images}/**/*.png",
+        "--score-threshold=0",
+        "--output",
+        output,
+    )
+    assert "in 3 images" in capsys.readouterr().out
+    content = json.loads((output / "predictions.json").read_text())
+    expected = [images / "a" / "1.png", images / "b" / "1.jpg", images / "b" / "2.jpg"]
+    assert [entry["file_name"] for entry in content["images"]] == [str(path) for path in expected]
+    assert content["categories"] == CATEGORIES
+    found = gd.predict(gd.load_model(checkpoint), expected, score_threshold=0.0)
+    by_image = COCO(str(output / "predictions.json")).imgToAnns
+    for image_id, detection in enumerate(found, start=1):
+        entries = by_image[image_id]
+        names = {category["id"]: category["name"] for category in CATEGORIES}
+        assert [names[entry["category_id"]] for entry in entries] == detection["class_names"]
+        assert [entry["score"] for entry in entries] == pytest.approx(detection["scores"].tolist(), abs=1e-5)
+        boxes = torch.tensor([entry["bbox"] for entry in entries])
+        boxes[:, 2:] += boxes[:, :2]
+        torch.testing.assert_close(boxes, detection["boxes"], rtol=1e-4, atol=1e-3)
+    pictures = {path.name: Image.open(path).size for path in (output / "images").iterdir()}
+    assert pictures == {"1.jpg": (640, 480), "1_2.jpg": (384, 640), "2.jpg": (640, 640)}
+    assert (output / "contact_sheet.png").stat().st_size > 1000
+
+
+def test_unreadable_files_are_named_and_the_rest_done(images, tmp_path):
+    (images / "b" / "1.jpg").write_bytes(b"damaged")
+    output = tmp_path / "out"
+    message = r"error: 2 of 4 images cannot be read: .*none.png, .*1.jpg; the others are done"
+    with pytest.raises(SystemExit, match=message):
+        run(write_checkpoint(tmp_path), images / "none.png", images / "a", images / "b", "--output", output)
+    content = json.loads((output / "predictions.json").read_text())
+    assert [entry["id"] for entry in content["images"]] == [1, 2]
+    assert len(list((output / "images").iterdir())) == 2
+
+
+def test_masks_and_no_pictures(images, tmp_path):
+    settings = {"backbone": "conv:8-16-16-16", "encoder_dim_feedforward": 16}
+    checkpoint, output = write_checkpoint(tmp_path, "mask2former_r50", **settings), tmp_path / "out"
+    flags = ["--score-threshold=0", "--top-k=3", "--no-annotated", "--contact-sheet=1", "--output", output]
+    run(checkpoint, images / "b", *flags)
+    content = json.loads((output / "predictions.json").read_text())
+    coco = COCO(str(output / "predictions.json"))
+    assert len(content["annotations"]) == 6
+    for entry in content["annotations"]:
+        assert entry["area"] == coco.annToMask(entry).sum()
+    assert not (output / "images").exists()
+
+
+def test_classes_of_other_checkpoints_are_named_by_a_coco_file(images, tmp_path):
+    path = write_checkpoint(tmp_path)
+    torch.save(gd.load_model(path).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(SystemExit, match="does not say which detector it is of"):
+        run(tmp_path / "bare.pth", images / "a")
+    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES[::-1]}))
+    output = tmp_path / "out"
+    run(path, images / "a", "--categories", tmp_path / "c.json", "--labels=contiguous", "--output", output)
+    assert json.loads((output / "predictions.json").read_text())["categories"] == CATEGORIES
+    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 3}]}))
+    with pytest.raises(SystemExit, match="has a category without the key 'name'"):
+        run(path, images / "a", "--categories", tmp_path / "c.json")
+
+
+def test_images_are_found(images, tmp_path):
+    assert find_images([str(images / "b")]) == [images / "b" / "1.jpg", images / "b" / "2.jpg"]
+    assert find_images([f"{images}/**/1.*", str(images / "x.jpg")]) == [
+        images / "a" / "1.png",
+        images / "b" / "1.jpg",
+        images / "x.jpg",
+    ]
+    assert find_images([f"{images}/**/1.*"], besides=images / "b") == [images / "a" / "1.png"]
+    with pytest.raises(DataError, match="there are no images in"):
+        find_images([str(images)])
+    with pytest.raises(DataError, match="name the images"):
+        find_images([])

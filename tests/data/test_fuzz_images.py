@@ -1,0 +1,108 @@
+"""Image files that are damaged or meant to do harm end in one sentence, without being decoded where they are huge."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from groupdetr_fast.data import CocoDataset, DataError, SkipUnreadable, collate
+
+SIZE = 64
+
+
+def png_of(width, height):
+    """A PNG of a few kilobytes, all of one colour, whatever its size."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = zlib.compressobj(9)
+    zeros = bytes(1 + width // 8 + 1)
+    content = b"".join(row.compress(zeros) for _ in range(min(height, 2000))) + row.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def jpeg():
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def dataset_of(folder, files, width=SIZE, height=SIZE):
+    """A data set of these ``{name: bytes}``, whose annotation file says that all have one size."""
+    (folder / "images").mkdir(exist_ok=True)
+    images = []
+    for index, (name, content) in enumerate(files.items()):
+        (folder / "images" / name).write_bytes(content)
+        images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return CocoDataset(folder / "images", folder / "instances.json")
+
+
+def test_a_huge_image_in_a_small_file_is_refused_by_its_header(tmp_path, monkeypatch):
+    bomb = png_of(13_000, 13_000)  # 169 million pixels, fewer than Pillow refuses; half a gigabyte once decoded
+    assert len(bomb) < 10_000
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("the image was decoded"))
+    with pytest.raises(DataError, match=r"bomb\.png \(image id 1\) is 13000 x 13000 pixels, but .* says 64 x 64"):
+        dataset_of(tmp_path, {"bomb.png": bomb})[0]
+
+
+def test_a_bomb_whose_annotations_agree_is_refused_by_pillow(tmp_path):
+    dataset = dataset_of(tmp_path, {"bomb.png": png_of(60_000, 60_000)}, 60_000, 60_000)
+    with pytest.raises(DataError, match=r"bomb\.png .* cannot be read \(.*decompression bomb"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 20, 300, 1000, -20, -2])
+def test_a_truncated_jpeg_is_no_image(tmp_path, kept):
+    dataset = dataset_of(tmp_path, {"cut.jpg": jpeg()[:kept]})
+    with pytest.raises(DataError, match=r"image file .*cut\.jpg \(image id 1\) cannot be read \("):
+        dataset[0]
+
+
+def test_training_goes_on_without_them(tmp_path):
+    whole = jpeg()
+    files = {"1.jpg": whole, "2.jpg": whole[:500], "3.png": png_of(13_000, 13_000), "4.jpg": whole}
+    dataset = SkipUnreadable(dataset_of(tmp_path, files), limit=2)
+    batches = list(DataLoader(dataset, 2, sampler=[(0, index) for index in range(4)], collate_fn=collate))
+    assert [batch.image_ids for batch in batches] == [[1, 4], [4, 4]]
+    assert dataset.num_unreadable == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_spoiled_files_of_every_kind_are_read_or_refused(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(file, kind)
+    files = {}
+    for index in range(60):
+        content = np.frombuffer(file.getvalue(), dtype=np.uint8).copy()
+        # The beginning says what the rest means.
+        spoiled = rng.integers(0, min(len(content), 64 if index % 2 else len(content)), rng.integers(1, 9))
+        content[spoiled] = rng.integers(0, 256, len(spoiled))
+        files[f"{index}.{kind}"] = content.tobytes()
+    dataset = dataset_of(tmp_path, files)
+    refused = 0
+    for index in range(len(dataset)):
+        try:
+            assert dataset[index][0].shape == (3, SIZE, SIZE)
+        except DataError:
+            refused += 1
+    assert 0 < refused < len(dataset)
+
+
+def test_a_link_out_of_the_folder_is_the_users_own(tmp_path):
+    """What a json names stays inside the folder; where the folder's own links lead is up to whoever made it."""
+    dataset = dataset_of(tmp_path, {"link.jpg": b""})
+    (tmp_path / "elsewhere.jpg").write_bytes(jpeg())
+    (tmp_path / "images" / "link.jpg").unlink()
+    (tmp_path / "images" / "link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    assert dataset[0][0].shape == (3, SIZE, SIZE)

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from groupdetr_fast.data import DataError
+from groupdetr_fast.data.images import as_rgb, decode_rgb
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+EXPECTED = torch.from_numpy(PIXELS).permute(2, 0, 1)
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(PIXELS), PIXELS, EXPECTED, EXPECTED / 255]
+    forms.append(np.dstack((PIXELS, np.full((5, 7), 9, dtype=np.uint8))))  # RGBA
+    forms.append(PIXELS[::-1, ::-1][::-1, ::-1])  # negative strides
+    for form in forms:
+        assert torch.equal(as_rgb(form), EXPECTED)
+
+
+def test_grey_images_and_palettes_become_rgb():
+    grey = PIXELS[..., 0]
+    expected = torch.from_numpy(grey).expand(3, -1, -1)
+    for form in (
+        Image.fromarray(grey),
+        grey,
+        grey[..., None],
+        torch.from_numpy(grey),
+        Image.fromarray(grey).convert("P"),
+    ):
+        assert torch.equal(as_rgb(form), expected)
+    assert as_rgb(Image.fromarray(PIXELS).convert("RGBA")).shape == (3, 5, 7)
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    values = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as image:
+        assert decode_rgb(image)[0].tolist() == [[0, 0, 1, 255]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(tmp_path, orientation):
+    # The upright image has one bright quarter, in its upper left corner.
+    stored = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
+    size = (8, 16) if orientation < 5 else (16, 8)  # height, width of the stored image
+    pixels = np.zeros(size, dtype=np.uint8)
+    rows, columns = (slice(half * side // 2, (half + 1) * side // 2) for half, side in zip(stored, size, strict=True))
+    pixels[rows, columns] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = as_rgb(tmp_path / "a.png")
+    assert upright.shape == (3, 8, 16)
+    assert (upright[:, :4, :8] == 255).all()
+    assert upright.sum() == 3 * 255 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "message"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), ValueError, "1, 3 or 4 channels"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "channels"),
+        (np.zeros((4, 4), np.int64), ValueError, "must be uint8 or floats"),
+        (torch.full((3, 4, 4), 2.0), ValueError, r"must lie in \[0, 1\]"),
+        (torch.full((3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
+        (7, TypeError, "expected a path, a PIL image"),
+        ("missing.png", DataError, r"image file missing.png does not exist"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, kind, message):
+    with pytest.raises(kind, match=message):
+        as_rgb(image)
+
+
+def test_damaged_files_are_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"image file .*a.jpg cannot be read"):
+        as_rgb(tmp_path / "a.jpg")

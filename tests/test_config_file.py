@@ -1,0 +1,83 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig
+from groupdetr_fast.config_file import from_yaml, to_yaml
+from groupdetr_fast.data import AugmentationConfig
+from groupdetr_fast.training.optimization import OptimizationConfig
+
+
+@dataclass
+class Inner:
+    rate: float = 0.1
+    count: int = 3
+    precision: Literal["no", "bf16"] = "no"
+    size: int | None = 4
+    pair: tuple[float, float] = (0.0, 1.0)
+    sides: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    folder: Path | None = None
+    name: str = "a"
+    flag: bool = False
+
+
+def read(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    return from_yaml(Outer, tmp_path / "c.yaml")
+
+
+def test_the_way_there_and_back(tmp_path):
+    config = CocoTrainingConfig(
+        data=DataConfig(data_path=Path("some where/ü"), labels="category_id"),
+        model=ModelConfig(model="dino_4scale_r50", dropout=1e-7, dilation=True, load=Path("a.pth")),
+        augmentation=AugmentationConfig(max_size=None, jitter_size=64, image_mean=(0.5, 0.25, 1 / 3)),
+        optimization=OptimizationConfig(schedule="12e", lr=3e-5, lr_drop=(), precision="no"),
+        positives=3,
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert from_yaml(CocoTrainingConfig, tmp_path / "c.yaml") == config
+
+
+def test_values_as_people_write_them(tmp_path):
+    text = "inner: {rate: 1e-4, precision: no, size: null, pair: [0, 1e3], sides: [5]}\nfolder: runs/x\nflag: true\n"
+    config = read(tmp_path, text)
+    assert config == Outer(Inner(1e-4, 3, "no", None, (0.0, 1000.0), (5,)), Path("runs/x"), "a", True)
+    assert type(config.inner.pair[0]) is float
+    assert read(tmp_path, "") == Outer()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iner: {}", "unknown key iner; perhaps inner"),
+        ("inner: {xyz: 1}", r"unknown key inner.xyz\Z"),
+        ("inner: {count: many}", r"inner.count must be an integer, got 'many'"),
+        ("inner: {count: 1.5}", "inner.count must be an integer, got 1.5"),
+        ("inner: {count: true}", "inner.count must be an integer, got True"),
+        ("inner: {count: 0}", "inner: count must be at least 1, got 0"),
+        ("inner: {rate: fast}", "inner.rate must be a number, got 'fast'"),
+        ("inner: {size: [1]}", r"inner.size must be an integer or null, got \[1\]"),
+        ("inner: {precision: fp8}", "inner.precision must be one of no, bf16, got 'fp8'"),
+        ("inner: {pair: [1]}", r"inner.pair must be a list of length 2, each entry a number, got \[1\]"),
+        ("inner: {sides: [1, x]}", "inner.sides must be an integer, got 'x'"),
+        ("inner: 3", "inner must have keys and values, got 3"),
+        ("- a", "the file must have keys and values"),
+        ("flag: 1", "flag must be true or false, got 1"),
+        ("folder: 7", "folder must be a path or null, got 7"),
+        ("a: [", "cannot be read as yaml"),
+    ],
+)
+def test_faults_name_file_and_key(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"c.yaml:? {message}"):
+        read(tmp_path, text)

@@ -1,0 +1,78 @@
+"""One process of a training on two, started by torchrun.
+
+Arguments: folder of the data, output, kind of run, and settings of the optimisation as json.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from small_runs import data_in, small_config, terminate_before
+
+from groupdetr_fast import cli, coco_training
+from groupdetr_fast.data import AugmentationConfig
+
+
+def config_of(folder, output, **optimization):
+    """A run in which what is computed of an image depends on it alone: neither random numbers nor batch statistics."""
+    config = small_config(data_in(folder, evaluated="seven.json"), output)
+    return replace(
+        config,
+        model=replace(config.model, model="conditional_detr_r50", dropout=0.0, backbone="resnet18", backbone_stages=2),
+        augmentation=AugmentationConfig(short_sides=(32,), flip=0.0, crop=0.0, eval_short_side=32),
+        optimization=replace(config.optimization, **optimization),
+        evaluate_every=1,
+    )
+
+
+def shard_weights():
+    """Turn FSDP on, which Accelerate does on GPUs alone."""
+    original = coco_training.build_accelerator
+
+    def sharding(*args, **kwargs):
+        accelerator = original(*args, **kwargs)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["TransformerEncoderLayer", "ConditionalDecoderLayer"],
+        )
+        accelerator.state.distributed_type = DistributedType.FSDP
+        return accelerator
+
+    coco_training.build_accelerator = sharding
+
+
+def forbid_writing(folder):
+    """Raise in this process at any file that it opens for writing, renames or removes in a folder."""
+    forbidden = os.fspath(folder)
+
+    def check(event, arguments):
+        writes = event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if writes and str(arguments[0]).startswith(forbidden):
+            raise AssertionError(f"process {os.environ['RANK']}: {event} {arguments[0]}")
+
+    sys.addaudithook(check)
+
+
+def main():
+    folder, output, kind, optimization = sys.argv[1:]
+    torch.set_num_threads(1)
+    config = config_of(Path(folder), Path(output), **json.loads(optimization))
+    config = replace(config, resume=kind.endswith("resumed"))
+    if kind.startswith("sharded"):
+        shard_weights()
+    if os.environ["RANK"] == "1":
+        if kind.endswith("stopped"):  # one process is told to stop, and all do
+            terminate_before("AdamW.step", 8)
+        forbid_writing(output)
+    cli.run(lambda: lambda: coco_training.train(config))
+
+
+if __name__ == "__main__":
+    main()

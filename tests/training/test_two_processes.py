@@ -1,0 +1,191 @@
+"""Trainings on two CPU processes, with gloo, are those of one process with batches of twice the size."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from one_of_two_processes import config_of
+from safetensors.torch import load_file
+from small_runs import write_images
+from test_passes import MASKS, MODELS, small_batch, small_model
+
+import groupdetr_fast as gd
+from groupdetr_fast.coco_training import train
+
+SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def launch(command, **environment):
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+
+
+def run_on_two(folder, output, kind, **optimization):
+    return launch([*TORCHRUN, SCRIPT, folder, output, kind, json.dumps(optimization)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten images to train on, of which seven are to evaluate on: one of two processes has a batch less."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder)
+    content = json.loads((folder / "instances.json").read_text())
+    content["images"] = content["images"][:7]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    (folder / "seven.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The folder of a run of 15 optimiser steps on one process, two images each."""
+    output = folder / "one"
+    train(config_of(folder, output, batch_size=2))
+    return output
+
+
+def results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def weights(output, name="model.safetensors"):
+    return load_file(output / "checkpoints" / "epoch_0003" / name)
+
+
+def assert_same_training(found, expected):
+    for row, other in zip(results(found)["epochs"], results(expected)["epochs"], strict=True):
+        assert row["train"] == pytest.approx(other["train"], rel=1e-5)
+        assert row["metrics"]["AP"] == pytest.approx(other["metrics"]["AP"], abs=1e-6)
+    # Adam divides a gradient by its size: where it is all rounding, a weight moves by a part of the rate of 1e-3.
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_train_and_evaluate_as_one(folder, one_process):
+    done = run_on_two(folder, folder / "two", "plain", batch_size=1)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(folder / "two", one_process)
+    detections = json.loads((folder / "two" / "detections.json").read_text())
+    images = [detection["image_id"] for detection in detections]
+    expected = json.loads((one_process / "detections.json").read_text())
+    assert images == [detection["image_id"] for detection in expected]  # each image once
+    assert sorted(set(images)) == [1, 2, 3, 4, 5, 6, 7]
+    assert [d["score"] for d in detections] == pytest.approx([d["score"] for d in expected], abs=1e-4)
+    assert len(list((folder / "two" / "tensorboard").glob("**/events*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"groups_per_pass": 1}, id="groups in passes"),
+        pytest.param({"accumulate": 2}, id="accumulation"),
+        pytest.param({"ema_decay": 0.9, "recompute_layers": True}, id="average"),
+    ],
+)
+def test_with_options_too(folder, tmp_path, options):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(config_of(folder, one, batch_size=2, **options))
+    done = run_on_two(folder, two, "plain", batch_size=1, **options)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "accumulate": 2, "recompute_layers": True}])
+def test_sharded_weights_train_as_whole_ones(folder, tmp_path, options):
+    """FSDP; its checkpoints are resumed by FSDP and by a single process."""
+    one, sharded = tmp_path / "one", tmp_path / "sharded"
+    train(config_of(folder, one, batch_size=2, **options))
+    done = run_on_two(folder, sharded, "sharded, stopped", batch_size=1, **options)
+    assert done.stderr.count("stopped as asked") == 2, done.stderr
+    alone = tmp_path / "alone"
+    subprocess.run(["cp", "-r", sharded, alone], check=True)
+    done = run_on_two(folder, sharded, "sharded, resumed", batch_size=1, **options)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(sharded, one)
+    train(replace(config_of(folder, alone, batch_size=2, **options), resume=True))
+    assert_same_training(alone, one)
+
+
+@pytest.mark.slow
+def test_stopping_one_process_stops_both_and_resuming_is_exact(folder, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = run_on_two(folder, whole, "plain", batch_size=1)
+    assert done.returncode == 0, done.stderr
+    done = run_on_two(folder, stopped, "stopped", batch_size=1)
+    assert done.stderr.count("stopped as asked, in epoch 2; a checkpoint is written") == 2, done.stderr
+    assert (stopped / "checkpoints" / "epoch_0001_batch_000003").is_dir()
+    done = run_on_two(folder, stopped, "resumed", batch_size=1)
+    assert done.returncode == 0, done.stderr
+    first, second = weights(whole), weights(stopped)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for row, other in zip(results(whole)["epochs"], results(stopped)["epochs"], strict=True):
+        assert row["train"] == pytest.approx(other["train"], rel=1e-6)
+
+
+LAUNCHERS = {
+    "torchrun": TORCHRUN,
+    # With --cpu, accelerate starts one process; this is how it starts several, whatever they run on.
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
+}
+SMALL = """--model conditional_detr_r50 --num-groups 2 --num-queries 4 --d-model 16 --num-heads 2 --encoder-layers 1
+    --decoder-layers 2 --dim-feedforward 16 --backbone conv:8-16 --short-sides 32 --eval-short-side 32 --crop 0
+    --epochs 1 --batch-size 2 --workers 0 --pictures 2"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_runs_under_launchers(folder, tmp_path, launcher):
+    images, annotations = folder / "images", folder / "instances.json"
+    paths = ["--train-images", images, "--val-images", images]
+    paths += ["--train-annotations", annotations, "--val-annotations", annotations, "--output", tmp_path]
+    module = ["-m", "groupdetr_fast", "train", *SMALL.split()]
+    done = launch([*LAUNCHERS[launcher], *module, *paths])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results: ") == 1  # of one training, not of two
+    assert (tmp_path / "predictions.png").exists()
+    state = torch.load(tmp_path / "checkpoints" / "epoch_0001" / "state.pt", weights_only=True)
+    assert state["batches_per_epoch"] == 3  # five batches
+    assert len(state["random"]) == 2
+    assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])  # each draws its own dropout
+
+
+def steps_where_one_process_has_no_objects(rank, folder, errors):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        for name, overrides in [*(model.values for model in MODELS), ("mask2former_r50", MASKS)]:
+            model = small_model(name, **overrides)
+            criterion = gd.build_criterion(model)
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            for seed in range(2):  # the second forward pass finds out what the first backward pass lacked
+                batch = small_batch(*((2, 1) if rank == 0 else (0, 0)), seed=seed, masks=name.startswith("mask"))
+                criterion(wrapped(batch.images, batch.masks, batch.targets), batch.targets)["loss"].backward()
+        errors.put(None)
+    except Exception as error:
+        errors.put(f"{name}: {error}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_every_detector_goes_on_where_one_process_has_no_objects(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    errors = context.Queue()
+    arguments = [(rank, tmp_path, errors) for rank in range(2)]
+    processes = [context.Process(target=steps_where_one_process_has_no_objects, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    found = [errors.get(timeout=200) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [None, None]
