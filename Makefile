@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all bench compile-gpu gpu-report lint format docs build clean
+.PHONY: demo test test-all bench compile-gpu gpu-report lint format docs wheel build wheel-test clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -51,8 +51,19 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
 
 # A wheel in dist/. One file serves every Python from 3.10 and every torch from 2.11.
-build: $(VENV)/.torch
+wheel build: $(VENV)/.torch
+	rm -rf build/lib* dist  # of which a wheel would take modules that are no more
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The wheel in a fresh environment, which borrows torch and pytest from $(VENV), with copies of the ops' tests.
+wheel-test: wheel $(VENV)/.test
+	$(PYTHON) -m venv --clear build/wheel-test
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>$$(build/wheel-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	build/wheel-test/bin/python -m pip install --disable-pip-version-check --no-deps dist/groupdetr_fast-*.whl
+	cp -r tests pyproject.toml build/wheel-test
+	cd build/wheel-test && bin/python -c 'import groupdetr_fast as gd; print(gd.__file__, gd.ops.backends())'
+	cd build/wheel-test && bin/python -m pytest -q -m "not slow" tests/ops
 
 clean:
 	rm -rf build dist site *.egg-info groupdetr_fast/*.so
