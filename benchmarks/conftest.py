@@ -71,7 +71,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture(scope="session")
 def measured():
-    """The timings of this session: ``{(comparison, case): {contender: Timing}}``."""
+    """What was timed so far: ``{(comparison, case): {contender: Timing}}``."""
     return {}
 
 

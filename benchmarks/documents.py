@@ -1,9 +1,12 @@
 """Documents that scripts write: sections between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, and tables."""
 
+import argparse
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["PERFORMANCE", "read_section", "significant", "table", "write_section"]
+__all__ = ["PERFORMANCE", "read_section", "section_command", "significant", "table", "write_section"]
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 
@@ -21,6 +24,22 @@ def write_section(document: Path, name: str, text: str) -> None:
     """Replace the text of a section; the rest of the document stays as it is."""
     before, _, after = _split(document, name)
     document.write_text(f"{before}{text.strip()}{after}")
+
+
+def section_command(description: str, document: Path, name: str, text: Callable[[], str]) -> None:
+    """The command line of a script that computes a section: print it, ``--write`` or ``--check`` it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help=f"put the tables into {document.name}")
+    action.add_argument("--check", action="store_true", help=f"fail if {document.name} has other tables")
+    arguments = parser.parse_args()
+    if arguments.write:
+        write_section(document, name, text())
+    elif arguments.check:
+        if read_section(document, name) != text():
+            sys.exit(f"{document} has other tables: run python {sys.argv[0]} --write")
+    else:
+        print(text())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -10,16 +10,14 @@ operands. These are counted from the operators that PyTorch really calls, on ten
     python benchmarks/roofline.py --check    fail if docs/performance.md has other ones
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import naive
 import torch
 import torchvision
-from documents import PERFORMANCE, read_section, significant, table, write_section
+from documents import PERFORMANCE, section_command, significant, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -387,21 +385,5 @@ def growth() -> str:
     return table([f"{base}: kernel / plain", *doubled], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help=f"put the tables into {PERFORMANCE.name}")
-    action.add_argument("--check", action="store_true", help=f"fail if {PERFORMANCE.name} has other tables")
-    arguments = parser.parse_args()
-    text = tables()
-    if arguments.write:
-        write_section(PERFORMANCE, SECTION, text)
-    elif arguments.check:
-        if read_section(PERFORMANCE, SECTION) != text:
-            sys.exit(f"{PERFORMANCE} has other tables: run python benchmarks/roofline.py --write")
-    else:
-        print(text)
-
-
 if __name__ == "__main__":
-    main()
+    section_command(__doc__, PERFORMANCE, SECTION, tables)

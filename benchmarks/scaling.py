@@ -9,18 +9,16 @@ weights are counted from the model, on tensors without data; the machine is that
     python benchmarks/scaling.py --check    fail if docs/scaling.md has other ones
 """
 
-import argparse
 import functools
 import math
 import pickle
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import bench_conditional_detr
 import torch
 from cases import Detection
-from documents import read_section, significant, table, write_section
+from documents import section_command, significant, table
 from flops import step_operations
 from roofline import FLOAT32, MEMORY_BANDWIDTH, TENSOR_PEAK, Traffic
 
@@ -254,21 +252,5 @@ def tables() -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT.name}")
-    action.add_argument("--check", action="store_true", help=f"fail if {DOCUMENT.name} has other tables")
-    arguments = parser.parse_args()
-    text = tables()
-    if arguments.write:
-        write_section(DOCUMENT, SECTION, text)
-    elif arguments.check:
-        if read_section(DOCUMENT, SECTION) != text:
-            sys.exit(f"{DOCUMENT} has other tables: run python benchmarks/scaling.py --write")
-    else:
-        print(text)
-
-
 if __name__ == "__main__":
-    main()
+    section_command(__doc__, DOCUMENT, SECTION, tables)

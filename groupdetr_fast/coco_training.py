@@ -39,7 +39,7 @@ from .training.engine import Trainer, build_accelerator
 from .training.matcher import Assignment
 from .training.optimization import OptimizationConfig
 
-__all__ = ["CocoTrainingConfig", "DataConfig", "ModelConfig", "digits_demo", "evaluate", "train"]
+__all__ = ["CocoTrainingConfig", "DataConfig", "DataPaths", "ModelConfig", "digits_demo", "evaluate", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataPaths:
     """Where the images and annotations are.
 
     Attributes:
@@ -59,11 +59,6 @@ class DataConfig:
         train_annotations: COCO json to train on.
         val_images: folder of the images to evaluate on.
         val_annotations: COCO json to evaluate on.
-        labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
-            themselves, as the original repositories do (91 classes on COCO).
-        workers: processes that load images, per training process.
-        cache_images: keep decoded images in memory; for small data sets.
-        max_unreadable_images: images to train on that may be missing or damaged; another one stands in for each.
     """
 
     data_path: Path | None = None
@@ -72,10 +67,6 @@ class DataConfig:
     train_annotations: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
-    labels: Literal["contiguous", "category_id"] = "contiguous"
-    workers: int = 2
-    cache_images: bool = False
-    max_unreadable_images: int = 10
 
     def train_paths(self) -> tuple[Path, Path]:
         """Folder of images and annotation file to train on.
@@ -100,6 +91,24 @@ class DataConfig:
         if images is None or annotations is None:
             raise DataError(f"give data_path, coco_path, or both {part}_images and {part}_annotations")
         return images, annotations
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DataPaths):
+    """The images and annotations, and how they are read.
+
+    Attributes:
+        labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
+            themselves, as the original repositories do (91 classes on COCO).
+        workers: processes that load images, per training process.
+        cache_images: keep decoded images in memory; for small data sets.
+        max_unreadable_images: images to train on that may be missing or damaged; another one stands in for each.
+    """
+
+    labels: Literal["contiguous", "category_id"] = "contiguous"
+    workers: int = 2
+    cache_images: bool = False
+    max_unreadable_images: int = 10
 
 
 @dataclass(frozen=True, kw_only=True)

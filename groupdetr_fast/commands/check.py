@@ -1,14 +1,14 @@
 """The command ``groupdetr check``."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from ..coco_training import DataConfig, ModelConfig
+from ..coco_training import DataPaths, ModelConfig
 from ..data import DataError
 from ..data.annotations import read_annotations, read_json
 from ..data.check import Findings, Statistics, check_part, compare_parts
@@ -20,7 +20,7 @@ __all__ = ["CheckCommand"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckCommand:
+class CheckCommand(DataPaths):
     """List what is wrong with a data set, before a night is lost on it. The exit status is 1 if there are errors.
 
     Errors are what stops a training: images that are missing or damaged, ids that are not in the tables or occur twice.
@@ -29,12 +29,6 @@ class CheckCommand:
 
     Attributes:
         folder: the same as data_path.
-        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
-        coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
-        train_images: folder of the images to train on.
-        train_annotations: COCO json to train on.
-        val_images: folder of the images to evaluate on.
-        val_annotations: COCO json to evaluate on.
         model: the detector to be trained, which says the number of queries.
         num_queries: N, queries of one group, where it is not the detector's default.
         decode: decode every image, and compare those of train and val; without, only their headers are read.
@@ -43,12 +37,6 @@ class CheckCommand:
     """
 
     folder: tyro.conf.Positional[Path | None] = None
-    data_path: Path | None = None
-    coco_path: Path | None = None
-    train_images: Path | None = None
-    train_annotations: Path | None = None
-    val_images: Path | None = None
-    val_annotations: Path | None = None
     model: str = ModelConfig.model
     num_queries: int | None = None
     decode: bool = True
@@ -78,16 +66,14 @@ class CheckCommand:
         """
         if self.folder is not None and self.data_path is not None:
             raise DataError("give the folder or data_path, not both")
-        names = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
-        data = DataConfig(
-            data_path=self.folder or self.data_path, **{name: getattr(self, name) for name in names}, workers=0
-        )
+        given = {each.name: getattr(self, each.name) for each in fields(DataPaths)}
+        data = DataPaths(**{**given, "data_path": self.folder or self.data_path})
         queries = self.num_queries or model_config(self.model).num_queries
         findings = [self._check(part, data, queries) for part in ("train", "val")]
         compare_parts(*findings)
         return findings
 
-    def _check(self, part: str, data: DataConfig, num_queries: int) -> Findings:
+    def _check(self, part: str, data: DataPaths, num_queries: int) -> Findings:
         yolo = None if data.data_path is None else find_yolo(data.data_path)
         if yolo is not None:
             found = read_yolo(yolo, part)
