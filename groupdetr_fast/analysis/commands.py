@@ -10,7 +10,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from ..coco_training import CocoTrainingConfig, DataConfig, ModelConfig, digits_demo
+from ..coco_training import CocoTrainingConfig, DataConfig, DataPaths, ModelConfig, digits_demo
 from ..data import AugmentationConfig
 from ..models import build_model
 from ..models.checkpoints import read_metadata
@@ -57,7 +57,7 @@ class Analysis:
     def training(self) -> CocoTrainingConfig:
         """The training that the runs vary; composes the digits on first use, if there is no other data."""
         data = self.data
-        files = ("data_path", "coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+        files = [each.name for each in fields(DataPaths)]
         if not any(getattr(data, name) for name in files):
             demo = digits_demo().data
             data = replace(data, **{name: getattr(demo, name) for name in files})
