@@ -1,0 +1,52 @@
+"""Where the extra time of 11 groups goes: a training step of Conditional DETR with 11 groups and with one, by operator.
+
+    OMP_NUM_THREADS=1 python benchmarks/step_profile.py
+
+Times are those that ``torch.profiler`` gives to each operator itself, in one step after a first one that warms up.
+"""
+
+from collections.abc import Mapping
+
+import bench_conditional_detr
+from cases import DETECTION, Detection
+from documents import table
+from results import OURS
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["extra_times", "share_of_products"]
+
+SHOWN = 15
+# Parts of the names of operators whose operations flops.py counts: products of matrices, convolutions, attention.
+PRODUCTS = ("mm", "convolution", "conv2d", "dot_product")
+
+
+def extra_times(case: Detection, base: Detection) -> dict[str, float]:
+    """Seconds that a step of ``case`` takes more than one of ``base``, by operator, most first."""
+    of_case, of_base = _times(case), _times(base)
+    extra = {name: of_case.get(name, 0.0) - of_base.get(name, 0.0) for name in of_case.keys() | of_base.keys()}
+    return dict(sorted(extra.items(), key=lambda item: -item[1]))
+
+
+def share_of_products(extra: Mapping[str, float]) -> float:
+    """The part of the extra time that is spent on what the count of operations counts."""
+    products = sum(seconds for name, seconds in extra.items() if any(part in name for part in PRODUCTS))
+    return products / sum(extra.values())
+
+
+def _times(case: Detection) -> dict[str, float]:
+    step = bench_conditional_detr.prepare(case)[0][OURS]
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    return {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+
+
+def main() -> None:
+    extra = extra_times(DETECTION[-1], DETECTION[0])
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in list(extra.items())[:SHOWN]]
+    print(table(["operator", "extra time, s"], [*rows, ["all", f"{sum(extra.values()):.2f}"]]))
+    print(f"\nproducts of matrices, convolutions and attention: {100 * share_of_products(extra):.0f} % of it")
+
+
+if __name__ == "__main__":
+    main()
