@@ -18,11 +18,11 @@ class SkipUnreadable(Dataset):
     """A data set in which the next readable sample stands in for one that raises :class:`DataError`.
 
     So batches keep their size, and what a batch holds still depends on seed, epoch and index alone. Every unreadable
-    sample is reported once and counted once, over all workers.
+    sample is reported once and counted once, over all workers of the process.
 
     Args:
         dataset: asked for ``dataset[epoch, index]``.
-        limit: largest number of unreadable samples to go on with; 0 for none.
+        limit: largest number of unreadable samples to go on with in this process; 0 for none.
     """
 
     def __init__(self, dataset: Dataset, limit: int):
@@ -48,14 +48,14 @@ class SkipUnreadable(Dataset):
             index = (index + 1) % len(self)
 
     @property
-    def num_unreadable(self) -> int:
-        """Samples found unreadable so far, in any worker."""
-        return int(self._unreadable.sum())
+    def unreadable(self) -> list[int]:
+        """Indices of the samples found unreadable so far, in any worker of this process."""
+        return self._unreadable.nonzero().flatten().tolist()
 
     def _note(self, index: int, error: DataError) -> None:
         known = bool(self._unreadable[index])
         self._unreadable[index] = True
-        count = self.num_unreadable
+        count = len(self.unreadable)
         if count > min(self.limit, len(self) - 1):
             if self.limit == 0:
                 raise error

@@ -95,7 +95,8 @@ class Trainer:
         model: called as ``model(images, masks, targets)``.
         criterion: called as ``criterion(output, targets, totals)``; the result's ``"loss"`` is minimised.
         loader: yields batches with ``images``, ``masks``, ``targets`` and ``image_ids``; its sampler has ``set_epoch``,
-            and what it yields follows from the epoch. Its data set may have ``num_unreadable``, which is reported.
+            and what it yields follows from the epoch. Its data set may have ``unreadable``, the
+            indices of samples that could not be read, whose number is reported.
         evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch.
         config: how to train.
         run: folder of the run.
@@ -373,7 +374,7 @@ class Trainer:
             "seconds": round(current.seconds, 2),
             "peak_memory_mib": self._peak_memory(),
             "skipped_steps": current.skipped,
-            "unreadable_images": getattr(self.loader.dataset, "num_unreadable", 0),
+            "unreadable_images": self._count_unreadable(),
             "train": {
                 name: (total / current.steps).item() for name, total in self._over_processes(current.sums).items()
             },
@@ -397,6 +398,10 @@ class Trainer:
             )
         if self._asked_to_stop() and self.epoch < self.config.epochs:
             self._stop(f"after epoch {self.epoch}")
+
+    def _count_unreadable(self) -> int:
+        """Samples that could not be read so far, each once, however many processes met it."""
+        return len(set(gather_object(list(getattr(self.loader.dataset, "unreadable", [])))))
 
     def _waited_long_enough(self) -> bool:
         if not self.early_stopping or not self.history or "metrics" not in self.history[-1]:

@@ -74,7 +74,7 @@ def test_training_goes_on_without_them(tmp_path):
     dataset = SkipUnreadable(dataset_of(tmp_path, files), limit=2)
     batches = list(DataLoader(dataset, 2, sampler=[(0, index) for index in range(4)], collate_fn=collate))
     assert [batch.image_ids for batch in batches] == [[1, 4], [4, 4]]
-    assert dataset.num_unreadable == 2
+    assert dataset.unreadable == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])

@@ -21,7 +21,7 @@ def test_the_next_readable_sample_stands_in(dataset, caplog):
         ids = [[readable[epoch, index][1]["image_id"] for index in range(4)] for epoch in range(2)]
     assert len(readable) == 4
     assert ids == [[7, 2, 2, 2]] * 2
-    assert readable.num_unreadable == 2
+    assert readable.unreadable == [1, 2]
     assert len(caplog.records) == 2  # one for each image, whatever the epoch
     assert "5.png" in caplog.text
     assert "9.png" in caplog.text
@@ -39,7 +39,7 @@ def test_workers_count_together(dataset, workers):
     keys = [(0, index) for index in range(4)]
     loader = DataLoader(readable, batch_size=1, sampler=keys, num_workers=workers, collate_fn=lambda batch: batch)
     assert [batch[0][1]["image_id"] for batch in loader] == [7, 2, 2, 2]
-    assert readable.num_unreadable == 2
+    assert readable.unreadable == [1, 2]
 
 
 @pytest.mark.parametrize(

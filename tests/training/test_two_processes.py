@@ -35,9 +35,14 @@ def run_on_two(folder, output, kind, **optimization):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten images to train on, of which seven are to evaluate on: one of two processes has a batch less."""
+    """Ten images to train on, two of which are damaged.
+
+    Seven are to evaluate on: one of two processes has a batch less.
+    """
     folder = tmp_path_factory.mktemp("data")
     write_images(folder)
+    for name in ("08.png", "10.png"):
+        (folder / "images" / name).write_bytes(b"no image")
     content = json.loads((folder / "instances.json").read_text())
     content["images"] = content["images"][:7]
     kept = {image["id"] for image in content["images"]}
@@ -66,6 +71,7 @@ def assert_same_training(found, expected):
     for row, other in zip(results(found)["epochs"], results(expected)["epochs"], strict=True):
         assert row["train"] == pytest.approx(other["train"], rel=1e-5)
         assert row["metrics"]["AP"] == pytest.approx(other["metrics"]["AP"], abs=1e-6)
+        assert row["unreadable_images"] == other["unreadable_images"] == 2
     # Adam divides a gradient by its size: where it is all rounding, a weight moves by a part of the rate of 1e-3.
     torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-4)
 
