@@ -134,6 +134,9 @@ class ModelConfig:
         dilation: dilate the backbone's last stage (DC5).
         frozen_stages: stages of the backbone that are not trained.
         input_norm: normalise the projected features (for backbones whose features are large).
+        class_loss: weight of the loss of classes.
+        l1_loss: weight of the L1 loss of boxes.
+        giou_loss: weight of the GIoU loss of boxes.
         loss_points: points of a mask at which Mask2Former computes costs and losses.
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
@@ -155,6 +158,9 @@ class ModelConfig:
     dilation: bool | None = None
     frozen_stages: int | None = None
     input_norm: bool | None = None
+    class_loss: float | None = None
+    l1_loss: float | None = None
+    giou_loss: float | None = None
     loss_points: int | None = None
     load: Path | None = None
     new_class_head: bool = False

@@ -143,6 +143,15 @@ def test_mixed_precision_trains(config):
     assert {tensor.dtype for tensor in weights(config.output, 3).values()} <= {torch.float32, torch.int64}
 
 
+def test_a_loss_of_weight_zero_moves_nothing(config):
+    model = replace(config.model, class_loss=0.0)
+    results = train(replace(config, model=model, optimization=replace(config.optimization, weight_decay=0.0)))
+    assert results["model_config"]["class_loss"] == 0
+    trained, initial = weights(config.output, 3), model.build(10).state_dict()
+    assert torch.equal(trained["class_embed.bias"], initial["class_embed.bias"])
+    assert not torch.equal(trained["bbox_embed.layers.0.bias"], initial["bbox_embed.layers.0.bias"])
+
+
 def test_masks_train_and_are_evaluated(config, digits, tmp_path):
     paths = {"train": digits.train_annotations, "val": digits.val_annotations}
     for split, path in paths.items():
