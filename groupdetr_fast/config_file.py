@@ -1,4 +1,4 @@
-"""Configurations, which are dataclasses, as yaml files and back."""
+"""Configurations, which are dataclasses, as yaml files or values of json, and back."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-__all__ = ["from_yaml", "to_yaml"]
+__all__ = ["from_plain", "from_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
         config: the dataclass.
         omit: fields to leave out.
     """
-    values = {name: value for name, value in asdict(config).items() if name not in omit}
-    return yaml.dump(_plain(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    values = {name: value for name, value in to_plain(config).items() if name not in omit}
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(kind: type[T], path: Path) -> T:
@@ -66,11 +66,30 @@ def from_yaml(kind: type[T], path: Path) -> T:
     """
     try:
         content = yaml.load(path.read_text(), Loader=_Loader)
-        return _build(kind, {} if content is None else content, "")
+        return from_plain(kind, {} if content is None else content)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as yaml: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A dataclass, whose fields may be dataclasses, tuples and paths, as numbers, texts, tuples and dicts."""
+    return _plain(asdict(config))
+
+
+def from_plain(kind: type[T], values: Any, *, complete: bool = False) -> T:
+    """The inverse of :func:`to_plain`, for the dataclass ``kind``; tuples may have become lists.
+
+    Args:
+        kind: the dataclass.
+        values: fields that are not there have their defaults.
+        complete: refuse values that leave a field out.
+
+    Raises:
+        ValueError: for an unknown or missing key or a value that does not fit; the message names the key.
+    """
+    return _build(kind, values, "", complete)
 
 
 def _plain(value: Any) -> Any:
@@ -79,7 +98,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(kind: type, values: Any, key: str) -> Any:
+def _build(kind: type, values: Any, key: str, complete: bool) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{key or 'the file'} must have keys and values, got {values!r}")
     prefix = f"{key}." if key else ""
@@ -90,17 +109,20 @@ def _build(kind: type, values: Any, key: str) -> Any:
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; perhaps {prefix}{close[0]}" if close else ""
             raise ValueError(f"unknown key {prefix}{name}{hint}")
-    converted = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    for name in names:
+        if complete and name not in values:
+            raise ValueError(f"key {prefix}{name} is missing")
+    converted = {name: _convert(hints[name], value, f"{prefix}{name}", complete) for name, value in values.items()}
     try:
         return kind(**converted)
     except ValueError as error:  # the dataclass checks what its type does not say
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """A value of yaml as the type that a field has."""
+def _convert(hint: Any, value: Any, key: str, complete: bool) -> Any:
+    """A plain value as the type that a field has."""
     if is_dataclass(hint):
-        return _build(hint, value, key)
+        return _build(hint, value, key, complete)
     for option in _options(hint):
         arguments = get_args(option)
         if get_origin(option) is Literal:
@@ -109,7 +131,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         elif get_origin(option) is tuple:
             if isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
                 kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-                return tuple(_convert(kind, each, key) for kind, each in zip(kinds, value, strict=True))
+                return tuple(_convert(kind, each, key, complete) for kind, each in zip(kinds, value, strict=True))
         elif option is Path and type(value) is str:
             return Path(value)
         elif option is float and type(value) in (int, float):

@@ -21,9 +21,9 @@ from .distances import COLUMNS as DISTANCE_COLUMNS
 from .distances import query_positions
 from .experiments import Cell, Row, average
 from .inference import evaluate_groups, load_weights
+from .json_files import to_json
 from .report import Measurement, write_measurement, write_page
 from .run import Run, RunResults
-from .settings import to_json
 from .sweep import run_sweep
 
 __all__ = ["analyze_command"]

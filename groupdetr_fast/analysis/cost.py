@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from ..build import build_criterion
 from ..coco_training import CocoTrainingConfig
+from ..config_file import from_plain
 from ..data import CocoDataset, EpochSampler, collate, train_transforms
 from ..training.engine import Trainer, build_accelerator
-from .settings import from_json, read_json, to_json, write_json
+from .json_files import read_json, to_json, write_json
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
 
@@ -132,6 +133,6 @@ def _peak_memory_mib() -> float:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     try:
-        write_json(folder / COST, _time_steps(from_json(CostSettings, read_json(folder / SETTINGS)), folder))
+        write_json(folder / COST, _time_steps(from_plain(CostSettings, read_json(folder / SETTINGS)), folder))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

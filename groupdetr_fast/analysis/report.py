@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .json_files import read_json, write_json
 from .plots import save_figure
-from .settings import read_json, write_json
 
 __all__ = ["Measurement", "write_measurement", "write_page"]
 

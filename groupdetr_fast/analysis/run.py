@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 
 from ..build import build_criterion
 from ..coco_training import CocoTrainingConfig, train
+from ..config_file import from_plain
 from ..models.registry import model_config
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped
 from .distances import DistanceRecorder, read_distances
 from .inference import evaluate_usages
-from .settings import from_json, read_json, to_json, write_json
+from .json_files import read_json, to_json, write_json
 
 __all__ = ["Run", "RunError", "RunResults", "execute"]
 
@@ -128,9 +129,9 @@ def execute(folder: Path) -> None:
         RunError: if another process is at it, or the settings cannot be read.
     """
     try:
-        run = from_json(Run, read_json(folder / SETTINGS) or {})
-    except KeyError as error:
-        raise RunError(f"{folder / SETTINGS} has no setting {error}: start the sweep again, which writes it") from None
+        run = from_plain(Run, read_json(folder / SETTINGS) or {}, complete=True)
+    except ValueError as error:
+        raise RunError(f"{folder / SETTINGS}: {error}: start the sweep again, which writes this file") from None
     try:
         with FileLock(folder / ".lock", timeout=0):
             if run.epochs_done(folder) < run.epochs:

@@ -81,5 +81,5 @@ def test_settings_of_another_version_are_refused(training, folder):
     settings = json.loads((folder / "settings.json").read_text())
     del settings["training"]["model"]["num_groups"]
     (folder / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(RunError, match="has no setting 'num_groups'"):
+    with pytest.raises(RunError, match=r"key training\.model\.num_groups is missing"):
         execute(folder)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from groupdetr_fast.analysis.json_files import read_json, to_json, write_json
 from groupdetr_fast.analysis.run import Run
-from groupdetr_fast.analysis.settings import from_json, read_json, to_json, write_json
 from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, digits_demo
+from groupdetr_fast.config_file import from_plain
 
 
 @pytest.mark.parametrize(
@@ -19,14 +20,14 @@ from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, digits_
     ids=["paper", "demo", "run"],
 )
 def test_json_and_back(config):
-    assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+    assert from_plain(type(config), json.loads(json.dumps(to_json(config))), complete=True) == config
 
 
 def test_a_missing_setting_is_named():
     values = to_json(CocoTrainingConfig())
     del values["model"]["num_groups"]
-    with pytest.raises(KeyError, match="num_groups"):
-        from_json(CocoTrainingConfig, values)
+    with pytest.raises(ValueError, match=r"key model\.num_groups is missing"):
+        from_plain(CocoTrainingConfig, values, complete=True)
 
 
 def test_a_half_written_file_counts_as_none(tmp_path):
