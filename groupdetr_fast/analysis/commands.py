@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..coco_training import CocoTrainingConfig, DataConfig, DataPaths, ModelConfig, digits_demo
 from ..data import AugmentationConfig
+from ..inference import InferenceSettings
 from ..models import build_model
 from ..models.checkpoints import read_metadata
 from ..training.optimization import OptimizationConfig
@@ -314,7 +315,7 @@ class GroupApCommand(Sweep):
     """AP of each group of a trained model, used alone: any group can serve (section 3.2).
 
     Attributes:
-        checkpoint: evaluate this checkpoint of ``groupdetr train`` and train nothing.
+        checkpoint: evaluate this checkpoint of ``groupdetr train``, as its training did, and train nothing.
     """
 
     checkpoint: Path | None = None
@@ -417,9 +418,11 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def _as_trained(training: CocoTrainingConfig, checkpoint: Path) -> CocoTrainingConfig:
-    """The training with the detector that a checkpoint is of, and its labels."""
+    """The training with the detector that a checkpoint is of, its labels, its sizes of images and its normalisation."""
     metadata = _metadata(checkpoint)
     described = metadata["model_config"]
     settings = {f.name: described[f.name] for f in fields(ModelConfig) if f.name in described}
     model = ModelConfig(**{**settings, "model": metadata["model"], "backbone_weights": None})
-    return replace(training, model=model, data=replace(training.data, labels=metadata["labels"]))
+    data = replace(training.data, labels=metadata["labels"])
+    augmentation = InferenceSettings.from_metadata(metadata).augmentation
+    return replace(training, model=model, data=data, augmentation=augmentation)

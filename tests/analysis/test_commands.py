@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from groupdetr_fast import cli
 from groupdetr_fast.analysis import commands
 from groupdetr_fast.analysis.run import RunResults
-from groupdetr_fast.coco_training import digits_demo
+from groupdetr_fast.coco_training import ModelConfig, digits_demo
 
 METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
 FILES = ("train_images", "train_annotations", "val_images", "val_annotations")
@@ -107,6 +107,20 @@ def test_a_given_checkpoint_needs_no_run(flags, made_up, tmp_path):
     cli.main(["analyze", "group-ap", "--checkpoint", str(checkpoint), *flags, "--output", str(output)])
     assert [row["group"] for row in rows_of(output, "group_ap")] == ["0", "1"]
     assert made_up == []
+
+
+def test_a_checkpoint_is_evaluated_as_its_training_did(flags, monkeypatch, tmp_path):
+    model = ModelConfig(num_groups=2, num_queries=5, d_model=16, num_heads=2, backbone="conv:8").build(10)
+    evaluation = {"eval_short_side": 40, "eval_max_size": 50, "image_mean": (0.5, 0.4, 0.3)}
+    metadata = {"model": "conditional_detr_r50", "model_config": vars(model.config), "labels": "category_id"}
+    text = json.dumps({**metadata, "evaluation": evaluation})
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"groupdetr_fast": text})
+    seen = []
+    monkeypatch.setattr(commands, "evaluate_groups", lambda config, _: seen.append(config) or [METRICS] * 2)
+    cli.main(["analyze", "group-ap", "--checkpoint", str(tmp_path / "model.safetensors"), *flags])
+    assert {name: getattr(seen[0].augmentation, name) for name in evaluation} == evaluation
+    assert seen[0].data.labels == "category_id"
+    assert seen[0].model.num_queries == 5
 
 
 def test_a_checkpoint_that_says_nothing_is_refused(flags, tmp_path):
