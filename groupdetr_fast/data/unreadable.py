@@ -52,6 +52,10 @@ class SkipUnreadable(Dataset):
         """Indices of the samples found unreadable so far, in any worker of this process."""
         return self._unreadable.nonzero().flatten().tolist()
 
+    def remember(self, indices: list[int]) -> None:
+        """Count samples that another process, or the run before this one was resumed, found unreadable."""
+        self._unreadable[indices] = True
+
     def _note(self, index: int, error: DataError) -> None:
         known = bool(self._unreadable[index])
         self._unreadable[index] = True

@@ -96,7 +96,7 @@ class Trainer:
         criterion: called as ``criterion(output, targets, totals)``; the result's ``"loss"`` is minimised.
         loader: yields batches with ``images``, ``masks``, ``targets`` and ``image_ids``; its sampler has ``set_epoch``,
             and what it yields follows from the epoch. Its data set may have ``unreadable``, the
-            indices of samples that could not be read, whose number is reported.
+            indices of samples that could not be read, whose number is reported, and ``remember`` to be told them.
         evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch.
         config: how to train.
         run: folder of the run.
@@ -374,7 +374,7 @@ class Trainer:
             "seconds": round(current.seconds, 2),
             "peak_memory_mib": self._peak_memory(),
             "skipped_steps": current.skipped,
-            "unreadable_images": self._count_unreadable(),
+            "unreadable_images": len(self._unreadable()),
             "train": {
                 name: (total / current.steps).item() for name, total in self._over_processes(current.sums).items()
             },
@@ -399,9 +399,9 @@ class Trainer:
         if self._asked_to_stop() and self.epoch < self.config.epochs:
             self._stop(f"after epoch {self.epoch}")
 
-    def _count_unreadable(self) -> int:
-        """Samples that could not be read so far, each once, however many processes met it."""
-        return len(set(gather_object(list(getattr(self.loader.dataset, "unreadable", [])))))
+    def _unreadable(self) -> list[int]:
+        """Indices of the samples that could not be read so far, each once, however many processes met it."""
+        return sorted(set(gather_object(list(getattr(self.loader.dataset, "unreadable", [])))))
 
     def _waited_long_enough(self) -> bool:
         if not self.early_stopping or not self.history or "metrics" not in self.history[-1]:
@@ -424,6 +424,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         random_states = gather_object([random_state()])
         sums = self._over_processes(self.current.sums)
+        unreadable = self._unreadable()
         weights = gathered(self.accelerator.unwrap_model(self.model).state_dict(), keep=main)
         optimizer = gathered(self.optimizer.state_dict(), keep=main)
         average = None if self.average is None else gathered(self.average.average, keep=main)
@@ -438,6 +439,7 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": random_states,
+                "unreadable": unreadable,
                 "history": json.dumps(self.history),
             }
             if average is not None:
@@ -481,6 +483,8 @@ class Trainer:
             random_states = state["random"]
             if process < len(random_states):
                 restore_random_state(random_states[process])
+            if state.get("unreadable"):
+                self.loader.dataset.remember(state["unreadable"])
             self.history = json.loads(state["history"])
             self.epoch, self.current = state["epoch"], current
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -235,6 +235,14 @@ def test_unreadable_images_are_left_out_and_counted(data, tmp_path, workers):
     rows = json.loads((config.output / "results.json").read_text())["epochs"]
     assert [row["unreadable_images"] for row in rows] == [2, 2, 2]
 
+    stopped = replace(config, output=tmp_path / "stopped")  # resumed, it has no batch of the last epoch left to read
+    status, log = run_process(stopped, terminate_before, "AdamW.step", 15)
+    assert status == EXIT_STOPPED, log
+    status, log = run_process(replace(stopped, resume=True))
+    assert status == 0, log
+    resumed = json.loads((stopped.output / "results.json").read_text())["epochs"]
+    assert [row["unreadable_images"] for row in resumed] == [2, 2, 2]
+
     few = replace(config, output=tmp_path / "few", data=replace(config.data, max_unreadable_images=1))
     status, log = run_process(few)
     assert status == 1, log

@@ -152,9 +152,9 @@ SMALL = """--model conditional_detr_r50 --num-groups 2 --num-queries 4 --d-model
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_command_runs_under_launchers(folder, tmp_path, launcher):
-    images, annotations = folder / "images", folder / "instances.json"
-    paths = ["--train-images", images, "--val-images", images]
-    paths += ["--train-annotations", annotations, "--val-annotations", annotations, "--output", tmp_path]
+    images = folder / "images"
+    paths = ["--train-images", images, "--val-images", images, "--output", tmp_path]
+    paths += ["--train-annotations", folder / "instances.json", "--val-annotations", folder / "seven.json"]
     module = ["-m", "groupdetr_fast", "train", *SMALL.split()]
     done = launch([*LAUNCHERS[launcher], *module, *paths])
     assert done.returncode == 0, done.stderr
