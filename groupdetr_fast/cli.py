@@ -114,9 +114,6 @@ class EvalCommand:
         model, described = describe_model(self.load, self.model)
         metadata = read_metadata(self.load)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
-        settings = {f.name: described[f.name] for f in fields(ModelConfig) if f.name in described}
-        # All weights are in the checkpoint, and one group is enough.
-        settings |= {"model": model, "load": self.load, "num_groups": 1, "backbone_weights": None}
         return CocoTrainingConfig(
             data=DataConfig(
                 data_path=self.data_path,
@@ -126,7 +123,7 @@ class EvalCommand:
                 labels=self.labels or metadata.get("labels", "category_id"),
                 workers=self.workers,
             ),
-            model=ModelConfig(**settings),
+            model=ModelConfig.of_checkpoint(model, described, load=self.load, num_groups=1),  # one group is enough
             augmentation=InferenceSettings.from_metadata(metadata).with_sizes(**sizes).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
             output=self.output,

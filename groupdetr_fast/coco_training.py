@@ -165,6 +165,18 @@ class ModelConfig:
     load: Path | None = None
     new_class_head: bool = False
 
+    @classmethod
+    def of_checkpoint(cls, model: str, described: dict[str, Any], **changes: Any) -> "ModelConfig":
+        """The detector that a checkpoint describes, without weights of its backbone, which the checkpoint has itself.
+
+        Args:
+            model: its name.
+            described: settings in the checkpoint; those that are no fields here are left out.
+            **changes: fields that differ.
+        """
+        settings = {f.name: described[f.name] for f in fields(cls) if f.name in described}
+        return cls(**{**settings, "model": model, "backbone_weights": None, **changes})
+
     @property
     def predicts_masks(self) -> bool:
         """Whether the detector predicts masks, and not boxes."""

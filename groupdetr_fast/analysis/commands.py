@@ -420,9 +420,7 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 def _as_trained(training: CocoTrainingConfig, checkpoint: Path) -> CocoTrainingConfig:
     """The training with the detector that a checkpoint is of, its labels, its sizes of images and its normalisation."""
     metadata = _metadata(checkpoint)
-    described = metadata["model_config"]
-    settings = {f.name: described[f.name] for f in fields(ModelConfig) if f.name in described}
-    model = ModelConfig(**{**settings, "model": metadata["model"], "backbone_weights": None})
+    model = ModelConfig.of_checkpoint(metadata["model"], metadata["model_config"])
     data = replace(training.data, labels=metadata["labels"])
     augmentation = InferenceSettings.from_metadata(metadata).augmentation
     return replace(training, model=model, data=data, augmentation=augmentation)

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from test_passes import MASKS, MODELS, all_at_once, small_batch, small_model
+from test_passes import MASKS, MODELS, all_at_once, set_points, small_batch, small_model
 
 import groupdetr_fast as gd
-from groupdetr_fast.training import mask_criterion
 
 
 def assert_copies_train_as_one(name, overrides, batch, **tolerance):
@@ -28,8 +27,6 @@ def test_of_boxes(name, overrides):
 
 
 def test_of_masks(monkeypatch):
-    # Points are drawn at random: here the costs have none, and those of the losses are set.
-    line = torch.linspace(0.1, 0.9, MASKS["loss_points"])
-    monkeypatch.setattr(mask_criterion, "uncertain_points", lambda logits, *_: line[:, None].repeat(len(logits), 1, 2))
+    set_points(monkeypatch)
     batch = small_batch(2, 3, masks=True)
     assert_copies_train_as_one("mask2former_r50", MASKS, batch, rtol=1e-4, atol=1e-6)  # it computes in float32

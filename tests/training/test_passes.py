@@ -120,11 +120,15 @@ def test_also_over_accumulated_batches():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("groups_per_pass", [1, 2])
-def test_masks_too(groups_per_pass, monkeypatch):
-    # Points are drawn at random, and passes draw others: here the costs have none, and those of the losses are set.
+def set_points(monkeypatch):
+    """Points are drawn at random, others by each call: here the costs have none, and those of the losses are set."""
     line = torch.linspace(0.1, 0.9, MASKS["loss_points"])
     monkeypatch.setattr(mask_criterion, "uncertain_points", lambda logits, *_: line[:, None].repeat(len(logits), 1, 2))
+
+
+@pytest.mark.parametrize("groups_per_pass", [1, 2])
+def test_masks_too(groups_per_pass, monkeypatch):
+    set_points(monkeypatch)
     model = small_model("mask2former_r50", **MASKS)
     criterion = gd.build_criterion(model)
     batch = small_batch(2, 3, masks=True)
@@ -142,8 +146,16 @@ def test_what_cannot_be_done_is_refused():
         GroupPasses(torch.nn.Linear(1, 1), gd.build_criterion(model), 2)
 
 
-PROPORTIONS = {"num_queries": 60, "d_model": 64, "num_heads": 4, "dim_feedforward": 256, "decoder_layers": 3}
-PROPORTIONS = {**SMALL, **PROPORTIONS, "backbone": "conv:16-32-64", "encoder_layers": 3}  # those of a real model
+PROPORTIONS = {  # those of a real model
+    **SMALL,
+    "num_queries": 60,
+    "d_model": 64,
+    "num_heads": 4,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "dim_feedforward": 256,
+    "backbone": "conv:16-32-64",
+}
 
 
 def step_of(num_groups, groups_per_pass, overrides, size):
