@@ -25,7 +25,7 @@ class DenoisingQueries:
 
     Attributes:
         labels: ``[B, D]`` int64, class with noise; 0 on padding.
-        boxes: ``[B, D, 4]`` ``cxcywh`` in [0, 1], with noise; the whole image on padding.
+        boxes: ``[B, D, 4]`` ``cxcywh`` in [0, 1], with noise; the middle half of the image on padding.
         exists: ``[B, D]`` bool, False on padding.
         target: ``[B, D]`` int64, row of the object in the packed targets.
         positive: ``[B, D]`` bool, True where the query must predict its object's class and box.
