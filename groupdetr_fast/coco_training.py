@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -183,11 +183,8 @@ class ModelConfig:
         return model_config(self.model).predicts_masks
 
     def build(self, num_classes: int) -> nn.Module:
-        """The detector, with the weights of ``load`` if that is given."""
-        own = ("model", "num_groups", "load", "new_class_head")
-        overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        model = build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
+        """The detector as a training begins with it, with the weights of ``load`` if that is given."""
+        model = self._build(num_classes)
         if self.load is not None:
             load_checkpoint(model, self.load, new_class_head=self.new_class_head)
         elif model.config.backbone_weights is None and not model.config.backbone.startswith("conv:"):
@@ -198,6 +195,16 @@ class ModelConfig:
                 model.config.frozen_stages,
             )
         return model
+
+    def build_empty(self, num_classes: int) -> nn.Module:
+        """The detector with random weights everywhere, for those of a checkpoint to replace."""
+        return replace(self, backbone_weights=None)._build(num_classes)
+
+    def _build(self, num_classes: int) -> nn.Module:
+        own = ("model", "num_groups", "load", "new_class_head")
+        overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
 
 
 @dataclass(frozen=True, kw_only=True)

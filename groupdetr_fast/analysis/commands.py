@@ -124,6 +124,8 @@ class Sweep(Analysis):
 
     def seeds_in_words(self) -> str:
         """For captions."""
+        if self.seeds == 1:
+            return f"seed {self.optimization.seed}."
         return f"seeds {', '.join(map(str, self.seed_range()))}; mean and sample standard deviation over seeds."
 
 

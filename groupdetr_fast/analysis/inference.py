@@ -142,7 +142,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> nn.Module:
-    model = replace(config.model, load=None).build(data.dataset.num_classes)
+    model = config.model.build_empty(data.dataset.num_classes)
     load_weights(model, checkpoint)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

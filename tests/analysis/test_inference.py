@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import groupdetr_fast as gd
 from groupdetr_fast.analysis.experiments import with_groups
@@ -50,6 +51,15 @@ def test_one_group_is_what_the_training_evaluates(trained):
     assert set(usages) == {"one_group", "one_group_nms", "all_queries", "all_queries_nms"}
     assert usages["one_group"] == metrics
     assert evaluate_groups(config, checkpoint)[0] == metrics
+
+
+def test_a_checkpoint_brings_the_weights_of_its_backbone(training, tmp_path, caplog):
+    """Neither a file that the training started from is needed, nor is there a warning that there is none."""
+    model = replace(training.model, backbone="resnet18", backbone_stages=2)
+    save_file(model.build_empty(10).state_dict(), tmp_path / "model.safetensors")
+    config = replace(training, model=replace(model, backbone_weights=str(tmp_path / "deleted.pth")))
+    assert len(evaluate_groups(config, tmp_path)) == config.model.num_groups
+    assert not caplog.records
 
 
 def test_a_threshold_of_one_keeps_everything(trained):
