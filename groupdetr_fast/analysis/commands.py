@@ -31,7 +31,7 @@ __all__ = ["analyze_command"]
 
 DATA_FLAGS = ("--data-path", "--coco-path", "--train-", "--val-")
 DEMO_EPOCHS = 12
-_APS = ("AP_one_group", "AP_all_queries", "AP_all_queries_nms")
+_APS = ("AP_one_group", "AP_one_group_nms", "AP_all_queries", "AP_all_queries_nms")
 
 
 @dataclass(frozen=True, kw_only=True)
