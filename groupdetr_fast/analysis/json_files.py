@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config_file import to_plain
+from ..config_file import from_plain, to_plain
 from ..training.checkpoint import write_whole
 
 __all__ = ["read_json", "to_json", "write_json"]
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as json would return it; ``config_file.from_plain`` is the inverse."""
-    return json.loads(json.dumps(to_plain(config)))
+    """A configuration as json would return it; ``config_file.from_plain`` is the inverse.
+
+    Equal configurations have equal texts: each value has the type of its field, so that 40 for 40.0 is 40.0.
+    """
+    typed = from_plain(type(config), _values(config), complete=True)
+    return _values(typed)
 
 
 def read_json(path: Path) -> Any:
@@ -26,3 +30,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a json file that is either whole or not there."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(to_plain(config)))

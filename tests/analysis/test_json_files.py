@@ -8,6 +8,7 @@ from groupdetr_fast.analysis.json_files import read_json, to_json, write_json
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, digits_demo
 from groupdetr_fast.config_file import from_plain
+from groupdetr_fast.training.optimization import OptimizationConfig
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,16 @@ from groupdetr_fast.config_file import from_plain
 )
 def test_json_and_back(config):
     assert from_plain(type(config), json.loads(json.dumps(to_json(config))), complete=True) == config
+
+
+def test_equal_settings_have_equal_texts():
+    texts = [
+        json.dumps(
+            to_json(replace(CocoTrainingConfig(), optimization=OptimizationConfig(lr_drop=drop, clip_norm=norm)))
+        )
+        for drop, norm in [((40,), 1), ((40.0,), 1.0)]
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_a_missing_setting_is_named():
