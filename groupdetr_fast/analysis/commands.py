@@ -188,8 +188,8 @@ class SweepGroupsCommand(Sweep):
             plots.draw_sweep(summary, curves, epochs),
             "Tables 1 and 2: the number of groups",
             f"AP (COCO, 0 to 1) of group 0: against the number of groups K after {epochs} epochs, against the epoch, "
-            f"and at the end against the minutes spent in training steps, with {self.jobs} runs at a time on "
-            f"{self.threads} thread(s) each; {self.seeds_in_words()}",
+            f"and at the end against the minutes spent in training steps, with {_count(self.jobs, 'run')} at "
+            f"a time on {_count(self.threads, 'thread')} each; {self.seeds_in_words()}",
             rows,
             summary,
         )
@@ -236,7 +236,7 @@ class CostCommand(Analysis):
             measured = measure_cost(settings, self.output / "cost" / f"k{num_groups:02d}", threads=self.threads)
             rows.append({"num_groups": num_groups, **measured})
         images = training.optimization.batch_size * training.optimization.accumulate
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {self.threads} thread(s)"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_count(self.threads, 'thread')}"
         self.write(
             "cost",
             plots.draw_cost(rows),
@@ -341,8 +341,8 @@ class GroupApCommand(Sweep):
             "group_ap",
             plots.draw_group_ap(rows),
             "AP of each group used alone",
-            f"AP (COCO, 0 to 1) of each group of {len(models)} trained model(s): {', '.join(models)}. Table: mean and "
-            "sample standard deviation over the groups of each model.",
+            f"AP (COCO, 0 to 1) of each group of {_count(len(models), 'trained model')}: {', '.join(models)}. "
+            "Table: mean and sample standard deviation over the groups of each model.",
             rows,
             [
                 {name.replace("runs", "groups"): value for name, value in row.items()}
@@ -406,6 +406,10 @@ def analyze_command(arguments: Sequence[str]) -> type:
             self.measurement()
 
     return AnalyzeCommand
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _first_seed(analysis: Sweep) -> list[Cell]:

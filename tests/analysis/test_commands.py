@@ -86,10 +86,19 @@ def test_every_measurement_leaves_its_files(arguments, name, runs, rows, flags, 
     assert content["title"] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("seeds", "words"), [("1", "; seed 4."), ("2", "; seeds 4, 5; mean and sample")])
-def test_captions_name_the_seeds_and_a_spread_where_there_is_one(seeds, words, flags, made_up, tmp_path):
-    cli.main(["analyze", "distances", *flags, "--seeds", seeds, "--seed", "4"])
-    assert words in json.loads((tmp_path / "analysis" / "distances.json").read_text())["caption"]
+@pytest.mark.parametrize(
+    ("command", "seeds", "words"),
+    [
+        ("distances", "1", "; seed 4."),
+        ("distances", "2", "; seeds 4, 5; mean and sample"),
+        ("group-ap", "1", " 1 trained model: seed 4."),
+        ("group-ap", "2", " 2 trained models: seed 4, seed 5."),
+    ],
+)
+def test_captions_name_the_seeds_and_a_spread_where_there_is_one(command, seeds, words, flags, made_up, tmp_path):
+    cli.main(["analyze", command, *flags, "--seeds", seeds, "--seed", "4"])
+    name = command.replace("-", "_")
+    assert words in json.loads((tmp_path / "analysis" / f"{name}.json").read_text())["caption"]
 
 
 def test_the_table_of_the_sweep(flags, made_up, tmp_path):
