@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "draw_ablation",
@@ -88,6 +89,7 @@ def draw_sweep(averages: Rows, curves: Rows, epochs: int) -> Figure:
         spread = {"xerr": row["minutes_std"], "yerr": row["AP_one_group_std"], "capsize": 2}
         by_time.errorbar(row["minutes"], row["AP_one_group"], marker=marker, **spread, **shared)
     by_epoch.set(xlabel="epoch", ylabel="AP")
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     _start_at_zero(by_epoch)
     by_time.set(xlabel="minutes of training steps", ylabel="AP at the end")
     for axis in (by_epoch, by_time):
