@@ -57,6 +57,11 @@ def test_block_edges(leading, sizes, queries, classes):
     check(*make_inputs(leading, sizes, queries, classes))
 
 
+@pytest.mark.parametrize("sizes", [(8, 3), (9, 0), (17,)], ids=str)
+def test_block_edges_in_float64(sizes):
+    check(*make_inputs((), sizes, 65, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     ("leading", "sizes", "queries"), [((2,), (0, 0), 5), ((0,), (2, 1), 5), ((), (2,), 0)], ids=str
 )

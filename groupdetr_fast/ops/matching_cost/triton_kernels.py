@@ -131,7 +131,7 @@ def forward(
         return cost
     logits = logits.reshape(-1, queries, classes)
     boxes = boxes.reshape(-1, queries, 4)
-    block_t = _block_t(max_targets)
+    block_t = _block_t(max_targets, cost.element_size())
     grid = (len(logits) * triton.cdiv(queries, _BLOCK_Q) * triton.cdiv(max_targets, block_t),)
     _matching_cost_kernel[grid](
         cost,
@@ -158,8 +158,9 @@ def forward(
     return cost
 
 
-def _block_t(max_targets: int) -> int:
-    return min(16, triton.next_power_of_2(max_targets))
+def _block_t(max_targets: int, element_size: int) -> int:
+    """Targets of a program: at most 16, and 8 of costs in float64, since the registers do not hold 16."""
+    return min(64 // element_size, triton.next_power_of_2(max_targets))
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -171,7 +172,8 @@ def compile_cases() -> Iterator[CompileCase]:
                 types = {"cost": f"*{box}", "logits": f"*{logits}", "boxes": f"*{box}", "target_boxes": f"*{box}"}
                 types |= {"labels": "*i64", "num_targets": "*i64"}
                 constexprs = {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0, "ALPHA": 0.25, "GAMMA": gamma}
-                constexprs |= {"BLOCK_T": _block_t(max_targets), "BLOCK_Q": _BLOCK_Q}
+                block_t = _block_t(max_targets, 8 if box == "fp64" else 4)
+                constexprs |= {"BLOCK_T": block_t, "BLOCK_Q": _BLOCK_Q}
                 constexprs |= {"logits_stride_c": 1, "boxes_stride_c": 1}  # Triton makes a constant of a stride of 1
                 yield CompileCase(
                     f"matching_cost/{logits}/gamma{gamma}/{max_targets}targets",
