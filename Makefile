@@ -2,11 +2,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+OLDEST := $(CURDIR)/.venv-oldest
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all bench compile-gpu gpu-report lint format docs wheel build wheel-test clean
+.PHONY: demo test test-all test-oldest bench compile-gpu gpu-report lint format docs wheel build wheel-test clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -18,6 +19,21 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=15
+
+# The oldest versions that pyproject.toml allows: kernels built, ops, models and training tested, GPU kernels compiled.
+# PYTHON must be one that these versions have wheels for, which is at most 3.12. The sources are copied, since a build in
+# place would be taken for one of $(VENV), and the other way round.
+test-oldest: export PIP_CONSTRAINT := $(OLDEST)/constraints.txt
+test-oldest: export GROUPDETR_FAST_TEST_DATA ?= $(CURDIR)/../shared/data
+test-oldest:
+	rm -rf $(OLDEST)/source $(OLDEST)/.test
+	mkdir -p $(OLDEST)/source
+	cp -rp $(filter-out build dist runs shared site,$(wildcard *)) $(OLDEST)/source
+	rm -f $(OLDEST)/source/groupdetr_fast/*.so
+	$(PYTHON) tests/lower_bounds.py >$(PIP_CONSTRAINT)
+	$(MAKE) -C $(OLDEST)/source VENV=$(OLDEST) $(OLDEST)/.test
+	cd $(OLDEST)/source && $(OLDEST)/bin/python -m pytest -m "not slow" --durations=15 tests/ops tests/models tests/training
+	cd $(OLDEST)/source && $(OLDEST)/bin/python benchmarks/compile_gpu.py --architectures 90
 
 # Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
 bench: $(VENV)/peers
@@ -73,7 +89,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.venv
-	$(INSTALL) --quiet torch torchvision 'setuptools>=77' wheel ninja
+	$(INSTALL) --quiet torch torchvision 'setuptools>=77.0.1' wheel ninja
 	touch $@
 
 # One stamp per extra: .train, .test, .bench, .docs. The package is installed in place, its extension compiled.
