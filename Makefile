@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all test-oldest bench compile-gpu gpu-report lint format docs wheel build wheel-test clean
+.PHONY: demo test test-all test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -47,6 +47,11 @@ bench: $(VENV)/peers
 # Every GPU kernel, compiled without a GPU: registers, shared memory, spills. Needs nvcc.
 compile-gpu: $(VENV)/.test
 	$(BIN)/python benchmarks/compile_gpu.py
+
+# Extension and wheels for a GPU machine without network, in build/gpu-carry. GPU_PYTHON: a Python 3.12 with that machine's
+# torch, setuptools, wheel and ninja, to compile the peers that have no wheel; without it they are left out.
+gpu-carry: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu_carry.py $(addprefix --builder ,$(GPU_PYTHON))
 
 # On a machine with a GPU: tests, kernels against references, times, memory, in benchmarks/results/gpu.
 gpu-report: $(VENV)/.test
