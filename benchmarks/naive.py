@@ -15,11 +15,16 @@ def block_mask(groups: QueryGroups, device: torch.device) -> Tensor:
     return groups.attention_mask(device)
 
 
-def explicit_mask_attention(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+def explicit_mask_attention(
+    query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, dropout_p: float = 0.0
+) -> Tensor:
     """Attention of all queries ``[B, L, H, D]`` to all, of which the mask leaves those of the same group."""
     scores = torch.einsum("blhd,bmhd->bhlm", query, key) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(~block_mask(groups, query.device), float("-inf"))
-    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
+    probabilities = scores.softmax(-1)
+    if dropout_p:
+        probabilities = F.dropout(probabilities, dropout_p)
+    return torch.einsum("bhlm,bmhd->blhd", probabilities, value)
 
 
 def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:

@@ -1,9 +1,10 @@
 """What each kernel must move and compute, and how fast an H100 could do that at best: on paper, nothing is run.
 
-A floor is the larger of two times: the bytes that must pass between memory and the chip at its bandwidth, and the
-operations at its peak. A kernel reads each input once and writes each result once if its working set fits on the chip;
-the plain PyTorch version (naive.py, or the op's reference) is made of operators, each of which reads and writes its own
-operands. These are counted from the operators that PyTorch really calls, on tensors without data.
+A floor is the largest of four times: that of the bytes that must pass between memory and the chip, and those of the
+operations, the exponentials and the integer operations on the units that compute them, each at its peak. A kernel reads
+each input once and writes each result once if its working set fits on the chip; the plain PyTorch version (naive.py, or
+the op's reference) is made of operators, each of which reads and writes its own operands. These are counted from the
+operators that PyTorch really calls, on tensors without data.
 
     python benchmarks/roofline.py            print the tables
     python benchmarks/roofline.py --write    and put them into docs/performance.md
@@ -33,6 +34,14 @@ TENSOR_PEAK = 989e12  # operations/s, bfloat16 tensor cores
 VECTOR_PEAK = 67e12  # operations/s, float32
 L2_BYTES = 50e6
 HOST_BANDWIDTH = 64e9  # bytes/s, PCIe 5 x16, one direction
+
+# Results per clock and multiprocessor: CUDA programming guide, throughput of native arithmetic instructions, compute
+# capability 9.0. The clock is that of TENSOR_PEAK, with which Shah et al. (2024, "FlashAttention-3") count 3.9e12
+# exponentials a second.
+MULTIPROCESSORS = 132
+CLOCK = 1.83e9  # Hz
+EXPONENTIAL_PEAK = 16 * MULTIPROCESSORS * CLOCK
+INTEGER_PEAK = 64 * MULTIPROCESSORS * CLOCK  # multiplications, shifts, logic and comparisons of 32 bits
 
 TORCH = "torch " + ".".join(torch.__version__.split(".")[:2])  # whose operators are counted
 SECTOR = 32  # bytes, the least that is read from memory
@@ -79,20 +88,36 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes to move and operations to compute; ``peak`` is of the units that compute them."""
+    """Bytes to move and operations to compute; ``peak`` is of the units that compute them.
+
+    Exponentials and integer operations have units of their own, which work beside the others. They are counted where
+    they may be what takes longest: in attention.
+    """
 
     bytes: float
     operations: float
     peak: float = VECTOR_PEAK
     bandwidth: float = MEMORY_BANDWIDTH
+    exponentials: float = 0
+    integers: float = 0
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds by what takes them."""
+        return {
+            "memory": self.bytes / self.bandwidth,
+            "compute": self.operations / self.peak,
+            "exponentials": self.exponentials / EXPONENTIAL_PEAK,
+            "integers": self.integers / INTEGER_PEAK,
+        }
 
     @property
     def seconds(self) -> float:
-        return max(self.bytes / self.bandwidth, self.operations / self.peak)
+        return max(self.times.values())
 
     @property
     def bound(self) -> str:
-        return "memory" if self.bytes / self.bandwidth >= self.operations / self.peak else "compute"
+        return max(self.times, key=self.times.get)
 
 
 @dataclass(frozen=True)
@@ -159,21 +184,34 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # --- grouped_attention, one decoder layer ---
 
 
-def attention(s: Setting, backward: bool) -> Work:
-    """Forward: queries, keys, values in, result and log-sum-exps out; two products. Backward recomputes: five."""
+DROPOUT = 0.1
+DROPOUT_OPERATIONS = 9  # a score: the hash after its first step (is_kept in triton_blocks.py), comparison and choice
+
+
+def attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
+    """Forward: queries, keys, values in, result and log-sum-exps out; two products. Backward recomputes: five.
+
+    Both take one exponential a score. What dropout keeps is computed by each kernel: one of forward, two of backward.
+    """
     rows = s.batch * s.length * s.heads
     tensor = rows * s.channels * BFLOAT16
-    product = 2 * rows * s.num_queries * s.channels
+    scores = rows * s.num_queries
+    product = 2 * scores * s.channels
+    decisions = DROPOUT_OPERATIONS * scores if dropout else 0
     if backward:  # in: query, key, value, result, its gradient, log-sum-exps; out: three gradients
-        return Work(8 * tensor + rows * FLOAT32, 5 * product, TENSOR_PEAK)
-    return Work(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK)
+        moved = 8 * tensor + rows * FLOAT32
+        return Work(moved, 5 * product, TENSOR_PEAK, exponentials=scores, integers=2 * decisions)
+    return Work(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK, exponentials=scores, integers=decisions)
 
 
-def plain_attention(s: Setting, backward: bool) -> Work:
+def plain_attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
     inputs = [meta(s.batch, s.length, s.heads, s.channels, dtype=torch.bfloat16) for _ in range(3)]
     naive.block_mask(s.groups, inputs[0].device)  # made once for many steps
     return count(
-        lambda *qkv: naive.explicit_mask_attention(*qkv, s.groups), *inputs, backward=backward, peak=TENSOR_PEAK
+        lambda *qkv: naive.explicit_mask_attention(*qkv, s.groups, dropout),
+        *inputs,
+        backward=backward,
+        peak=TENSOR_PEAK,
     )
 
 
@@ -297,6 +335,15 @@ def kernels(s: Setting) -> list[Kernel]:
         Kernel("linear_assignment, all layers", linear_assignment, costs_to_host),
         Kernel("sigmoid_focal_loss and backward, all layers", focal_loss, plain_focal_loss),
     ]
+    if s.detector == "Conditional DETR":  # DINO has no dropout
+        found[2:2] = [
+            Kernel(
+                "grouped_attention with dropout, a layer" if not backward else "its backward",
+                lambda s, b=backward: attention(s, b, DROPOUT),
+                lambda s, b=backward: plain_attention(s, b, DROPOUT),
+            )
+            for backward in (False, True)
+        ]
     if s.detector == "DINO":
         for name, queries in (("encoder", lambda s: s.pixels), ("decoder", lambda s: s.length)):
             found += [
@@ -321,7 +368,9 @@ def tables() -> str:
     parts = [
         f"Constants: memory {MEMORY_BANDWIDTH / 1e12:g} TB/s (HBM3), {TENSOR_PEAK / 1e12:g} TFLOP/s in bfloat16 on "
         f"dense matrices, {VECTOR_PEAK / 1e12:g} TFLOP/s in float32, L2 cache {L2_BYTES / 1e6:g} MB, PCIe 5 x16 "
-        f"{HOST_BANDWIDTH / 1e9:g} GB/s. Plain PyTorch is {TORCH}. 1 MB = 10^6 bytes."
+        f"{HOST_BANDWIDTH / 1e9:g} GB/s; {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:g} GHz, that is "
+        f"{EXPONENTIAL_PEAK / 1e12:.3g} x 10^12 exponentials and {INTEGER_PEAK / 1e12:.3g} x 10^12 integer operations "
+        f"a second. Plain PyTorch is {TORCH}. 1 MB = 10^6 bytes."
     ]
     header = ["work", "MB", "GFLOP", "floor, µs", "bound by", "plain PyTorch, MB", "GFLOP", "floor, µs", "times"]
     for s in SETTINGS:

@@ -36,10 +36,30 @@ def test_traffic_counts_operands_and_results():
     assert traffic(lambda: x + torch.empty(1, 20, device="meta").expand_as(x)) == 2 * size + 20 * 4
 
 
-def test_work_is_bound_by_the_slower_of_the_two():
+def test_work_is_bound_by_the_slowest():
     assert Work(roofline.MEMORY_BANDWIDTH, 0).seconds == 1
     assert Work(1, roofline.VECTOR_PEAK * 2).seconds == 2
+    assert Work(1, 1, exponentials=roofline.EXPONENTIAL_PEAK * 3).seconds == 3
+    assert Work(1, 1, integers=roofline.INTEGER_PEAK * 4).seconds == 4
     assert (Work(1e9, 1).bound, Work(1, 1e12).bound) == ("memory", "compute")
+    assert (Work(1, 1, exponentials=1e9).bound, Work(1, 1, integers=1e9).bound) == ("exponentials", "integers")
+
+
+def test_peak_of_exponentials_is_the_published_one():
+    assert pytest.approx(3.9e12, rel=0.01) == roofline.EXPONENTIAL_PEAK  # FlashAttention-3
+
+
+def test_attention_is_bound_by_exponentials_in_long_groups_and_by_integers_with_dropout():
+    dino = SETTINGS[2]
+    assert attention(CONDITIONAL, True).bound == "memory"
+    assert [attention(dino, backward).bound for backward in (False, True)] == ["exponentials", "compute"]
+    cycles = 2 * 8 * 11 * 900 * 900 / (16 * 132)
+    assert attention(dino, False).seconds == pytest.approx(cycles / roofline.CLOCK)
+    for backward in (False, True):
+        dropped = attention(CONDITIONAL, backward, 0.1)
+        assert dropped.bound == "integers"
+        assert dropped.bytes == attention(CONDITIONAL, backward).bytes
+    assert attention(CONDITIONAL, True, 0.1).integers == 2 * attention(CONDITIONAL, False, 0.1).integers
 
 
 def test_explicit_mask_keeps_the_scores():
