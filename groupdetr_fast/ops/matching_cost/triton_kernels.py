@@ -11,6 +11,8 @@ from .._triton_focal import class_probability, focal_factor
 
 _BLOCK_Q = 64
 _LAUNCH = {"num_warps": 4, "num_stages": 1}
+# These change from batch to batch; their divisors are not worth a compilation each.
+_NOT_SPECIALIZED = ["images", "max_targets"]
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def _class_costs(logit, CLASS_WEIGHT: tl.constexpr, ALPHA: tl.constexpr, GAMMA: 
     return CLASS_WEIGHT * (ALPHA * if_present - (1 - ALPHA) * if_absent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _matching_cost_kernel(
     cost,  # [P, T, Q]
     logits,  # [P, Q, C], problem p of image p % images

@@ -14,6 +14,8 @@ from . import reference
 _NO_OBJECT = tl.constexpr(reference.NO_OBJECT)
 _IGNORED = tl.constexpr(reference.IGNORED)
 _LAUNCH = {"num_warps": 4, "num_stages": 1}
+# The number of denoising queries changes from batch to batch; its divisors are not worth a compilation.
+_NOT_SPECIALIZED = ["queries"]
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def _load_logits(row, c, stride_c, mask, DTYPE: tl.constexpr):
     return tl.load(row[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask, other=0.0).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _sigmoid_focal_loss_fwd_kernel(
     partial,  # [P, blocks of queries]
     logits,  # [P, Q, C]
@@ -63,7 +65,7 @@ def _sigmoid_focal_loss_fwd_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _sigmoid_focal_loss_bwd_kernel(
     grad_logits,  # [P, Q, C]
     grad_loss,  # [P]
