@@ -54,7 +54,7 @@ class PackedTargets:
             labels[index, :size] = target["labels"]
             boxes[index, :size] = target["boxes"]
         masks = tuple(target["masks"] for target in targets) if "masks" in targets[0] else None
-        return cls(labels, boxes, torch.tensor(sizes, device=first.device), sizes, masks)
+        return cls(labels, boxes, _to_device(sizes, first.device), sizes, masks)
 
     @property
     def batch_size(self) -> int:
@@ -90,6 +90,13 @@ class PackedTargets:
             num_targets=function(self.num_targets),
             masks=None if self.masks is None else tuple(map(function, self.masks)),
         )
+
+
+def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """A tensor of the numbers. Towards a GPU it is pinned, since the host would wait for a copy from other memory."""
+    pinned = device.type == "cuda" and torch.cuda.is_available()  # fake tensors lie on GPUs that there are not
+    # The memory of the pinned tensor, which is gone on return, is not given out again before the copy is done.
+    return torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,10 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 import groupdetr_fast as gd
+from groupdetr_fast import targets as targets_module
 
 
 def test_packing():
@@ -19,6 +22,31 @@ def test_packing():
     assert packed.sizes == (2, 0, 1)
     assert packed.valid.tolist() == [[True, True], [False, False], [True, False]]
     assert (packed.batch_size, packed.max_targets, packed.masks) == (3, 2, None)
+
+
+def test_sizes_go_to_a_gpu_from_pinned_memory(monkeypatch):
+    """A copy from other memory waits for the GPU."""
+    tensor = Mock()
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, pinned in (("cuda", True), ("cpu", False), ("meta", False)):
+        targets_module._to_device((2, 1), torch.device(device))
+        tensor.assert_called_with((2, 1), pin_memory=pinned)
+        tensor.return_value.to.assert_called_with(torch.device(device), non_blocking=pinned)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_packing_on_cuda_does_not_wait():
+    targets = [
+        {"labels": torch.zeros(size, device="cuda").long(), "boxes": torch.rand(size, 4).cuda()} for size in (2, 1)
+    ]
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed = gd.PackedTargets.from_list(targets)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert packed.num_targets.tolist() == [2, 1]
 
 
 def test_masks_and_device():
