@@ -8,7 +8,17 @@ import torch
 SHARED_DATA = Path(os.environ.get("GROUPDETR_FAST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+HAS_GPU = torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else ["cpu"])
 def device(request):
     return torch.device(request.param)
 

@@ -58,7 +58,7 @@ def test_batch_moves_as_a_whole(device):
     assert batch.targets.sizes == (2, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_large_tensors_can_be_pinned():
     batch = collate([sample(5, 9, 2, 7)]).pin_memory()
     assert batch.images.is_pinned()

@@ -16,7 +16,6 @@ from groupdetr_fast.ops.grouped_attention import triton_kernels
 OP = torch.ops.groupdetr_fast.grouped_attention
 OP_BACKWARD = torch.ops.groupdetr_fast.grouped_attention_backward
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_compiles_for_unusual_arguments(precision, dim, architecture):
         assert compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_matches_reference(groups, dim, value_dim, dtype, dropout_p):
     check(inputs, settings(groups, dropout_p, device="cuda"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_tf32_only_if_allowed(tf32_allowed):
     groups = QueryGroups(3, 300)
     inputs = make_inputs(groups, 32, device="cuda")
@@ -100,7 +99,7 @@ def test_tf32_only_if_allowed(tf32_allowed):
     assert errors[1] < errors[0] / 50
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_results_are_the_same_from_run_to_run(dtype, dropout_p):
@@ -115,7 +114,7 @@ def test_results_are_the_same_from_run_to_run(dtype, dropout_p):
         assert all(torch.equal(tensor, first) for tensor, first in zip(result, results[0], strict=True))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_cuda_graph(dropout_p):
     groups = LAYOUTS["first"]
@@ -137,7 +136,7 @@ def test_cuda_graph(dropout_p):
         assert torch.equal(actual, expected)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dropout_is_that_of_the_cpu(layout):
     groups = LAYOUTS[layout]

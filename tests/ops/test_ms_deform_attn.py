@@ -115,8 +115,9 @@ def bilinear_loop(value, flat, locations, weights):
 
 
 def test_op_and_reference_equal_the_definition(device):
-    inputs = make_inputs(device, dtype=torch.float64, shapes=((4, 6), (1, 3), (2, 1)))
-    expected = bilinear_loop(*inputs)
+    sizes = {"dtype": torch.float64, "shapes": ((4, 6), (1, 3), (2, 1))}
+    expected = bilinear_loop(*make_inputs("cpu", **sizes))
+    inputs = make_inputs(device, **sizes)
     torch.testing.assert_close(OP(*inputs).cpu(), expected)
     torch.testing.assert_close(ms_deform_attn_reference(*inputs).cpu(), expected)
 

@@ -208,8 +208,10 @@ def test_layout_does_not_matter(device, view, dtype):
     logits, targets = make_inputs(device, queries=31, dtype=dtype)
     logits, targets = view(logits), view(targets.unsqueeze(-1).expand(-1, -1, -1, 2))[..., 0]
     expected = losses_and_gradient(logits.contiguous(), targets.contiguous())
-    for actual, same in zip(losses_and_gradient(logits, targets), expected, strict=True):
-        assert torch.equal(actual, same)
+    losses, gradient = losses_and_gradient(logits, targets)
+    # A GPU adds up a tile in an order that depends on how its threads read it.
+    torch.testing.assert_close(losses, expected[0], rtol=0 if device.type == "cpu" else 1e-6, atol=0)
+    assert torch.equal(gradient, expected[1])
     upstream = torch.ones((), device=device).expand(expected[0].shape)
     grad = OP_BACKWARD(upstream, logits, targets, 0.25, 2.0)
     assert grad.is_contiguous()
