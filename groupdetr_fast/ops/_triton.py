@@ -1,5 +1,6 @@
 """What the ops that have Triton kernels share: how they are registered, and how their kernels are listed."""
 
+import functools
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,9 +55,15 @@ def register_triton(op: str, module: str, launcher: str) -> None:
     if importlib.util.find_spec("triton") is None:
         return
 
+    @functools.cache
+    def launch():
+        return getattr(importlib.import_module(module), launcher)
+
     def kernel(*args):
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch()(*args)
         with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments say
-            return getattr(importlib.import_module(module), launcher)(*args)
+            return launch()(*args)
 
     LIB.impl(op, without_autocast(kernel), "CUDA")
