@@ -111,18 +111,42 @@ constexpr bool kHasVectorAtomics = false;
 __device__ __forceinline__ void add_vector(float*, float4) {}
 #endif
 
+// Channels that a lane adds at once. They are not those that it loads: here the lanes of a group take turns every
+// kAdded channels, so that together they write adjacent addresses. Of 8 half channels in a row, the sums of one lane
+// fill half a sector of the second cache at a time, and twice as many sectors are touched.
 template <int kVector, typename A>
-__device__ __forceinline__ void add_channels(A* to, A weight, const A (&from)[kVector]) {
-  if constexpr (kHasVectorAtomics && std::is_same_v<A, float> && kVector % 4 == 0) {
+constexpr int kAdded = kHasVectorAtomics && std::is_same_v<A, float> && kVector % 4 == 0 ? 4 : 1;
+
+// Calls run(k, channel) for the channels from `chunk` on that a lane adds; k counts those of the lane.
+template <int kVector, int kStep, typename Run>
+__device__ __forceinline__ void for_added(const DeformGroup& group, int32_t chunk, int32_t channels, const Run& run) {
 #pragma unroll
-    for (int k = 0; k < kVector; k += 4) {
-      add_vector(to + k,
-                 make_float4(weight * from[k], weight * from[k + 1], weight * from[k + 2], weight * from[k + 3]));
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) atomicAdd(to + k, weight * from[k]);
+  for (int k = 0; k < kVector; k += kStep) {
+    const int32_t channel = chunk + k * group.size + group.lane * kStep;
+    if (channel < channels) run(k, channel);
   }
+}
+
+template <int kVector, typename T, typename A>
+__device__ __forceinline__ void load_added(const DeformGroup& group, int32_t chunk, int32_t channels, const T* from,
+                                           A (&to)[kVector]) {
+  for_added<kVector, kAdded<kVector, A>>(group, chunk, channels, [&](int k, int32_t channel) {
+#pragma unroll
+    for (int i = 0; i < kAdded<kVector, A>; ++i) to[k + i] = load_wide(from + channel + i);
+  });
+}
+
+template <int kVector, typename A>
+__device__ __forceinline__ void add_channels(const DeformGroup& group, int32_t chunk, int32_t channels, A* to, A weight,
+                                             const A (&added)[kVector]) {
+  for_added<kVector, kAdded<kVector, A>>(group, chunk, channels, [&](int k, int32_t channel) {
+    if constexpr (kAdded<kVector, A> == 4) {
+      add_vector(to + channel,
+                 make_float4(weight * added[k], weight * added[k + 1], weight * added[k + 2], weight * added[k + 3]));
+    } else {
+      atomicAdd(to + channel, weight * added[k]);
+    }
+  });
 }
 
 // What the lanes of a group share about a sample. Corner 2 * i + j is (y[i], x[j]) of ms_deform_attn.h, with 0 for low
@@ -202,6 +226,13 @@ __device__ __forceinline__ DeformGroup own_group(int32_t size) {
   return {size, static_cast<int32_t>(threadIdx.x) & (size - 1)};
 }
 
+// A group's part of the block's corners. One is left out between two groups: the corners of two groups of 4 would else
+// lie in the same banks, and be read one after another.
+template <typename A>
+__device__ __forceinline__ SharedCorners<A>* corners_of_group(SharedCorners<A>* of_block, const DeformGroup& group) {
+  return of_block + threadIdx.x - group.lane + threadIdx.x / group.size;
+}
+
 // The index of a group's query and head within an image.
 __device__ __forceinline__ int64_t own_item(const DeformGroup& group) {
   return static_cast<int64_t>(blockIdx.x) * (kDeformThreads / group.size) + threadIdx.x / group.size;
@@ -222,15 +253,14 @@ struct OwnSample {
         sample(p, exists ? index / p.points : 0, locations + place * 2, weights + place, exists) {}
 };
 
-// Loads a lane's channels of the four corners of a sample and says where in `value` they are. `map` is where the lane's
-// channels of the image's first pixel are, `row` the distance between pixels.
+// Loads a lane's channels of the four corners of a sample. `map` is where the lane's channels of the image's first
+// pixel are, `row` the distance between pixels.
 template <int kVector, typename T, typename A>
 __device__ __forceinline__ void load_corners(const T* value, int64_t map, int32_t row, const SharedCorners<A>& sample,
-                                             int64_t (&offset)[4], A (&values)[4][kVector]) {
+                                             A (&values)[4][kVector]) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    offset[c] = map + static_cast<int64_t>(sample.pixel[c]) * row;
-    load_channels<kVector>(value + offset[c], values[c]);
+    load_channels<kVector>(value + map + static_cast<int64_t>(sample.pixel[c]) * row, values[c]);
   }
 }
 
@@ -240,9 +270,9 @@ __global__ void __launch_bounds__(kDeformThreads, 8)
                    const DeformArithmetic<T>* __restrict__ locations, const DeformArithmetic<T>* __restrict__ weights,
                    T* __restrict__ out) {
   using A = DeformArithmetic<T>;
-  static __shared__ SharedCorners<A> corners_of_block[kDeformThreads];
+  static __shared__ SharedCorners<A> corners_of_block[kDeformThreads + kDeformThreads / kMinGroup];
   const DeformGroup group = own_group(group_size);
-  SharedCorners<A>* const corners = corners_of_block + threadIdx.x - group.lane;
+  SharedCorners<A>* const corners = corners_of_group(corners_of_block, group);
   const int64_t items = static_cast<int64_t>(p.queries) * p.heads, own = own_item(group);
   const bool exists = own < items;
   const int64_t item = exists ? own : 0;
@@ -265,9 +295,8 @@ __global__ void __launch_bounds__(kDeformThreads, 8)
         for (int32_t s = 0; s < count; ++s) {
           const SharedCorners<A> sample = corners[s];
           if (!sample.touches_map() || !has_channels) continue;
-          int64_t offset[4];
           A values[4][kVector];
-          load_corners<kVector>(value, map + channel, row, sample, offset, values);
+          load_corners<kVector>(value, map + channel, row, sample, values);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
 #pragma unroll
@@ -289,10 +318,10 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
                     const T* __restrict__ grad_out, DeformArithmetic<T>* __restrict__ grad_value,
                     DeformArithmetic<T>* __restrict__ grad_locations, DeformArithmetic<T>* __restrict__ grad_weights) {
   using A = DeformArithmetic<T>;
-  static __shared__ SharedCorners<A> corners_of_block[kDeformThreads];
+  static __shared__ SharedCorners<A> corners_of_block[kDeformThreads + kDeformThreads / kMinGroup];
   static __shared__ CornerSums<A> sums_of_block[kDeformThreads];
   const DeformGroup group = own_group(group_size);
-  SharedCorners<A>* const corners = corners_of_block + threadIdx.x - group.lane;
+  SharedCorners<A>* const corners = corners_of_group(corners_of_block, group);
   CornerSums<A>* const sums = sums_of_block + threadIdx.x - group.lane;
   const int64_t items = static_cast<int64_t>(p.queries) * p.heads, own = own_item(group);
   const bool exists = own < items;
@@ -305,8 +334,9 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
     const int64_t map = static_cast<int64_t>(image) * p.pixels * row + head * p.channels;
     const int64_t index = image * items + item;
     const T* const grad = grad_out + index * p.channels;
-    A grads[kVector] = {};
+    A grads[kVector] = {}, added[kVector] = {};
     if (first_channel < p.channels) load_channels<kVector>(grad + first_channel, grads);
+    load_added<kVector>(group, 0, p.channels, grad, added);
     for (int32_t first = 0; first < samples; first += group.size) {
       const OwnSample<A> own_sample(p, index, exists, first + group.lane, samples, locations, weights);
       corners[group.lane] = own_sample.sample.corners;
@@ -317,18 +347,28 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
         A dots[4] = {};
         if (sample.touches_map()) {
 #pragma unroll 1
-          for (int32_t channel = first_channel; channel < p.channels; channel += group.size * kVector) {
-            if (!one_chunk) load_channels<kVector>(grad + channel, grads);
-            int64_t offset[4];
-            A values[4][kVector];
-            load_corners<kVector>(value, map + channel, row, sample, offset, values);
+          for (int32_t chunk = 0; chunk < p.channels; chunk += group.size * kVector) {
+            const int32_t channel = chunk + first_channel;
+            const bool loads = channel < p.channels;
+            if (!one_chunk) {
+              if (loads) load_channels<kVector>(grad + channel, grads);
+              load_added<kVector>(group, chunk, p.channels, grad, added);
+            }
+            if (loads) {
+              A values[4][kVector];
+              load_corners<kVector>(value, map + channel, row, sample, values);
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
+              for (int c = 0; c < 4; ++c) {
 #pragma unroll
-              for (int k = 0; k < kVector; ++k) dots[c] += values[c][k] * grads[k];
-              // Corners outside the map have weight 0.
-              if (grad_value != nullptr && sample.weight[c] != A(0)) {
-                add_channels<kVector>(grad_value + offset[c], sample.weight[c], grads);
+                for (int k = 0; k < kVector; ++k) dots[c] += values[c][k] * grads[k];
+              }
+            }
+            if (grad_value != nullptr) {
+#pragma unroll
+              for (int c = 0; c < 4; ++c) {
+                if (sample.weight[c] == A(0)) continue;  // as corners outside the map have
+                A* const pixel = grad_value + map + static_cast<int64_t>(sample.pixel[c]) * row;
+                add_channels<kVector>(group, chunk, p.channels, pixel, sample.weight[c], added);
               }
             }
           }

@@ -267,7 +267,7 @@ def test_planted_bug_is_reported(old, new, message):
 
 @pytest.mark.parametrize(
     ("dim", "old", "new"),
-    [(32, *PLAIN_UPDATE), (33, "atomicAdd(to + k, weight * from[k]);", "to[k] += weight * from[k];")],
+    [(32, *PLAIN_UPDATE), (33, "atomicAdd(to + channel, weight * added[k]);", "to[channel] += weight * added[k];")],
     ids=["vector", "scalar"],
 )
 def test_plain_update_is_found(dim, old, new):
@@ -307,10 +307,11 @@ def test_wrong_number_is_found(old, new):
         ("high_row + x.high;", "high_row + x.low + 1;"),
         ("high_row = map.start + y.high * map.width", "high_row = map.start + y.high * map.height"),
         ("bool has_channels = channel < p.channels;", "bool has_channels = channel <= p.channels;"),
+        ("if (channel < channels) run", "if (channel <= channels) run"),
         ("begin + kTile, static_cast<int64_t>(p.pixels)", "begin + kTile, static_cast<int64_t>(p.pixels + 1)"),
         ("channels % kVectorSize<T> == 0 &&", "channels % 2 == 0 &&"),
     ],
-    ids=["corner", "row", "channel", "last pixel", "vector"],
+    ids=["corner", "row", "channel", "added channel", "last pixel", "vector"],
 )
 def test_off_by_one_is_found(old, new, tmp_path):
     process = run_sanitized(build(BINDING, "addresses", **change(old, new)), tmp_path, dtypes=[torch.float32])
