@@ -53,9 +53,9 @@ compile-gpu: $(VENV)/.test
 gpu-carry: $(VENV)/.test
 	$(BIN)/python benchmarks/gpu_carry.py $(addprefix --builder ,$(GPU_PYTHON))
 
-# On a machine with a GPU: tests, kernels against references, times, memory, in benchmarks/results/gpu.
+# On a machine with a GPU: kernels against references, times, whole steps, tests, tiles; rows in benchmarks/results/gpu.
 gpu-report: $(VENV)/.test
-	$(BIN)/python benchmarks/gpu_report.py
+	$(BIN)/python benchmarks/gpu_report.py all
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

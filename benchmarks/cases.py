@@ -60,18 +60,25 @@ class Attention:
     batch: int = 2
     heads: int = 8
     channels: int = 32
+    denoising_groups: int = 0
+    denoising_queries: int = 0  # of one denoising group
 
     def __str__(self) -> str:
-        return f"K{self.num_groups}xN{self.num_queries}"
+        denoising = f"+{self.denoising_groups * self.denoising_queries}" if self.denoising_groups else ""
+        return f"K{self.num_groups}xN{self.num_queries}{denoising}"
+
+    @property
+    def groups(self) -> gd.QueryGroups:
+        return gd.QueryGroups(self.num_groups, self.num_queries, self.denoising_groups, self.denoising_queries)
 
     def small(self) -> "Attention":
         """The same with few queries, to see that a benchmark works."""
-        return replace(self, num_queries=16)
+        return replace(self, num_queries=16, denoising_queries=min(self.denoising_queries, 3))
 
-    def make(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, self.num_groups * self.num_queries, self.heads, self.channels)
-        return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
+    def make(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.batch, self.groups.length, self.heads, self.channels)
+        return [torch.randn(shape, generator=generator, device=device).requires_grad_() for _ in range(3)]
 
 
 @dataclass(frozen=True)
@@ -84,23 +91,42 @@ class Deformable:
     channels: int = 32
     points: int = 4
     levels: tuple[tuple[int, int], ...] = ((50, 67), (25, 34), (13, 17), (7, 9))
+    near: bool = False  # samples lie a few pixels from their query, as in trained models, not anywhere
 
     def __str__(self) -> str:
-        return "encoder" if self.queries is None else f"decoder{self.queries}"
+        return ("encoder" if self.queries is None else f"decoder{self.queries}") + (" near" if self.near else "")
 
-    def make(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
+    def small(self) -> "Deformable":
+        """The same with few pixels and queries, to see that a benchmark works."""
+        return replace(self, queries=self.queries and 7, levels=((6, 8), (3, 4), (2, 2), (1, 1)))
+
+    def make(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         pixels = sum(height * width for height, width in self.levels)
         queries = self.queries or pixels
-        value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=generator)
+        value = torch.randn(self.batch, pixels, self.heads, self.channels, **options)
         samples = (self.batch, queries, self.heads, len(self.levels), self.points)
-        sizes = torch.tensor([(width, height) for height, width in self.levels])[:, None]  # [levels, 1, 2]
-        pixels = torch.rand(*samples, 2, generator=generator) * sizes - 0.5
+        sizes = torch.tensor([(width, height) for height, width in self.levels], device=device)[:, None]
+        if self.near:  # sizes: [levels, 1, 2]
+            places = self._places_of_queries(queries, options)[None, :, None, None, None]
+            pixels = places * sizes - 0.5 + 2 * torch.randn(*samples, 2, **options)
+        else:
+            pixels = torch.rand(*samples, 2, **options) * sizes - 0.5
         # A little away from the centres of pixels, where slopes jump and gradients could not be compared.
         pixels = pixels.floor() + 0.01 + 0.98 * (pixels - pixels.floor())
         locations = (pixels + 0.5) / sizes
-        weights = torch.randn(samples, generator=generator).flatten(3).softmax(-1).view(samples)
+        weights = torch.randn(samples, **options).flatten(3).softmax(-1).view(samples)
         return [tensor.requires_grad_() for tensor in (value, locations, weights)]
+
+    def _places_of_queries(self, queries: int, options: dict) -> Tensor:
+        """``[queries, 2]``, x and y in [0, 1]: the pixels' own places in an encoder, any in a decoder."""
+        if self.queries is not None:
+            return torch.rand(queries, 2, **options)
+        maps = []
+        for height, width in self.levels:
+            y, x = ((torch.arange(size, device=options["device"]) + 0.5) / size for size in (height, width))
+            maps.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
+        return torch.cat(maps)
 
 
 @dataclass(frozen=True)
@@ -190,10 +216,11 @@ DETECTION = [Detection(1), Detection(5), Detection(11)]
 MASKS = [Segmentation(1), Segmentation(11)]
 SEGMENTATION = [Segmentation(1, size=512), Segmentation(11, size=512)]  # whole steps: the backbone wants memory, too
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
-GPU_ATTENTION = [Attention(11, queries, batch) for queries in (300, 900) for batch in (2, 16)]
-GPU_MATCHING = [Matching(20, batch=batch, num_queries=queries) for queries in (300, 900) for batch in (2, 16)]
+MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
+GPU_BATCHES = (2, 16)
+GPU_ATTENTION = [Attention(11, 300), Attention(11, 900), Attention(3, 900, denoising_groups=2, denoising_queries=100)]
 GPU_DEFORMABLE = [
-    Deformable(queries, batch, levels=((100, 167), (50, 84), (25, 42), (13, 21)))
-    for queries in (None, 11 * 900)
-    for batch in (2, 16)
+    Deformable(queries, levels=MAPS, near=near)
+    for queries, near in ((None, True), (None, False), (3 * 900, True), (11 * 900, True))
 ]
+GPU_MATCHING = [Matching(20), Matching(60), Matching(100)]

@@ -16,7 +16,7 @@ def block_mask(groups: QueryGroups, device: torch.device) -> Tensor:
 
 
 def explicit_mask_attention(
-    query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, dropout_p: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, *, dropout_p: float = 0.0
 ) -> Tensor:
     """Attention of all queries ``[B, L, H, D]`` to all, of which the mask leaves those of the same group."""
     scores = torch.einsum("blhd,bmhd->bhlm", query, key) / query.shape[-1] ** 0.5
@@ -27,16 +27,19 @@ def explicit_mask_attention(
     return torch.einsum("bhlm,bmhd->blhd", probabilities, value)
 
 
-def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, *, dropout_p: float = 0.0) -> Tensor:
     """The same by torch's fused attention, which keeps no scores but computes all of them."""
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=block_mask(groups, query.device)).transpose(1, 2)
+    mask = block_mask(groups, query.device)
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
 
 
-def folded_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups) -> Tensor:
+def folded_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, *, dropout_p: float = 0.0) -> Tensor:
     """The same without a mask: groups as if they were images. Not possible with denoising queries."""
+    if groups.denoising_length:
+        raise NotImplementedError("denoising queries see other queries too, so that groups cannot be folded")
     folded = (x.unflatten(1, (groups.num_groups, -1)).flatten(0, 1).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*folded).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*folded, dropout_p=dropout_p).transpose(1, 2)
     return out.unflatten(0, (len(query), -1)).flatten(1, 2)
 
 

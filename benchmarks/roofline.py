@@ -208,7 +208,7 @@ def plain_attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
     inputs = [meta(s.batch, s.length, s.heads, s.channels, dtype=torch.bfloat16) for _ in range(3)]
     naive.block_mask(s.groups, inputs[0].device)  # made once for many steps
     return count(
-        lambda *qkv: naive.explicit_mask_attention(*qkv, s.groups, dropout),
+        lambda *qkv: naive.explicit_mask_attention(*qkv, s.groups, dropout_p=dropout),
         *inputs,
         backward=backward,
         peak=TENSOR_PEAK,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["assert_matches_reference", "ms_deform_attn_inputs", "poisoned_memory"]
+__all__ = ["assert_matches_reference", "error_and_bound", "ms_deform_attn_inputs", "poisoned_memory"]
 
 # Where the reference itself is exact (one key, one sample), twice its error is 0: allow this many units in the last
 # place of the largest value instead.
@@ -20,17 +20,30 @@ def assert_matches_reference(actual: Tensor, reference: Callable[..., Tensor], *
     The largest error may be at most twice that of the reference evaluated in the inputs' own dtype, plus a floor of a
     few units in the last place. Shape and dtype must be those of the reference in that dtype.
     """
+    error, allowed = error_and_bound(actual, reference, *inputs)
+    assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
+
+
+def error_and_bound(
+    actual: Tensor, reference: Callable[..., Tensor], *inputs: Any, eps: float | None = None
+) -> tuple[float, float]:
+    """The largest error of a kernel's result, and what :func:`assert_matches_reference` allows.
+
+    ``eps`` is the relative distance of two numbers as the kernel rounds them, by default that of the result's dtype.
+
+    Raises:
+        AssertionError: if the shape or the dtype is another one, or a value is not finite.
+    """
     expected = reference(*inputs)
     exact = reference(*(_to_double(value) for value in inputs)).double()
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
     if actual.numel() == 0:
-        return
+        return 0.0, 0.0
     assert torch.isfinite(actual).all(), "the result has non-finite values"
-    floor = _FLOOR_IN_ULPS * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    floor = _FLOOR_IN_ULPS * (eps or torch.finfo(actual.dtype).eps) * exact.abs().max().item()
     allowed = 2 * (expected.double() - exact).abs().max().item() + floor
-    error = (actual.double() - exact).abs().max().item()
-    assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
+    return (actual.double() - exact).abs().max().item(), allowed
 
 
 @contextmanager

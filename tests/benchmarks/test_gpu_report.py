@@ -1,150 +1,207 @@
-"""The GPU report's whole course at small sizes on the CPU, and what it says of failures."""
+"""The stages smoke and ops of the GPU report at small sizes on the CPU, its files, and what it says of failures."""
 
 import json
+import sys
 
 import cases
-import gpu_contenders
 import gpu_report
 import pytest
 import torch
-from interleave import QUICK
+from gpu import clock, operators, ops, smoke, works
+from gpu.recorder import Recorder
 from results import OURS
 
+import groupdetr_fast as gd
+
 CPU = torch.device("cpu")
-SIZES = (
-    cases.Attention(2, 8, heads=2, channels=16),
-    cases.Deformable(5, heads=2, channels=8, points=2, levels=((4, 6), (2, 3))),
-    cases.Matching(3, layers=2, num_groups=2, num_queries=8, classes=5),
-)
 
 
-@pytest.fixture(scope="module")
-def report():
-    report = {}
-    gpu_report.fill(report, CPU, [SIZES], (1, 2), ["tests/test_groups.py", "-k", "segments"], QUICK)
-    return report
+@pytest.fixture
+def recorder(tmp_path):
+    return Recorder(tmp_path, "stage", device=CPU, minutes=10, rehearsal=True, commit="abc")
 
 
-def test_everything_agrees(report):
-    assert gpu_report.wrong(report) == []
-    assert report["tests"]["status"] == "ok"
-    assert "passed" in report["tests"]["summary"]
-    missing = [row for row in report["times"] if row["status"] != "ok"]
-    assert {(row["contender"], row["dtype"]) for row in missing} <= {("transformers", "bfloat16")}
+def rows_of(recorder, kind=None):
+    rows = [json.loads(line) for line in (recorder.folder / "stage.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in (None, row["kind"])]
 
 
-def test_every_op_is_compared_and_timed_against_a_peer(report):
-    ops = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("groupdetr_fast::")}
-    assert {row["op"] for row in report["kernels"]} == ops - {"attention_dropout"}
-    assert {row["dtype"] for row in report["kernels"]} == {"float32", "bfloat16"}
-    timed = {(row["work"], row["contender"]) for row in report["times"]}
-    for work in {work for work, _ in timed}:
-        assert (work, OURS) in timed
-        assert len([contender for name, contender in timed if name == work]) > 1
-    assert {work for work, _ in timed} == {*gpu_report.gd.ops.backends(), "criterion"}
-    for row in report["times"]:
-        if row["status"] == "ok":
-            assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
-            assert row["contender"] != OURS or row["ratio"] == 1
+# --- The recorder ---
 
 
-def test_memory_and_graphs_are_listed_though_the_cpu_has_none(report):
-    assert {row["groups"] for row in report["memory"]} == {1, 2}
-    assert {row["work"] for row in report["memory"]} == {"grouped_attention", "criterion"}
-    assert {row["work"]: row["status"] for row in report["CUDA graphs"]} == {
-        "linear_assignment": "ok",
-        "criterion": "ok",
-    }
-    assert all(row["host synchronisations"] is None for row in report["host synchronisations"])
+def test_a_run_begins_with_what_its_numbers_depend_on(recorder):
+    (first,) = rows_of(recorder)
+    assert first["kind"] == "environment"
+    assert first["commit"] == "abc"
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["kernels"]["linear_assignment"] == gd.ops.backends()["linear_assignment"]["cpu"]
 
 
-def test_files(report, tmp_path):
-    gpu_report.write(report, tmp_path / "device")
-    assert json.loads((tmp_path / "device" / "report.json").read_text()) == report
-    text = (tmp_path / "device" / "report.md").read_text()
-    tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
-    for table in tables:
-        assert len({line.count("|") for line in table.splitlines()}) == 1
-    assert "| grouped_attention | K2xN8, batch 2 | float32 | groupdetr_fast |" in text
+def test_rows_are_on_disk_at_once_and_further_runs_are_appended(recorder):
+    recorder.add("first", value=1)
+    again = Recorder(recorder.folder, "stage", device=CPU, minutes=10)
+    again.add("second", value=2)
+    assert [row["kind"] for row in rows_of(recorder)] == ["environment", "first", "environment", "second"]
 
 
-def test_units_of_tables():
-    row = {"work": "a", "seconds_q1": 0.001, "seconds": 0.002, "seconds_q3": 0.003, "ratio": 1.234}
-    assert gpu_report.readable(row) == {"work": "a", "ms": "2.000 (1.000 to 3.000)", "ratio": "1.23"}
-    row = {"bytes": 3 << 20, "difference": None, "note": None}
-    assert gpu_report.readable(row) == {"MiB": "3.0", "difference": "", "note": ""}
-    assert gpu_report.markdown_table([{"a": "1"}, {"a": "2", "b": "3"}]) == [
-        "| a | b |",
-        "| --- | --- |",
-        "| 1 |  |",
-        "| 2 | 3 |",
-    ]
+def test_what_fails_costs_its_row(recorder):
+    for error in (ImportError("no module"), torch.OutOfMemoryError("too large"), KeyError("name")):
+        with recorder.row("work", contender="peer"):
+            raise error
+    assert not recorder.found_wrong
+    with recorder.row("work", contender="peer") as row:
+        row["difference"] = 2.0
+        raise AssertionError("differs")
+    *missing, wrong = rows_of(recorder, "work")
+    assert [row["status"] for row in missing] == ["missing"] * 3
+    assert "no module" in missing[0]["note"]
+    assert (wrong["status"], wrong["note"], wrong["difference"]) == ("wrong", "differs", 2.0)
+    assert recorder.found_wrong
 
 
-def test_a_wrong_kernel_is_found():
-    def off_by_a_little(*inputs):
-        return gpu_contenders.sigmoid_focal_loss_reference(*inputs) * 1.0001
-
-    kernel = next(
-        kernel for kernel in gpu_contenders.kernels(*SIZES, CPU, torch.float32) if kernel.name == "sigmoid_focal_loss"
-    )
-    (row,) = gpu_report.compare_kernels([kernel._replace(run=off_by_a_little)], torch.float32)
-    assert row["status"] == "wrong"
-    assert "largest error" in row["note"]
+def test_without_time_the_reason_is_written(recorder):
+    assert recorder.has_time("work", 1)
+    assert not recorder.has_time("work", 1e6, of="everything")
+    (row,) = rows_of(recorder, "work")
+    assert (row["status"], row["of"]) == ("missing", "everything")
+    assert row["note"].startswith("no time")
 
 
-def test_a_wrong_contender_is_not_timed_and_a_failing_one_is_missing():
-    def fail():
+# --- Stage smoke ---
+
+
+def test_every_operator_is_right_in_every_precision(recorder):
+    for precision, family in smoke.FAMILIES:
+        if precision != "tf32" or family == "attention":
+            smoke.check_family(recorder, precision, family)
+    rows = rows_of(recorder, "operator")
+    assert all(row["status"] == "ok" for row in rows)
+    defined = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("groupdetr_fast::")}
+    for precision in ("bfloat16", "float32", "float16"):
+        assert {row["operator"] for row in rows if row["precision"] == precision} == defined - {"attention_dropout"}
+    assert all(0 <= max(row["error_over_allowed"].values()) <= 1 for row in rows)
+
+
+def test_a_wrong_operator_is_found(recorder):
+    maker = operators.matching(smoke.tiny(smoke.MATCHING[0]), CPU, torch.float32)
+    right = next(operator for operator in maker if operator.name == "sigmoid_focal_loss")
+    off = right._replace(run=lambda *inputs: right.reference(*inputs) * 1.0001)
+    calls = iter(range(100))
+    unsteady = right._replace(run=lambda *inputs: right.reference(*inputs) * (1 + 1e-7 * next(calls)))
+    failing = right._replace(run=lambda *inputs: 1 / 0)
+    for operator in (right, off, unsteady, failing):
+        smoke.check(recorder, operator, "float32")
+    assert [row["status"] for row in rows_of(recorder, "operator")] == ["ok", "wrong", "wrong", "wrong"]
+    notes = [row.get("note", "") for row in rows_of(recorder, "operator")]
+    assert "errors over allowed" in notes[1]
+    assert "another result" in notes[2]
+    assert "ZeroDivisionError" in notes[3]
+
+
+def test_dropout_masks_and_the_criterion(recorder, monkeypatch):
+    smoke.dropout_masks(recorder)
+    smoke.criterion(recorder, smoke.tiny(smoke.MATCHING[0]))
+    assert not recorder.found_wrong
+    assert {row["different"] for row in rows_of(recorder, "dropout mask")} == {0}
+    assert len(rows_of(recorder, "host synchronisations")) == 3
+    monkeypatch.setattr(smoke, "keep_mask", lambda *arguments: torch.zeros(()).bool())
+    smoke.dropout_masks(recorder)
+    assert recorder.found_wrong
+
+
+def test_families_in_processes_of_their_own(recorder, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", None, raising=False)  # spawn would run pytest again
+    smoke.in_processes(recorder, [("float32", "matching"), ("float32", "deformable")])
+    assert {row["operator"] for row in rows_of(recorder, "operator")} >= {"linear_assignment", "ms_deform_attn"}
+
+
+def test_a_process_that_dies_is_told(recorder, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", None, raising=False)
+    monkeypatch.setattr(smoke, "exit_with_the_outcome", die)
+    smoke.in_processes(recorder, [("float32", "matching")])
+    (row,) = rows_of(recorder, "family")
+    assert (row["status"], row["note"]) == ("wrong", "its process ended with exit status 7")
+
+
+def die(*arguments):
+    sys.exit(7)
+
+
+# --- Stage ops ---
+
+
+TINY = {
+    "attention": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32),
+    "dropout": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32, 0.5),
+    "deformable": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.float32),
+}
+SMALL = cases.Matching(3, layers=2, num_groups=2, num_queries=8, classes=5)
+TINY["cost"] = works.matching_cost(SMALL, CPU, torch.float32)
+TINY["assignment"] = works.assignment(SMALL, CPU)
+TINY["class loss"] = works.class_loss(SMALL, CPU, torch.float32)
+TINY["criterion"] = works.criterion(SMALL, CPU)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_contenders_agree_and_are_timed(recorder, name):
+    ops.measure(recorder, TINY[name])
+    timed = [row for row in rows_of(recorder, "time") if row["status"] == "ok"]
+    contenders = {row["contender"] for row in timed}
+    assert OURS in contenders
+    assert len(contenders) > 1
+    assert not recorder.found_wrong
+    for row in timed:
+        assert row["wall"] >= row["host"] > 0
+        if "graph" not in row:
+            for state in ("warm", "cold"):
+                assert 0 < row[f"gpu_{state}"][0] <= row[f"gpu_{state}"][1] <= row[f"gpu_{state}"][2]
+    passes = {"forward", "both"} if name not in ("cost", "assignment") else {"forward"}
+    assert {row["pass"] for row in timed} == passes
+
+
+def test_a_wrong_contender_is_not_timed_and_a_failing_one_is_missing(recorder):
+    def fail(x):
         raise torch.OutOfMemoryError("too large")
 
-    ones = torch.ones(3)
-    runs = {OURS: lambda: ones, "wrong": lambda: 2 * ones, "failing": fail}
-    work = gpu_contenders.Work("work", SIZES[0], runs, lambda result: [result])
-    ours, wrong, failing = gpu_report.time_works([work], torch.float32, CPU, QUICK)
-    assert ours["status"] == "ok"
-    assert wrong["status"] == "wrong"
-    assert wrong["difference"] == 1
-    assert "seconds" not in wrong
-    assert (failing["status"], failing["note"]) == ("missing", "too large")
+    runs = {OURS: lambda x: x, "wrong": lambda x: 2 * x, "failing": fail}
+    contenders = {name: works.ready(run) for name, run in runs.items()}
+    fields = {"case": "a", "dtype": "float32"}
+    ops.measure(recorder, works.Work("work", fields, (torch.ones(3),), contenders, works.as_is, lambda x: [x]))
+    statuses = {row["contender"]: row["status"] for row in rows_of(recorder, "agreement")}
+    assert statuses == {OURS: "ok", "wrong": "wrong", "failing": "missing"}
+    assert {row["contender"] for row in rows_of(recorder, "time")} == {OURS}
 
 
-def test_without_this_package_there_is_nothing_to_compare():
-    def fail():
-        raise RuntimeError("no kernel")
-
-    work = gpu_contenders.Work("work", SIZES[0], {OURS: fail, "peer": lambda: torch.ones(3)}, lambda result: [result])
-    (row,) = gpu_report.time_works([work], torch.float32, CPU, QUICK)
-    assert (row["status"], row["note"]) == ("wrong", "no kernel")
-
-
-def test_an_unfinished_report_is_written(tmp_path):
-    tests = {"command": "", "status": "ok", "summary": "", "failed": []}
-    gpu_report.write({"environment": {"device": "x"}, "tests": tests}, tmp_path)
-    assert (tmp_path / "report.md").read_text().count("Not measured.") == 5
+def test_what_is_planned_has_every_op_and_both_batches(recorder):
+    recorder.rehearsal = False
+    planned = list(ops.planned(recorder))
+    assert {make.func.__name__ for _, make in planned} == {
+        *("attention", "deformable", "assignment", "criterion", "matching_cost", "class_loss", "compiled")
+    }
+    assert {make.args[0].batch for _, make in planned} == set(cases.GPU_BATCHES)
+    assert {case.targets for _, make in planned if isinstance(case := make.args[0], cases.Matching)} == {20, 60, 100}
 
 
-def test_failing_tests_are_listed(tmp_path):
-    file = tmp_path / "test_it.py"
-    file.write_text("def test_that_fails():\n    assert 1 == 2\n")
-    row = gpu_report.run_tests([str(file)])
-    assert row["status"] == "wrong"
-    assert row["summary"].startswith("1 failed")
-    assert len(row["failed"]) == 1
-    assert "test_that_fails" in row["failed"][0]
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["smoke", "ops"])
+def test_rehearsal(tmp_path, stage):
+    assert gpu_report.main([stage, "--results", str(tmp_path), "--rehearse", "--minutes", "20"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / f"{stage}.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows} <= {"ok", "missing"}
+    assert not [row for row in rows if "no time" in row.get("note", "")]
 
 
-def test_sizes_of_the_report_are_those_of_the_table():
-    lists = (cases.GPU_ATTENTION, cases.GPU_DEFORMABLE, cases.GPU_MATCHING)
-    assert {len(cases) for cases in lists} == {4}
-    for attention, _, matching in zip(*lists, strict=True):
-        assert (attention.num_groups, attention.num_queries) == (matching.num_groups, matching.num_queries)
-        assert attention.batch == matching.batch
+def test_captured_work_returns_the_last_result():
+    calls = iter(range(100))
+    captured = clock.capture([lambda: next(calls)] * 3, CPU)
+    assert captured.calls == 3
+    assert [captured.replay(), captured.replay()] == [2, 5]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_it_fails_with_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["gpu_report.py", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^gpu-report needs a GPU, but torch finds none \(.*\)$"):
-        gpu_report.main()
+def test_without_a_gpu_it_fails_with_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main(["smoke", "--results", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert "needs a GPU, but torch finds none" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,90 @@
+"""Runs every op of the package once: what NVIDIA's tools watch.
+
+python -m gpu.every_op small [--device cpu]     all ops, small, with denoising and dropout: for the sanitizer
+python -m gpu.every_op large                    the most expensive kernels at the paper's sizes: for the profiler
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import cases
+import torch
+from torch import Tensor
+
+import groupdetr_fast as gd
+from groupdetr_fast.testing import ms_deform_attn_inputs
+
+
+def small(device: torch.device) -> None:
+    """Forward and backward of every op in a half type and in float32.
+
+    Raises:
+        AssertionError: if a result is not finite.
+    """
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        _attention(gd.QueryGroups(2, 70, 2, 9), 32, 0.0, dtype, device)
+        _attention(gd.QueryGroups(2, 35, 1, 20, denoising_scope="every"), 24, 0.2, dtype, device)
+        _attention(gd.QueryGroups(3, 6), 16, 0.2, dtype, device)
+        value, flat, *samples = ms_deform_attn_inputs(queries=37, heads=2, dim=32, points=4, dtype=dtype)
+        shapes = list(zip(flat[::2], flat[1::2], strict=True))
+        for deterministic in (False, True):
+            inputs = [tensor.clone().to(device).requires_grad_() for tensor in (value, *samples)]
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            try:
+                _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
+            finally:
+                torch.use_deterministic_algorithms(False)
+        _criterion(dtype, device)
+
+
+def _attention(groups: gd.QueryGroups, dim: int, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
+    shape = (2, groups.length, 2, dim)
+    inputs = [torch.randn(shape).to(dtype).to(device).requires_grad_() for _ in range(3)]
+    _check(gd.ops.grouped_attention(*inputs, groups, dropout_p=dropout), inputs)
+
+
+def _criterion(dtype: torch.dtype, device: torch.device) -> None:
+    out, targets = cases.Matching(17, layers=2, num_groups=2, num_queries=70, classes=33).make()
+    logits, boxes = out.logits.to(dtype).to(device), out.boxes.to(device)
+    packed = gd.PackedTargets.from_list(targets).to(device)
+    cost = gd.ops.matching_cost(logits, boxes, packed)
+    index = gd.ops.linear_assignment(cost.unflatten(-1, (2, 70)).transpose(-2, -3), packed.num_targets[:, None])
+    assert (index.cpu() >= 0).all()
+    classes = torch.randint(-1, 33, logits.shape[:-1]).to(device)
+    _check(gd.ops.sigmoid_focal_loss(logits.requires_grad_(), classes), [logits])
+
+
+def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Backward, and a look at the numbers on the CPU: the sanitizer takes long over every kernel of torch."""
+    grad = torch.randn(result.shape).to(result.dtype).to(result.device)
+    for tensor in (result, *torch.autograd.grad(result, inputs, grad)):
+        assert torch.isfinite(tensor.detach().cpu()).all()
+
+
+def large(device: torch.device) -> None:
+    """Attention at 11 x 300, a batch of 16; deformable attention of an encoder, two images; bfloat16."""
+    inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
+    _with_backward(gd.ops.grouped_attention(*inputs, 11))
+    case = cases.GPU_DEFORMABLE[0]
+    value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
+    inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]
+    _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
+
+
+def _with_backward(result: Tensor) -> None:
+    result.backward(torch.randn_like(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", choices=["small", "large"])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    options = parser.parse_args()
+    (small if options.sizes == "small" else large)(options.device)
+    if options.device.type == "cuda":
+        torch.cuda.synchronize(options.device)
+
+
+if __name__ == "__main__":
+    main()

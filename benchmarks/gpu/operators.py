@@ -1,0 +1,150 @@
+"""Every operator with inputs and its reference: what the stage ``smoke`` compares."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import cases
+import torch
+from torch import Tensor
+
+import groupdetr_fast as gd
+from groupdetr_fast.ops.grouped_attention.dropout import new_seed
+from groupdetr_fast.ops.grouped_attention.reference import (
+    grouped_attention_backward_reference,
+    grouped_attention_reference,
+)
+from groupdetr_fast.ops.linear_assignment.reference import linear_assignment_reference
+from groupdetr_fast.ops.matching_cost.reference import matching_cost_reference
+from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
+from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
+    sigmoid_focal_loss_backward_reference,
+    sigmoid_focal_loss_reference,
+)
+
+__all__ = [
+    "COST",
+    "OPS",
+    "Operator",
+    "attention",
+    "deformable",
+    "make_predictions",
+    "matching",
+    "per_group",
+    "random_classes",
+    "total_costs",
+]
+
+OPS = torch.ops.groupdetr_fast
+NO_OBJECT = -1
+COST = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "alpha": 0.25, "gamma": 2.0}
+
+
+class Operator(NamedTuple):
+    """An operator, its reference, and what both are called with; ``results`` names the tensors that both return."""
+
+    name: str
+    case: str
+    results: tuple[str, ...]
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: tuple
+    in_any_order: bool = False  # whether sums are added up in an order that changes from run to run
+
+
+def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, dropout_p: float) -> Iterator[Operator]:
+    tensors = [tensor.detach().to(dtype) for tensor in case.make(device)]
+    seed = new_seed(device) if dropout_p else None
+    rest = (case.groups.as_ints(), dropout_p, seed, case.channels**-0.5)
+    label = f"{case}, {case.channels} channels" + (f", dropout {dropout_p}" if dropout_p else "")
+    yield Operator(
+        "grouped_attention",
+        label,
+        ("out", "lse"),
+        OPS.grouped_attention,
+        grouped_attention_reference,
+        (*tensors, *rest),
+    )
+    out, lse = OPS.grouped_attention(*tensors, *rest)
+    yield Operator(
+        "grouped_attention_backward",
+        label,
+        ("grad_query", "grad_key", "grad_value"),
+        OPS.grouped_attention_backward,
+        grouped_attention_backward_reference,
+        (torch.randn_like(out), *tensors, out, lse, *rest),
+    )
+
+
+def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:
+    """Forward and both ways of backward; locations and weights stay in float32."""
+    value, locations, weights = (tensor.detach() for tensor in case.make(device))
+    flat = [size for level in case.levels for size in level]
+    inputs = (value.to(dtype), flat, locations, weights)
+    yield Operator("ms_deform_attn", str(case), ("out",), OPS.ms_deform_attn, ms_deform_attn_reference, inputs)
+    grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
+    for deterministic in (False, True):
+        yield Operator(
+            "ms_deform_attn_backward",
+            f"{case}, deterministic" if deterministic else str(case),
+            ("grad_value", "grad_locations", "grad_weights"),
+            OPS.ms_deform_attn_backward,
+            ms_deform_attn_backward_reference,
+            (grad, *inputs, deterministic),
+            in_any_order=not deterministic,
+        )
+
+
+def matching(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:
+    """What the criterion calls, except for the assignment, whose truth is the least total cost."""
+    out, targets = make_predictions(case, device, dtype)
+    packed = gd.PackedTargets.from_list(targets)
+    inputs = (out.logits, out.boxes.float(), packed.labels, packed.boxes, packed.num_targets, *COST.values())
+    yield Operator("matching_cost", str(case), ("cost",), OPS.matching_cost, matching_cost_reference, inputs)
+    inputs = (out.logits, random_classes(out, case), 0.25, 2.0)
+    yield Operator(
+        "sigmoid_focal_loss", str(case), ("loss",), OPS.sigmoid_focal_loss, sigmoid_focal_loss_reference, inputs
+    )
+    grad = torch.rand(out.logits.shape[:2], device=device)
+    yield Operator(
+        "sigmoid_focal_loss_backward",
+        str(case),
+        ("grad_logits",),
+        OPS.sigmoid_focal_loss_backward,
+        sigmoid_focal_loss_backward_reference,
+        (grad, *inputs),
+    )
+    cost = per_group(gd.ops.matching_cost(out.logits, out.boxes, packed, **COST), case)
+    sizes = packed.num_targets[:, None].expand(cost.shape[:-2])
+    yield Operator(
+        "linear_assignment",
+        str(case),
+        ("total costs",),
+        lambda cost, sizes: total_costs(cost, OPS.linear_assignment(cost, sizes)),
+        lambda cost, sizes: total_costs(cost, linear_assignment_reference(cost, sizes)),
+        (cost, sizes),
+    )
+
+
+def make_predictions(
+    case: cases.Matching, device: torch.device, dtype: torch.dtype
+) -> tuple[gd.DetectorOutput, list[dict[str, Tensor]]]:
+    out, targets = case.make()
+    out = gd.DetectorOutput(out.logits.to(device, dtype), out.boxes.to(device, dtype), out.groups)
+    return out, [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
+
+
+def random_classes(out: gd.DetectorOutput, case: cases.Matching) -> Tensor:
+    """A target class for one query of 15, about as many as are matched."""
+    shape, device = out.logits.shape[:-1], out.logits.device
+    classes = torch.randint(case.classes, shape, device=device)
+    return classes.where(torch.rand(shape, device=device) < 1 / 15, NO_OBJECT)
+
+
+def per_group(cost: Tensor, case: cases.Matching) -> Tensor:
+    """``[..., K, T, N]``, a view of ``[..., T, K * N]``"""
+    return cost.unflatten(-1, (case.num_groups, case.num_queries)).movedim(-2, -3)
+
+
+def total_costs(cost: Tensor, queries: Tensor) -> Tensor:
+    """Cost of each problem's assignment, in which every target has a query; in float64."""
+    return cost.double().gather(-1, queries.unsqueeze(-1)).sum((-2, -1)).to(cost.dtype)

@@ -1,0 +1,657 @@
+"""Whole training steps of detectors: what groups of queries cost, and what others' parts cost in the place of ours.
+
+A step is what training/engine.py does for a batch on one GPU in bf16: pack the targets and copy them to the device,
+forward pass, loss, backward pass, clip the gradient, see that loss and gradient are finite (for which the host waits),
+AdamW, schedule. The images are on the device already, where a data loader would have put them during the step before.
+
+Kinds of rows, each with ``model``, ``groups``, ``batch`` and ``contender``:
+
+step     ``wall`` seconds of a step with quartiles, ``host`` until the host is free again, ``ratio`` of wall times to
+         the step ``ratio_to`` in the same rounds, ``difference`` from this package's result with dropout off
+memory   ``bytes`` at the peak of a step beyond ``static_bytes`` (weights and state of the optimiser), and ``ratio`` of
+         ``bytes`` to those of one group
+syncs    how often the host waits for the GPU in ``work``, and at which ``places`` most
+kernels  ``seconds`` of a step in which the GPU works, ``gpu_busy``, their share of the time between the first and the
+         last kernel, and the kernels that cost ``most``
+parts    seconds of a step's parts by the GPU's clock, which goes on while the GPU waits for the host
+"""
+
+import contextlib
+import gc
+import itertools
+import math
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+from unittest import mock
+
+import naive
+import torch
+from cases import Detection
+from interleave import quartiles
+from results import OURS
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torchvision.ops import FrozenBatchNorm2d
+
+import groupdetr_fast as gd
+from groupdetr_fast import ops
+from groupdetr_fast.training.criterion import StepTotals
+from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
+from groupdetr_fast.training.passes import GroupPasses, add_losses
+
+from .clock import HostTimes, host_syncs, peak_bytes
+from .recorder import Recorder, what_became
+
+__all__ = ["run"]
+
+CONDITIONAL, DINO = "conditional_detr_r50", "dino_4scale_r50"
+GROUPS = {CONDITIONAL: (1, 11), DINO: (1, 3)}
+FEW, LARGE = 2, 16  # images
+CONFIG = OptimizationConfig(precision="bf16")
+TINY = {
+    "backbone": "conv:8-8-8-8",
+    "num_queries": 8,
+    "d_model": 32,
+    "num_heads": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "dim_feedforward": 32,
+}
+TOLERANCE = 0.02  # of bf16, relative
+SAMPLE = 0.2  # seconds of a sample at least, since a synchronisation stands at its end
+ROUNDS = (3, 7)
+SECONDS = 1.5  # for a step's rounds, beyond the fewest
+PROFILED = 2  # steps
+
+
+class Training:
+    """A detector and what trains it."""
+
+    def __init__(self, name: str, num_groups: int, recorder: Recorder):
+        torch.manual_seed(0)
+        self.name, self.num_groups, self.device = name, num_groups, recorder.device
+        overrides = TINY if recorder.rehearsal else {}
+        model = gd.build_model(name, num_classes=91, num_groups=num_groups, backbone_weights=None, **overrides)
+        self.model = model.to(self.device)
+        normalize_like_trained(self.model.eval(), self.device)
+        self.model.train()
+        self.criterion = gd.build_criterion(self.model)
+        self.optimizer = build_optimizer(self.model, CONFIG)
+        self.scheduler = build_scheduler(self.optimizer, CONFIG, steps_per_epoch=1000)
+        self.sums: dict[str, Tensor] = {}
+
+    @property
+    def static_bytes(self) -> int:
+        """Weights and state of the optimiser."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *filter(torch.is_tensor, states)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def normalize_like_trained(model: nn.Module, device: torch.device) -> None:
+    """Give frozen batch norms the statistics of random images.
+
+    Those of an untrained ResNet normalise nothing: each block doubles the variance, the last one returns thousands, and
+    in bf16 the gradient of attention over such features grows from step to step.
+    """
+
+    def measure(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    images = torch.randn(2, 3, 256, 256, device=device)
+    with torch.no_grad():
+        model(images, torch.zeros(2, 256, 256, dtype=torch.bool, device=device))
+    for hook in hooks:
+        hook.remove()
+
+
+class Batch:
+    """Images on the device, and their targets on the host."""
+
+    def __init__(self, size: int, recorder: Recorder):
+        case = Detection(batch=size, height=800, width=1333)
+        images, masks, self.targets = (case.small() if recorder.rehearsal else case).make()
+        self.size, self.device = size, recorder.device
+        self.images, self.masks = images.to(self.device), masks.to(self.device)
+
+    def packed(self) -> gd.PackedTargets:
+        return gd.PackedTargets.from_list(self.targets).to(self.device, non_blocking=True)
+
+    def listed(self) -> list[dict[str, Tensor]]:
+        return [{name: value.to(self.device, non_blocking=True) for name, value in t.items()} for t in self.targets]
+
+
+class PeerCriterion:
+    """A criterion of bench_criterion.py for a batch of this file."""
+
+    def __init__(self, contender: str, num_groups: int):
+        self.contender = contender
+        self.num_groups = num_groups
+
+    @cached_property
+    def peer(self) -> Any:
+        import bench_criterion  # here, as a peer may be missing
+
+        return bench_criterion.CONTENDERS[self.contender](Detection(num_groups=self.num_groups))
+
+    def __call__(self, output: gd.DetectorOutput, batch: Batch) -> dict[str, Tensor]:
+        # Peers compute in the predictions' precision; matching costs in bf16 would not be comparable.
+        output = replace(output, logits=output.logits.float(), boxes=output.boxes.float())
+        return self.peer.loss(output, batch.listed())
+
+
+def _ignore(part: str) -> None:
+    """Marks nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, and whose parts it is made of.
+
+    Attributes:
+        contender: its name.
+        attention: in the place of ``ops.grouped_attention``.
+        criterion: in the place of the detector's own.
+        compiled: in the place of the detector's methods of these names.
+        groups_per_pass: as in OptimizationConfig.
+        checked: whether the loss is checked, as the training loop does. Without it the host never waits.
+        mark: called with the name of each part at its end.
+    """
+
+    training: Training
+    batch: Batch
+    contender: str = OURS
+    attention: Callable[..., Tensor] | None = None
+    criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
+    compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    groups_per_pass: int = 0
+    checked: bool = True
+    mark: Callable[[str], None] = _ignore
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        training = self.training
+        fields = {"model": training.name, "groups": training.num_groups, "batch": self.batch.size}
+        return {**fields, "contender": self.contender}
+
+    def __call__(self) -> Tensor:
+        """Returns the loss.
+
+        Raises:
+            AssertionError: if loss or gradient are not finite.
+        """
+        training = self.training
+        self.mark("start")
+        with self._patched():
+            losses = self._add_gradients()
+        norm = nn.utils.clip_grad_norm_(training.model.parameters(), CONFIG.clip_norm)
+        if self.checked:
+            assert bool((losses["loss"] + norm).isfinite()), "the loss or the gradient is not finite"
+        training.optimizer.step()
+        training.sums = add_losses(training.sums, losses)
+        training.scheduler.step()
+        training.optimizer.zero_grad()
+        self.mark("optimiser")
+        return losses["loss"]
+
+    def losses(self) -> dict[str, Tensor]:
+        """What it computes without dropout."""
+        training, batch = self.training, self.batch
+        training.model.eval()
+        torch.manual_seed(0)  # of denoising queries
+        try:
+            with self._patched():
+                if self.groups_per_pass:
+                    losses = self._add_gradients()
+                    training.optimizer.zero_grad()
+                    return losses
+                with torch.no_grad():
+                    targets = batch.packed()
+                    with self._autocast():
+                        output = training.model(batch.images, batch.masks, targets, num_groups=training.num_groups)
+                    return self._losses(output, targets)
+        finally:
+            training.model.train()
+
+    def criterion_alone(self) -> Callable[[], Any]:
+        """Loss and its gradient, for predictions that do not change."""
+        targets = self.batch.packed()
+        with torch.no_grad(), self._autocast():
+            output = self.training.model(self.batch.images, self.batch.masks, targets)
+        leaves = [tensor.detach().requires_grad_() for tensor in (output.logits, output.boxes)]
+        output = replace(output, logits=leaves[0], boxes=leaves[1])
+        return lambda: torch.autograd.grad(self._losses(output, targets)["loss"], leaves)
+
+    def forget(self) -> None:
+        """Free what a step that failed has left behind, as far as the device still answers."""
+        with contextlib.suppress(Exception):
+            self.training.optimizer.zero_grad()
+            gc.collect()
+            if self.batch.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _add_gradients(self) -> dict[str, Tensor]:
+        batch, model = self.batch, self.training.model
+        targets = batch.packed()
+        if self.groups_per_pass:
+            passes = GroupPasses(model, self.training.criterion, self.groups_per_pass)
+            totals = StepTotals.of([targets])
+            return passes(batch.images, batch.masks, targets, totals, autocast=self._autocast)
+        with self._autocast():
+            output = model(batch.images, batch.masks, targets)
+        self.mark("decoder")
+        losses = self._losses(output, targets)
+        self.mark("criterion")
+        losses["loss"].backward()
+        self.mark("backward")
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _losses(self, output: gd.DetectorOutput, targets: gd.PackedTargets) -> dict[str, Tensor]:
+        if self.criterion is not None:
+            return self.criterion(output, self.batch)
+        return self.training.criterion(output, targets, StepTotals.of([targets]))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
+
+    @contextlib.contextmanager
+    def _patched(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.attention is not None:
+                stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
+            for name, function in self.compiled:
+                stack.enter_context(mock.patch.object(self.training.model, name, function))
+            yield
+
+
+def masked(training: Training, batch: Batch) -> Step:
+    return Step(training, batch, "masked SDPA", attention=naive.masked_sdpa)
+
+
+def folded(training: Training, batch: Batch) -> Step:
+    return Step(training, batch, "folded SDPA", attention=naive.folded_sdpa)
+
+
+def criterion_of(contender: str, training: Training, batch: Batch) -> Step:
+    criterion = PeerCriterion(contender, training.num_groups)
+    return Step(training, batch, f"criterion of {contender}", criterion=criterion)
+
+
+def in_passes(training: Training, batch: Batch) -> Step:
+    return Step(training, batch, "groups_per_pass=1", groups_per_pass=1)
+
+
+def difference(step: Step) -> float:
+    """How far a step's losses, and its attention, are from this package's, relative to them.
+
+    Raises:
+        AssertionError: if that is too far.
+    """
+    if step.contender == OURS:
+        assert step.losses()["loss"].isfinite(), "the loss is not finite"
+        return 0.0
+    expected = Step(step.training, step.batch).losses()
+    losses, names, off = step.losses(), ["loss"], 0.0
+    if step.criterion is not None:  # peers have other class losses
+        names = [name for name in expected if name.startswith(("loss_bbox", "loss_giou"))]
+    if step.attention is not None:
+        off = difference_of_attention(step)
+        assert off <= TOLERANCE, f"attention differs by {off:.2g} of its norm"
+    for name in names:
+        off_loss = ((losses[name] - expected[name]).abs() / expected[name].abs()).item()
+        assert off_loss <= TOLERANCE, f"{name} differs by {off_loss:.2g} of its value"
+        off = max(off, off_loss)
+    return off
+
+
+def difference_of_attention(step: Step) -> float:
+    """Of random queries: those of an untrained detector are so much alike that its loss hardly knows of groups."""
+    calls = []
+
+    def spy(*arguments: Any, dropout_p: float) -> Tensor:
+        calls.append(arguments)
+        return step.attention(*arguments, dropout_p=dropout_p)
+
+    replace(step, attention=spy).losses()
+    *tensors, groups = calls[0]
+    tensors = [torch.randn_like(tensor) for tensor in tensors]
+    expected = ops.grouped_attention(*tensors, groups).float()
+    return ((step.attention(*tensors, groups).float() - expected).norm() / expected.norm()).item()
+
+
+def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
+    """Check steps, then time them round by round; ratios are to the first one.
+
+    Returns:
+        Median seconds of each number of groups, of this package's steps.
+    """
+    samples: dict[int, list[HostTimes]] = {}
+    calls, differences = {}, {}
+    for index, step in enumerate(steps):
+        try:
+            differences[index] = difference(step)
+            step()
+            once = _sample(step, 1).wall
+        except Exception as error:
+            recorder.add("step", **step.fields, **what_became(error))
+        else:
+            calls[index] = 1 if recorder.rehearsal else min(max(1, math.ceil(SAMPLE / once)), 10)
+            samples[index] = []
+            continue
+        step.forget()
+    end = time.monotonic() + min(SECONDS * len(samples), recorder.seconds_left)
+    fewest, most = (2, 2) if recorder.rehearsal else ROUNDS
+    for number in range(most):
+        if number >= fewest and time.monotonic() > end:
+            break
+        keys = list(samples)
+        first = number % max(len(keys), 1)  # nobody always comes after the same neighbour
+        for index in keys[first:] + keys[:first]:
+            try:
+                samples[index].append(_sample(steps[index], calls[index]))
+            except Exception as error:
+                recorder.add("step", **steps[index].fields, **what_became(error))
+                del samples[index]
+    walls = {}
+    for index, values in samples.items():
+        step, base = steps[index], samples.get(0)
+        row = {"rounds": len(values), "calls": calls[index], "difference": differences[index]}
+        row["wall_q1"], row["wall"], row["wall_q3"] = quartiles([value.wall for value in values])
+        row["host"] = statistics.median(value.host for value in values)
+        if base is not None and index > 0:
+            row["ratio"] = statistics.median(own.wall / of_base.wall for own, of_base in zip(values, base, strict=True))
+            row["ratio_to"] = f"{steps[0].contender}, K = {steps[0].training.num_groups}"
+        recorder.add("step", **step.fields, **row)
+        if step.contender == OURS:
+            walls[step.training.num_groups] = row["wall"]
+    return walls
+
+
+def _sample(step: Step, calls: int) -> HostTimes:
+    _synchronize(step.batch.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    queued = time.perf_counter()
+    _synchronize(step.batch.device)
+    return HostTimes((time.perf_counter() - start) / calls, (queued - start) / calls)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_memory(recorder: Recorder, steps: Sequence[Step]) -> None:
+    """Peaks of steps, with ratios to that of the first."""
+    first = None
+    for step in steps:
+        with recorder.row("memory", **step.fields) as row:
+            step()  # the optimiser has its state, and kernels are compiled
+            row["bytes"] = peak_bytes(step, recorder.device)
+            row["static_bytes"] = step.training.static_bytes
+            if step is steps[0]:
+                first = row["bytes"]
+            elif first and row["bytes"]:
+                row["ratio"] = row["bytes"] / first
+        if "bytes" not in row:
+            step.forget()
+
+
+def count_syncs(recorder: Recorder, steps: Sequence[Step]) -> None:
+    """Of the criterion alone, and of the whole step."""
+    for step, work in itertools.product(steps, ("criterion", "step")):
+        with recorder.row("syncs", **step.fields, work=work) as row:
+            places = host_syncs(step.criterion_alone() if work == "criterion" else step, recorder.device)
+            row["count"] = None if places is None else len(places)
+            row["places"] = Counter(places or ()).most_common(5)
+
+
+def profile_kernels(recorder: Recorder, steps: Sequence[Step], walls: Mapping[int, float]) -> None:
+    """How busy the GPU is, and with what; on the CPU, operators stand for kernels.
+
+    Args:
+        walls: seconds of a step without a profiler, by the number of groups, where they are known.
+    """
+    for step in steps:
+        with recorder.row("kernels", **step.fields) as row:
+            row.update(_kernels(step))
+            if step.training.num_groups in walls:
+                row["gpu_busy_unprofiled"] = row["seconds"] / walls[step.training.num_groups]
+
+
+def _kernels(step: Step) -> dict[str, Any]:
+    on_gpu = step.batch.device.type == "cuda"
+    kind, activity = (DeviceType.CUDA, ProfilerActivity.CUDA) if on_gpu else (DeviceType.CPU, ProfilerActivity.CPU)
+    step()
+    with profile(activities=[activity]) as profiled:
+        for _ in range(PROFILED):
+            step()
+        _synchronize(step.batch.device)
+    events = [event for event in profiled.events() if event.device_type == kind and not event.is_user_annotation]
+    if not events:
+        raise RuntimeError("the profiler saw no kernels")
+    busy, begin, end = busy_time([(event.time_range.start, event.time_range.end) for event in events])
+    times: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for event in events:
+        times[event.name] += event.time_range.end - event.time_range.start  # microseconds
+        launches[event.name] += 1
+    most = [
+        {"name": name[:120], "seconds": spent / PROFILED / 1e6, "launches": launches[name] / PROFILED}
+        for name, spent in times.most_common(10)
+    ]
+    return {
+        "seconds": busy / PROFILED / 1e6,
+        "gpu_busy": busy / (end - begin),
+        "launches": len(events) / PROFILED,
+        "most": most,
+    }
+
+
+def busy_time(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Time that lies in at least one of the spans, begin of the first and end of the last."""
+    spans = sorted(spans)
+    begin = end = spans[0][0]
+    busy = 0.0
+    for start, stop in spans:
+        busy += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return busy, begin, end
+
+
+class Marks:
+    """Times of the ends of a step's parts, by the device's clock."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def __call__(self, part: str) -> None:
+        if self.on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((part, now))
+
+    def seconds(self) -> dict[str, float]:
+        """Medians over steps; each part begins where the one before it ended."""
+        samples: dict[str, list[float]] = {}
+        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            if part != "start":
+                samples.setdefault(part, []).append(begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin)
+        return {part: statistics.median(values) for part, values in samples.items()}
+
+
+def time_parts(recorder: Recorder, steps: Sequence[Step]) -> None:
+    for step in steps:
+        with recorder.row("parts", **step.fields) as row:
+            row.update(_parts(step, 1 if recorder.rehearsal else 5))
+
+
+def _parts(step: Step, repeats: int) -> dict[str, float]:
+    step()
+    marks = Marks(step.batch.device)
+    marked = replace(step, mark=marks)
+    with contextlib.ExitStack() as stack:
+        for part in ("backbone", "encoder"):
+            module = step.training.model.get_submodule(part)
+            hook = module.register_forward_hook(lambda *_, part=part: marks(part))
+            stack.callback(hook.remove)
+        for _ in range(repeats):
+            marked()
+    _synchronize(step.batch.device)
+    return marks.seconds()
+
+
+def compile_model(recorder: Recorder, step: Step) -> None:
+    """First the decoder, to which most of the cost of groups belongs, then all, as the training loop compiles."""
+    model = step.training.model
+    backend = "aot_eager" if recorder.rehearsal else "inductor"
+    parts: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    for part, contender in (("decode", "torch.compile of the decoder"), ("encode", "torch.compile")):
+        if parts and not recorder.has_time("step", 30, **{**step.fields, "contender": contender}):
+            return
+        parts = (*parts, (part, torch.compile(getattr(model, part), backend=backend)))
+        compiled = replace(step, contender=contender, compiled=parts)
+        with recorder.row("step", **compiled.fields) as row, _within(recorder.seconds_left - 5):
+            expected = step().item()
+            start = time.perf_counter()
+            loss = compiled().item()
+            row["compile_seconds"] = time.perf_counter() - start
+            # Dropout differs, as a check without it would compile all again.
+            assert abs(loss - expected) <= 0.2 * abs(expected), (
+                f"the loss is {loss:.4g}, without compile {expected:.4g}"
+            )
+            compiled()
+            calls, rounds = (1, 2) if recorder.rehearsal else (3, 5)
+            pairs = [(_sample(compiled, calls), _sample(step, calls)) for _ in range(rounds)]
+            row["wall_q1"], row["wall"], row["wall_q3"] = quartiles([own.wall for own, _ in pairs])
+            row["host"] = statistics.median(own.host for own, _ in pairs)
+            row["ratio"] = statistics.median(own.wall / eager.wall for own, eager in pairs)
+            row["ratio_to"] = f"{step.contender}, K = {step.training.num_groups}"
+        if "ratio" not in row:
+            step.forget()
+            return
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after so many seconds, where signals can be had."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1.0))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def build(recorder: Recorder, name: str) -> list[Training]:
+    """A training for each number of groups; none if one of them fails."""
+    trainings = []
+    for num_groups in GROUPS[name]:
+        with recorder.row("build", model=name, groups=num_groups) as row:
+            start = time.perf_counter()
+            trainings.append(Training(name, num_groups, recorder))
+            _synchronize(recorder.device)
+            row["seconds"] = time.perf_counter() - start
+    return trainings if len(trainings) == len(GROUPS[name]) else []
+
+
+def attempt(
+    recorder: Recorder, kind: str, seconds: float, steps: Sequence[Step], measurement: Callable[..., Any]
+) -> Any:
+    """``measurement(recorder, steps)`` if there is time for it. Whatever fails in it, the rest of the stage goes on."""
+    if recorder.seconds_left < seconds:
+        for step in steps:
+            recorder.has_time(kind, seconds, **step.fields)
+        return None
+    try:
+        return measurement(recorder, steps)
+    except Exception as error:
+        recorder.add(kind, **steps[-1].fields, **what_became(error))
+        return None
+
+
+def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
+    """Everything of a detector with few images, what matters most first."""
+    one, many = (Step(training, batch) for training in trainings)
+    training = many.training
+    contenders, passes, theirs = [masked(training, batch), folded(training, batch)], [], []
+    if training.name == CONDITIONAL:
+        passes = [in_passes(training, batch)]
+        theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
+    walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
+    attempt(recorder, "memory", 5, (one, many, *passes), measure_memory)
+    attempt(recorder, "step", 20, (many, *contenders, *theirs, *passes), time_steps)
+    for step in (many, *theirs[:1]):
+        attempt(recorder, "syncs", 3, (step,), count_syncs)
+    for step in (many, one) if theirs else (many,):
+        attempt(recorder, "kernels", 8, (step,), partial(profile_kernels, walls=walls))
+    # Without the check, which lets the host wait for the GPU, one sees the host's own time.
+    unchecked = [replace(step, contender="without the check", checked=False) for step in (one, many)]
+    attempt(recorder, "step", 8, unchecked, time_steps)
+    for step in (many, one):
+        attempt(recorder, "parts", 3, (step,), time_parts)
+
+
+def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
+    """The same for many images, where the host matters less: times and memory."""
+    one, many = (Step(training, batch) for training in trainings)
+    contenders = (masked(many.training, batch), folded(many.training, batch))
+    seconds = 10 if many.training.name == CONDITIONAL else 20
+    attempt(recorder, "step", seconds, (one, many), time_steps)
+    attempt(recorder, "memory", seconds / 2, (one, many), measure_memory)
+    attempt(recorder, "step", seconds, (many, *contenders), time_steps)
+
+
+def run(recorder: Recorder) -> None:
+    """Conditional DETR, then DINO, with 2 images, then with 16; torch.compile last, as it may take all time."""
+    threads = torch.get_num_threads()
+    if recorder.rehearsal:
+        torch.set_num_threads(1)  # more of them wait for each other in work as small as this
+    try:
+        _run(recorder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(recorder: Recorder) -> None:
+    trainings = {}
+    few = Batch(FEW, recorder)
+    for name in GROUPS:
+        trainings[name] = build(recorder, name)
+        if trainings[name]:
+            measure(recorder, trainings[name], few)
+    many = None
+    with recorder.row("build", batch=LARGE):
+        many = Batch(3 if recorder.rehearsal else LARGE, recorder)
+    for name in GROUPS:
+        if trainings[name] and many is not None:
+            measure_large(recorder, trainings[name], many)
+    del many
+    if trainings[CONDITIONAL]:
+        step = Step(trainings[CONDITIONAL][-1], few)
+        attempt(
+            recorder, "step", 30, (replace(step, contender="torch.compile"),), lambda *_: compile_model(recorder, step)
+        )
