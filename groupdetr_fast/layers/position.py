@@ -47,7 +47,8 @@ def sine_position_embedding(position: Tensor, dim: int, temperature: float = 100
     part = dim // 2
     exponent = torch.arange(0, part, 2, device=position.device, dtype=torch.float32) / part
     frequency = 2 * math.pi / temperature**exponent  # [part / 2]
-    angle = position.float()[..., None] * frequency  # [..., n, part / 2]
+    # Not by a list of indices, which would be copied to the GPU while the host waits.
+    y_first = torch.cat((position[..., 1:2], position[..., :1], position[..., 2:]), dim=-1)
+    angle = y_first.float()[..., None] * frequency  # [..., n, part / 2]
     waves = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # [..., n, part]
-    order = [1, 0, *range(2, position.shape[-1])]
-    return waves[..., order, :].flatten(-2).to(position.dtype)
+    return waves.flatten(-2).to(position.dtype)
