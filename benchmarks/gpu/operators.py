@@ -1,5 +1,6 @@
 """Every operator with inputs and its reference: what the stage ``smoke`` compares."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "Operator",
     "attention",
     "deformable",
+    "float32_products",
     "make_predictions",
     "matching",
     "per_group",
@@ -148,3 +150,14 @@ def per_group(cost: Tensor, case: cases.Matching) -> Tensor:
 def total_costs(cost: Tensor, queries: Tensor) -> Tensor:
     """Cost of each problem's assignment, in which every target has a query; in float64."""
     return cost.double().gather(-1, queries.unsqueeze(-1)).sum((-2, -1)).to(cost.dtype)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, how precise torch's products of float32 are; whatever changes it there (some peers do) ends with it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

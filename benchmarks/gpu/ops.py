@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import works
 from .clock import Captured, Pool, capture, eager_times, interleaved
+from .operators import float32_products
 from .recorder import Recorder
 from .works import Contender, Work
 
@@ -48,6 +49,8 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
     for batch in batches:
         sized = functools.partial(replace, batch=batch)
         yield 8, functools.partial(works.attention, sized(conditional), device, bf16)
+        if batch == batches[0]:
+            yield 40, functools.partial(works.compiled, sized(conditional), device, bf16)
         yield 10, functools.partial(works.deformable, sized(deformable[0]), device, bf16)
         yield 6, functools.partial(works.assignment, sized(matching[0]), device)
         yield 8, functools.partial(works.criterion, sized(matching[0]), device)
@@ -60,14 +63,13 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
         yield 6, functools.partial(works.attention, sized(wide), device, bf16)
         for case in matching[1:]:
             yield 6, functools.partial(works.assignment, sized(case), device)
-    yield 40, functools.partial(works.compiled, replace(conditional, batch=2), device, bf16)
     for batch in batches:
         sized = functools.partial(replace, batch=batch)
         yield 6, functools.partial(works.attention, sized(conditional), device, f32)
         yield 6, functools.partial(works.deformable, sized(deformable[0]), device, f32)
         yield 6, functools.partial(works.attention, sized(denoising), device, bf16, 0.1)
         yield 6, functools.partial(works.attention, sized(wide), device, bf16, 0.1)
-    yield 40, functools.partial(works.compiled, replace(conditional, batch=batches[-1]), device, bf16)
+    yield 40, functools.partial(works.compiled, sized(conditional), device, bf16)
 
 
 def measure(recorder: Recorder, work: Work) -> None:
@@ -79,8 +81,8 @@ def measure(recorder: Recorder, work: Work) -> None:
     for name, contender in work.contenders.items():
         row = {"work": work.name, **work.fields, "contender": name}
         with recorder.row("agreement", **row) as found:
-            run = contender.make()
-            with torch.no_grad():
+            with float32_products("highest"), torch.no_grad():
+                run = contender.make()
                 result = run(*sets[0])
             if work.outcome is not None:
                 outcome = work.outcome(result)
