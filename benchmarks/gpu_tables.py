@@ -1,0 +1,420 @@
+"""What the rows of gpu_report.py say, as tables: of a folder's newest run of each stage.
+
+python benchmarks/gpu_tables.py [--results DIR]     print the tables
+python benchmarks/gpu_tables.py --write             write DIR/report.md, and the short ones into docs/performance.md
+python benchmarks/gpu_tables.py --check             fail if docs/performance.md has other ones
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import roofline
+from documents import PERFORMANCE, read_section, significant, table, write_section
+from results import OURS
+
+RESULTS = Path(__file__).with_name("results") / "gpu"
+SECTION = "gpu"
+# A stage's run counts if it got so far as to write a row of this kind.
+STAGES = {"smoke": "operator", "ops": "time", "step": "step", "tests": "tests", "tune": "best_tile"}
+
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A run of a stage: what its numbers depend on, and its other rows."""
+
+    environment: Row
+    rows: list[Row]
+
+    def of(self, kind: str, **fields: Any) -> list[Row]:
+        """The good rows of a kind with these fields."""
+        return [
+            row
+            for row in self.rows
+            if row["kind"] == kind and row["status"] == "ok" and all(row.get(name) == fields[name] for name in fields)
+        ]
+
+
+def newest_run(folder: Path, stage: str) -> Run | None:
+    """The last one that is no rehearsal and has rows of the stage's kind."""
+    file = folder / f"{stage}.jsonl"
+    if not file.exists():
+        return None
+    runs: dict[str, list[Row]] = {}
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        runs.setdefault(row["run"], []).append(row)
+    for environment, *rows in reversed(runs.values()):
+        if not environment["rehearsal"] and any(row["kind"] == STAGES[stage] for row in rows):
+            return Run(environment, rows)
+    return None
+
+
+def origin(run: Run) -> str:
+    """Card, versions and commit, in a sentence for above a table."""
+    environment = run.environment
+    versions = environment["versions"]
+    names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)
+    date = f"{run.environment['run'][:4]}-{run.environment['run'][4:6]}-{run.environment['run'][6:8]}"
+    driver = f"driver {environment['driver']}, " if environment.get("driver") else ""
+    return f"{environment['device']}, {driver}{names}, commit {environment['commit']}, {date}."
+
+
+# --- Times of ops ---
+
+
+class Times(NamedTuple):
+    """Seconds of a contender: of the GPU for forward and for backward, and of an eager call of both."""
+
+    forward: float | None
+    backward: float | None
+    wall: float
+    host: float
+
+
+def works(run: Run) -> Iterator[tuple[Row, dict[str, Times]]]:
+    """Every work that was timed, and its contenders' times."""
+    found: dict[tuple, dict[str, dict[str, Row]]] = {}
+    for row in run.of("time"):
+        key = tuple((name, row.get(name)) for name in ("work", "case", "batch", "dtype", "dropout"))
+        found.setdefault(key, {}).setdefault(row["contender"], {})[row["pass"]] = row
+    for key, contenders in found.items():
+        yield dict(key), {name: times_of(passes) for name, passes in contenders.items()}
+
+
+def times_of(passes: dict[str, Row]) -> Times:
+    """Of rows by pass; the backward pass is what both together take longer than the forward pass."""
+    forward, last = (gpu_seconds(passes.get(name)) for name in ("forward", "both"))
+    backward = last - forward if forward is not None and last is not None else None
+    row = passes.get("both") or passes["forward"]
+    return Times(forward, backward, row["wall"], row["host"])
+
+
+def gpu_seconds(row: Row | None) -> float | None:
+    return row["gpu_warm"][1] if row and "gpu_warm" in row else None
+
+
+def microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else significant(1e6 * seconds)
+
+
+def ratio(theirs: float | None, ours: float | None) -> str:
+    return "-" if theirs is None or ours is None else f"{theirs / ours:.2f}"
+
+
+def name_of(work: Row) -> str:
+    dropout = f", dropout {work['dropout']}" if work["dropout"] else ""
+    return f"{work['case']}, batch {work['batch']}, {work['dtype']}{dropout}"
+
+
+def peers(contenders: dict[str, Times]) -> dict[str, Times]:
+    return {name: times for name, times in contenders.items() if name != OURS}
+
+
+def best(contenders: dict[str, Times], of: Callable[[Times], float | None]) -> tuple[str, float] | None:
+    """The fastest peer."""
+    known = [(of(times), name) for name, times in peers(contenders).items() if of(times) is not None]
+    return (min(known)[1], min(known)[0]) if known else None
+
+
+def floors(work: Row) -> tuple[float | None, float | None]:
+    """On paper, for forward and backward; of the sizes that roofline.py has."""
+    wide = "900" in work["case"] or "coder" in work["case"]
+    setting = roofline.Setting("DINO" if wide else "Conditional DETR", 900 if wide else 300, work["batch"])
+    if work["dtype"] == "bfloat16" and work["work"] == "grouped_attention" and work["case"].startswith("K11"):
+        dropout = work["dropout"] or 0.0
+        return tuple(roofline.attention(setting, backward, dropout).seconds for backward in (False, True))
+    if work["work"] == "linear_assignment" and work["case"].endswith("x20"):
+        return roofline.linear_assignment(setting).seconds, None
+    if work["work"] == "matching_cost":
+        return roofline.matching_cost(setting).seconds, None
+    queries = {"encoder": setting.pixels, "decoder9900": setting.length}.get(work["case"].partition(" ")[0])
+    if work["dtype"] == "bfloat16" and work["work"] == "ms_deform_attn" and queries:
+        return tuple(roofline.deformable(setting, queries, backward).seconds for backward in (False, True))
+    return None, None
+
+
+def short_table(run: Run) -> str:
+    """Ours and the best peer of each pass."""
+    header = ["work", "forward, µs", "floor", "best peer", "times ours"]
+    header += ["backward, µs", "floor", "best peer", "times ours", "eager, µs", "best peer", "times ours"]
+    lines = []
+    for work, contenders in works(run):
+        ours = contenders.get(OURS)
+        if ours is None or not peers(contenders):
+            continue
+        line = [f"{work['work']}: {name_of(work)}"]
+        parts = ("forward", "backward", "wall") if ours.forward is not None else (None, None, "wall")
+        for part, floor in zip(parts, (*floors(work), None), strict=True):
+            seconds = getattr(ours, part) if part else None
+            line.append(microseconds(seconds))
+            if part != "wall":
+                line.append(microseconds(floor) if seconds is not None else "-")
+            fastest = best(contenders, lambda times, part=part: getattr(times, part)) if part and seconds else None
+            line += [fastest[0], ratio(fastest[1], seconds)] if fastest else ["-", "-"]
+        lines.append(line)
+    return table(header, lines)
+
+
+def full_tables(run: Run) -> Iterator[str]:
+    """Every contender of every work."""
+    header = [
+        "contender",
+        "forward, µs",
+        "times ours",
+        "backward, µs",
+        "times ours",
+        "eager, µs",
+        "times ours",
+        "host, µs",
+    ]
+    for work, contenders in works(run):
+        ours = contenders.get(OURS)
+        lines = []
+        for name, times in contenders.items():
+            line = [name]
+            for part in ("forward", "backward", "wall"):
+                line += [microseconds(getattr(times, part)), ratio(getattr(times, part), ours and getattr(ours, part))]
+            lines.append([*line, microseconds(times.host)])
+        yield f"#### {work['work']}: {name_of(work)}\n\n{table(header, lines)}"
+
+
+# --- Goals ---
+
+
+def find(run: Run, name: str, **fields: Any) -> dict[str, Times]:
+    """The contenders of a work; nothing if it was not timed."""
+    for work, contenders in works(run):
+        if work["work"] == name and all(work[field] == value for field, value in fields.items()):
+            return contenders
+    return {}
+
+
+def compare(contenders: dict[str, Times], part: str, like: str = "") -> float | None:
+    """The best time of the peers whose names begin so, over ours."""
+    ours = contenders.get(OURS)
+    chosen = {name: times for name, times in contenders.items() if name == OURS or name.startswith(like)}
+    fastest = best(chosen, lambda times: getattr(times, part))
+    own = ours and getattr(ours, part)
+    return fastest[1] / own if fastest and own else None
+
+
+def goals_table(smoke: Run, ops: Run, step: Run) -> str:
+    """The goals of the package on a GPU, and what was measured."""
+    attention = {"case": "K11xN300", "batch": 2, "dtype": "bfloat16"}
+    plain, dropped = (find(ops, "grouped_attention", **attention, dropout=p) for p in (0.0, 0.1))
+    encoder = find(ops, "ms_deform_attn", case="encoder near", batch=2, dtype="bfloat16")
+    compiled = {name: times for name, times in encoder.items() if name != "grid_sample"}
+    assignment = find(ops, "linear_assignment", case="132x300x20")
+    criterion = find(ops, "criterion", case="132x300x20")
+    both = {name: whole(times) for name, times in compiled.items()}
+    dropped_both = {name: whole(times) for name, times in dropped.items()}
+    wrong = [row for row in smoke.rows if row["status"] == "wrong"]
+    errors = [max(row["error_over_allowed"].values()) for row in smoke.of("operator")]
+    conditional = {"model": "conditional_detr_r50", "groups": 11, "batch": 2}
+    (ratio_of_groups,) = (
+        row["ratio"] for row in step.of("step", **conditional, ratio_to=f"{OURS}, K = 1", contender=OURS)
+    )
+    (ratio_of_passes,) = (row["ratio"] for row in step.of("memory", **conditional, contender="groups_per_pass=1"))
+    (syncs,) = (row["count"] for row in step.of("syncs", **conditional, contender=OURS, work="criterion"))
+    at_least = [
+        (
+            "grouped attention 11 x 300 forward, GPU, over the best folded SDPA",
+            compare(plain, "forward", "folded"),
+            1.2,
+        ),
+        ("its backward", compare(plain, "backward", "folded"), 1.0),
+        ("both, over FlexAttention's mask", compare({k: whole(v) for k, v in flex(ops).items()}, "forward", "Flex"), 5),
+        ("with dropout 0.1, both, over folded SDPA", compare(dropped_both, "forward", "folded"), 1.2),
+        ("deformable attention, encoder, both, GPU, over the best compiled peer", compare(both, "forward"), 1.5),
+        (
+            "assignment, 132 problems of 300 x 20, eager, over torch-linear-assignment",
+            compare({k: v for k, v in assignment.items() if "no checks" not in k}, "wall", "torch-linear-assignment"),
+            5,
+        ),
+        ("criterion with backward, eager, over transformers", compare(criterion, "wall", "transformers"), 8),
+        ("the same, over RF-DETR", compare(criterion, "wall", "rfdetr"), 4),
+    ]
+    lines = [["largest error of an op over what is allowed", "at most 1", f"{max(errors):.2f}", met(not wrong)]]
+    for name, value, goal in at_least:
+        shown = "not measured" if value is None else f"{value:.2f}"
+        lines.append([name, f"at least {goal:g}", shown, "-" if value is None else met(value >= goal)])
+    lines += [
+        ["host synchronisations of the criterion", "0", str(syncs), met(syncs == 0)],
+        ["step of K = 11 over K = 1, batch 2", "at most 1.22", f"{ratio_of_groups:.2f}", met(ratio_of_groups <= 1.22)],
+        [
+            "peak memory of K = 11, one group a pass, over K = 1",
+            "at most 1.15",
+            f"{ratio_of_passes:.2f}",
+            met(ratio_of_passes <= 1.15),
+        ],
+    ]
+    return table(["goal", "", "measured", ""], lines)
+
+
+def flex(ops: Run) -> dict[str, Times]:
+    """The contenders of the work that has FlexAttention."""
+    for _, contenders in works(ops):
+        if "FlexAttention" in contenders:
+            return contenders
+    return {}
+
+
+def whole(times: Times) -> Times:
+    """Forward and backward together, in the place of forward."""
+    known = times.forward is not None and times.backward is not None
+    return times._replace(forward=times.forward + times.backward if known else None)
+
+
+def met(good: bool) -> str:
+    return "met" if good else "missed"
+
+
+# --- The other stages ---
+
+
+def smoke_table(run: Run) -> str:
+    """The largest error over what is allowed, by operator and precision."""
+    largest: dict[str, dict[str, float]] = {}
+    for row in run.of("operator"):
+        by_precision = largest.setdefault(row["operator"], {})
+        error = max(row["error_over_allowed"].values())
+        by_precision[row["precision"]] = max(error, by_precision.get(row["precision"], 0.0))
+    precisions = list(dict.fromkeys(precision for errors in largest.values() for precision in errors))
+    rows = [
+        [operator, *(f"{errors[each]:.2f}" if each in errors else "-" for each in precisions)]
+        for operator, errors in largest.items()
+    ]
+    return table(["error over allowed", *precisions], rows)
+
+
+def step_table(run: Run) -> str:
+    """Whole steps, and what became of them with others' parts."""
+    lines = []
+    for row in run.of("step"):
+        quartiles = f"{1e3 * row['wall_q1']:.1f} to {1e3 * row['wall_q3']:.1f}"
+        line = [row["model"], str(row["batch"]), str(row["groups"]), row["contender"]]
+        line += [f"{1e3 * row['wall']:.1f} ({quartiles})", f"{1e3 * row['host']:.1f}"]
+        lines.append([*line, f"{row['ratio']:.2f} of {row['ratio_to']}" if "ratio" in row else ""])
+    return table(["detector", "batch", "K", "contender", "step, ms (quartiles)", "host, ms", "ratio"], lines)
+
+
+def memory_table(run: Run) -> str:
+    lines = [
+        [
+            row["model"],
+            str(row["batch"]),
+            str(row["groups"]),
+            row["contender"],
+            f"{row['bytes'] / 2**20:.0f}",
+            ratio_in(row),
+        ]
+        for row in run.of("memory")
+    ]
+    return table(["detector", "batch", "K", "contender", "peak beyond weights, MiB", "over K = 1"], lines)
+
+
+def ratio_in(row: Row) -> str:
+    return f"{row['ratio']:.2f}" if "ratio" in row else ""
+
+
+def busy_table(run: Run) -> str:
+    """What the GPU does in a step, and how often the host waits for it."""
+    lines = []
+    for row in run.of("kernels"):
+        waits = run.of("syncs", model=row["model"], groups=row["groups"], contender=OURS, work="step")
+        count = str(waits[0]["count"]) if waits else "-"
+        share = f"{100 * row['gpu_busy_unprofiled']:.0f} %" if "gpu_busy_unprofiled" in row else "-"
+        first = row["most"][0]
+        line = [row["model"], str(row["batch"]), str(row["groups"]), f"{1e3 * row['seconds']:.1f}", share]
+        line += [f"{row['launches']:.0f}", count, f"{short_name(first['name'])}: {1e3 * first['seconds']:.2f} ms"]
+        lines.append(line)
+    header = ["detector", "batch", "K", "GPU at work, ms", "of the step", "kernels", "host waits", "costliest kernel"]
+    return table(header, lines)
+
+
+def short_name(kernel: str) -> str:
+    """Without C++'s namespaces and arguments."""
+    return kernel.removeprefix("void ").partition("<")[0].rpartition("::")[2][:40]
+
+
+def tiles_table(run: Run) -> str:
+    lines = [
+        [
+            row["kernel"],
+            row["size"],
+            str(row["batch"]),
+            f"{row['block']} x {row['step']}, {row['warps']} warps, {row['stages']} stages",
+            f"{row['over_default']:.2f}",
+            str(row["tiles"]),
+        ]
+        for row in run.of("best_tile")
+    ]
+    return table(["kernel", "size", "batch", "fastest tile", "its time over the tile before", "of so many"], lines)
+
+
+def tests_sentence(run: Run) -> str:
+    (row,) = run.of("tests")
+    failed = ", ".join(f"`{row['test']}` ({row['note']})" for row in run.rows if row["kind"] == "test")
+    return f"{row['passed']} passed, {row['failed']} failed, in {row['seconds']:.0f} s." + (
+        f" {failed}" if failed else ""
+    )
+
+
+def sanitizer_sentence(run: Run) -> str:
+    return "; ".join(f"{row['tool']}: {row['summary']}" for row in run.of("sanitizer")) + "."
+
+
+# --- Documents ---
+
+
+def parts(folder: Path, full: bool) -> Iterable[str]:
+    """The tables in order; those of stages without a run are left out."""
+    smoke, ops, step, tests, tune = (newest_run(folder, stage) for stage in STAGES)
+    if smoke and ops and step:
+        yield f"### Goals\n\n{goals_table(smoke, ops, step)}"
+    if smoke:
+        ceilings = [f"{row['of']} {significant(row['value'] / 1e12)}e12 {row['unit']}" for row in smoke.of("ceiling")]
+        found = f"{origin(smoke)} Ceilings: {'; '.join(ceilings)}."
+        yield f"### Every op against float64\n\n{found}\n\n{smoke_table(smoke)}"
+    if tests:
+        yield f"### Tests marked gpu\n\n{origin(tests)} {tests_sentence(tests)}"
+    if ops:
+        yield f"### Ops against the best peer\n\n{origin(ops)}\n\n{short_table(ops)}"
+        if full:
+            yield from full_tables(ops)
+    if step:
+        yield f"### Training steps, 800 x 1333, bf16\n\n{origin(step)}\n\n{step_table(step)}"
+        yield busy_table(step)
+        yield memory_table(step)
+    if tune:
+        yield f"### Tiles\n\n{origin(tune)} {sanitizer_sentence(tune)}\n\n{tiles_table(tune)}"
+
+
+def document(folder: Path, full: bool = False) -> str:
+    return "\n\n".join(parts(folder, full)) or "Not yet measured on a GPU."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="write report.md and the section of performance.md")
+    action.add_argument("--check", action="store_true", help="fail if performance.md has other tables")
+    options = parser.parse_args(arguments)
+    if options.write:
+        write_section(PERFORMANCE, SECTION, document(options.results))
+        (options.results / "report.md").write_text(f"# GPU report\n\n{document(options.results, full=True)}\n")
+    elif options.check:
+        if read_section(PERFORMANCE, SECTION) != document(options.results):
+            sys.exit(f"{PERFORMANCE} has other tables: run python {sys.argv[0]} --write")
+    else:
+        print(document(options.results, full=True))
+
+
+if __name__ == "__main__":
+    main()
