@@ -2,13 +2,13 @@
 
 from torch import nn
 
+from .losses.criterion import SetCriterion
+from .losses.mask_criterion import MaskCriterion
+from .losses.mask_matcher import MaskMatcher
+from .losses.matcher import Assignment, GroupMatcher
 from .models.config import BaseConfig, DetectorConfig
 from .models.mask2former import Mask2FormerConfig
 from .models.registry import model_config
-from .training.criterion import SetCriterion
-from .training.mask_criterion import MaskCriterion
-from .training.mask_matcher import MaskMatcher
-from .training.matcher import Assignment, GroupMatcher
 
 __all__ = ["build_criterion"]
 
@@ -24,7 +24,7 @@ def build_criterion(
     Args:
         model_or_config_or_name: a model of this package (also wrapped, as by DistributedDataParallel), its
             configuration, or its name.
-        assignment, positives: see ``training.matcher.GroupMatcher``; the defaults are those of Group DETR.
+        assignment, positives: see ``losses.matcher.GroupMatcher``; the defaults are those of Group DETR.
 
     Raises:
         TypeError: for anything else.

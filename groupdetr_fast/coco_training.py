@@ -32,11 +32,11 @@ from .data import (
 from .evaluation.coco import CocoEvaluator, format_table
 from .evaluation.visualize import draw_detections
 from .inference import EVAL_SETTINGS, class_table
+from .losses.matcher import Assignment
 from .models import build_model, load_checkpoint, model_config, postprocess
 from .models.checkpoints import read_metadata
 from .training.checkpoint import BEST, write_whole
 from .training.engine import Trainer, build_accelerator
-from .training.matcher import Assignment
 from .training.optimization import OptimizationConfig
 
 __all__ = ["CocoTrainingConfig", "DataConfig", "DataPaths", "ModelConfig", "digits_demo", "evaluate", "train"]

@@ -1,12 +1,13 @@
-"""The ground truth of a batch, packed into tensors whose shapes depend on host-side numbers alone."""
+"""The ground truth of a batch, packed into tensors whose shapes depend on host-side numbers alone, and of a step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["PackedTargets"]
+__all__ = ["PackedTargets", "StepTotals"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,33 @@ def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     pinned = device.type == "cuda" and torch.cuda.is_available()  # fake tensors lie on GPUs that there are not
     # The memory of the pinned tensor, which is gone on return, is not given out again before the copy is done.
     return torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the losses of one optimiser step are divided by, where the step takes several calls of the criterion.
+
+    The calls are for the batches of an accumulated step, or for some groups of queries at a time. Their losses add up
+    to those of one call for everything.
+
+    Attributes:
+        num_objects: scalar, objects of all images of the step, averaged over processes and at least 1.
+        sizes: objects of each image of the step, in this process.
+        num_groups: K, groups of the step; None: those of the predictions.
+    """
+
+    num_objects: Tensor
+    sizes: tuple[int, ...]
+    num_groups: int | None = None
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedTargets], num_groups: int | None = None) -> "StepTotals":
+        """The totals of a step on some batches; every process must call this at the same time."""
+        count = torch.stack([targets.num_targets.sum() for targets in batches]).sum().float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
+        return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes), num_groups)
 
 
 def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:

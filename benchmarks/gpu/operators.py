@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 OPS = torch.ops.groupdetr_fast
-NO_OBJECT = -1
 COST = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "alpha": 0.25, "gamma": 2.0}
 
 
@@ -139,7 +138,7 @@ def random_classes(out: gd.DetectorOutput, case: cases.Matching) -> Tensor:
     """A target class for one query of 15, about as many as are matched."""
     shape, device = out.logits.shape[:-1], out.logits.device
     classes = torch.randint(case.classes, shape, device=device)
-    return classes.where(torch.rand(shape, device=device) < 1 / 15, NO_OBJECT)
+    return classes.where(torch.rand(shape, device=device) < 1 / 15, gd.ops.NO_OBJECT)
 
 
 def per_group(cost: Tensor, case: cases.Matching) -> Tensor:

@@ -43,7 +43,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
-from groupdetr_fast.training.criterion import StepTotals
+from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses, add_losses
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses.matcher import GroupMatcher, Matching
 from ..models.conditional_detr import ConditionalDetr
-from ..training.matcher import GroupMatcher, Matching
 
 __all__ = ["DistanceRecorder", "has_positions", "matching_distance", "perturbation_distance", "query_positions"]
 

@@ -50,7 +50,7 @@ def with_groups(
         training: a training, whose number of queries is that of one group.
         num_groups: K.
         separate: whether self-attention stays inside the groups.
-        assignment: see ``training.matcher.GroupMatcher``; with "one_to_one" each object has one positive.
+        assignment: see ``losses.matcher.GroupMatcher``; with "one_to_one" each object has one positive.
     """
     size = training.model.num_queries or model_config(training.model.model).num_queries
     if num_groups == 1:  # where all assignments and layouts are the same

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from .. import ops
 from ..boxes import aligned_generalized_box_iou, box_area, cxcywh_to_xyxy
 from ..groups import QueryGroups
+from ..losses.matcher import GroupMatcher, Matching
 from ..targets import PackedTargets
-from ..training.matcher import GroupMatcher, Matching
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 

@@ -9,11 +9,13 @@ from .grouped_attention import grouped_attention
 from .linear_assignment import linear_assignment
 from .matching_cost import matching_cost
 from .ms_deform_attn import ms_deform_attn
-from .sigmoid_focal_loss import sigmoid_focal_loss
+from .sigmoid_focal_loss import IGNORED, NO_OBJECT, sigmoid_focal_loss
 
 load_extension()
 
 __all__ = [
+    "IGNORED",
+    "NO_OBJECT",
     "backends",
     "grouped_attention",
     "linear_assignment",

@@ -1,1 +1,1 @@
-"""Matching, losses and the training loop. Knows outputs and targets, not detectors."""
+"""The training loop. It is given a model and a criterion, and knows neither detectors nor losses."""

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..targets import StepTotals
 from .checkpoint import CheckpointError, mark_best, read_checkpoint, resumable_checkpoints, save_checkpoint, write_whole
-from .criterion import StepTotals
 from .ema import AveragedWeights
 from .faults import StopRequest, TrainingError, TrainingStopped
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler

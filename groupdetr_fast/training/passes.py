@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..groups import QueryGroups
-from ..targets import PackedTargets
-from .criterion import StepTotals
+from ..targets import PackedTargets, StepTotals
 
 __all__ = ["GroupPasses", "add_losses", "average_gradients"]
 

@@ -15,7 +15,7 @@ from groupdetr_fast.analysis.distances import (
     query_positions,
     read_distances,
 )
-from groupdetr_fast.training.matcher import GroupMatcher, Matching
+from groupdetr_fast.losses.matcher import GroupMatcher, Matching
 
 SMALL = {
     "num_queries": 4,

@@ -10,8 +10,8 @@ from test_passes import MASKS, small_batch, small_model
 import groupdetr_fast as gd
 from groupdetr_fast.coco_training import train
 from groupdetr_fast.data import AugmentationConfig
-from groupdetr_fast.training import mask_criterion
-from groupdetr_fast.training.criterion import StepTotals
+from groupdetr_fast.losses import mask_criterion
+from groupdetr_fast.targets import StepTotals
 
 
 def losses_and_gradients(model, criterion, batches):

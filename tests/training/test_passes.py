@@ -9,8 +9,8 @@ import torch.distributed as dist
 from peak_memory import peak_bytes
 
 import groupdetr_fast as gd
-from groupdetr_fast.training import mask_criterion
-from groupdetr_fast.training.criterion import StepTotals
+from groupdetr_fast.losses import mask_criterion
+from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.passes import GroupPasses, average_gradients
 
 SMALL = {

@@ -24,9 +24,10 @@ def sigmoid_focal_loss(logits: Tensor, target_classes: Tensor, *, alpha: float =
     Args:
         logits: ``[..., Q, C]`` of Q queries, float32, float64, float16 or bfloat16. The leading dimensions are, for
             instance, decoder layers and images. Any strides.
-        target_classes: ``[..., Q]`` int64: the class of the target that a query is matched to, in ``[0, C)``; -1 for a
-            query without one, whose classes are all absent; -2 for a query to ignore, which adds nothing and whose
-            gradient is 0 whatever its logits are. Any other value makes the loss and the gradient of its row NaN.
+        target_classes: ``[..., Q]`` int64: the class of the target that a query is matched to, in ``[0, C)``; NO_OBJECT
+            (-1) for a query without one, whose classes are all absent; IGNORED (-2) for a query to ignore, which adds
+            nothing and whose gradient is 0 whatever its logits are. Any other value makes the loss and the gradient of
+            its row NaN.
         alpha: weight of the classes that are present; the others have ``1 - alpha``.
         gamma: exponent of the focal factor; not negative.
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 # What a row of target_classes holds besides classes.
-NO_OBJECT = -1
-IGNORED = -2
+NO_OBJECT = -1  # target class of a query that must predict nothing
+IGNORED = -2  # target class of a query that has no class loss
 
 
 def sigmoid_focal_loss_reference(logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:

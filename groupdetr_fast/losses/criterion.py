@@ -1,23 +1,20 @@
 """The set prediction loss over all decoder layers, images and groups at once."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
 from ..boxes import aligned_generalized_box_iou, cxcywh_to_xyxy
 from ..groups import QueryGroups
-from ..targets import PackedTargets
+from ..ops import IGNORED, NO_OBJECT
+from ..targets import PackedTargets, StepTotals
 from .matcher import GroupMatcher
 
-__all__ = ["SetCriterion", "StepTotals", "layer_suffixes"]
-
-NO_OBJECT = -1  # target class of a query that must predict nothing
-IGNORED = -2  # target class of a query that has no class loss
+__all__ = ["SetCriterion", "layer_suffixes"]
 
 
 class Predictions(Protocol):
@@ -46,33 +43,6 @@ class DenoisingPredictions(Protocol):
     logits: Tensor  # [layers, B, D, C]
     boxes: Tensor  # [layers, B, D, 4]
     queries: DenoisingQueries
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """What the losses of one optimiser step are divided by, where the step takes several calls of the criterion.
-
-    The calls are for the batches of an accumulated step, or for some groups of queries at a time. Their losses add up
-    to those of one call for everything.
-
-    Attributes:
-        num_objects: scalar, objects of all images of the step, averaged over processes and at least 1.
-        sizes: objects of each image of the step, in this process.
-        num_groups: K, groups of the step; None: those of the predictions.
-    """
-
-    num_objects: Tensor
-    sizes: tuple[int, ...]
-    num_groups: int | None = None
-
-    @classmethod
-    def of(cls, batches: Sequence[PackedTargets], num_groups: int | None = None) -> "StepTotals":
-        """The totals of a step on some batches; every process must call this at the same time."""
-        count = torch.stack([targets.num_targets.sum() for targets in batches]).sum().float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count)
-            count = count / dist.get_world_size()
-        return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes), num_groups)
 
 
 class SetCriterion(nn.Module):

@@ -9,9 +9,9 @@ from scipy.optimize import linear_sum_assignment
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
+from groupdetr_fast.losses.criterion import SetCriterion
+from groupdetr_fast.losses.matcher import GroupMatcher
 from groupdetr_fast.models import DetectorOutput
-from groupdetr_fast.training.criterion import SetCriterion
-from groupdetr_fast.training.matcher import GroupMatcher
 
 CLASSES, SIZES = 5, (3, 0, 2)
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
-from groupdetr_fast.training.mask_criterion import MaskCriterion
-from groupdetr_fast.training.mask_matcher import MaskMatcher
+from groupdetr_fast.losses.mask_criterion import MaskCriterion
+from groupdetr_fast.losses.mask_matcher import MaskMatcher
 
 LAYERS, CLASSES, DIM = 3, 5, 8
 FRAME, CELLS = (40, 48), (10, 12)

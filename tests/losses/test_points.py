@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from groupdetr_fast.training.points import sample_maps, sample_masks, uncertain_points
+from groupdetr_fast.losses.points import sample_maps, sample_masks, uncertain_points
 
 
 def test_samples_are_bilinear():

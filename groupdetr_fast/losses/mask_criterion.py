@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..groups import QueryGroups
-from ..targets import PackedTargets
-from .criterion import StepTotals, layer_suffixes
+from ..targets import PackedTargets, StepTotals
+from .criterion import layer_suffixes
 from .mask_matcher import MaskMatcher
 from .matcher import Matching
 from .points import sample_maps, sample_masks, uncertain_points
