@@ -7,6 +7,7 @@ from .losses.mask_criterion import MaskCriterion
 from .losses.mask_matcher import MaskMatcher
 from .losses.matcher import Assignment, GroupMatcher
 from .models.config import BaseConfig, DetectorConfig
+from .models.detector import Detector
 from .models.mask2former import Mask2FormerConfig
 from .models.registry import model_config
 
@@ -34,7 +35,7 @@ def build_criterion(
     if isinstance(source, str):
         source = model_config(source)
     elif isinstance(source, nn.Module):
-        source = getattr(getattr(source, "module", source), "config", source)
+        source = next((module.config for module in source.modules() if isinstance(module, Detector)), source)
     if isinstance(source, Mask2FormerConfig):
         if assignment != "group" or positives is not None:
             raise ValueError(f'{type(source).__name__} is trained with the default assignment, "group", alone')

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from .attention import split_heads
 from .deformable_levels import Levels
+from .initialization import initialize_matrices
 
 __all__ = ["MultiScaleDeformableAttention", "initialize_deformable"]
 
@@ -85,9 +86,7 @@ class MultiScaleDeformableAttention(nn.Module):
 def initialize_deformable(*modules: nn.Module) -> None:
     """Initialise as Deformable DETR does: every matrix by Xavier's rule, and then deformable attention by its own."""
     for root in modules:
-        for parameter in root.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        initialize_matrices(root)
         for module in root.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.reset_parameters()

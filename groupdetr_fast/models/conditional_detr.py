@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..groups import QueryGroups
 from ..layers.conditional_decoder import ConditionalDecoderLayer, Memory
+from ..layers.initialization import initialize_heads, initialize_matrices
 from ..layers.mlp import MLP, inverse_sigmoid
 from ..layers.position import sine_position_embedding
-from ..layers.queries import choose_groups, group_rows
+from ..targets import PackedTargets
 from .config import DetectorConfig
+from .detector import group_rows
 from .output import DetectorOutput
 from .single_level import SingleLevelDetr
 
@@ -70,6 +72,7 @@ class ConditionalDetr(SingleLevelDetr):
     """Conditional DETR with ``config.num_groups`` groups; with one group it is the base model."""
 
     group_parameters = ("query_embed.weight",)  # group-major rows; all other parameters serve every group
+    config: ConditionalDetrConfig
 
     def __init__(self, config: ConditionalDetrConfig):
         super().__init__(config)
@@ -78,43 +81,13 @@ class ConditionalDetr(SingleLevelDetr):
         self.query_embed = nn.Embedding(config.num_groups * config.num_queries, dim)
         self.class_embed = nn.Linear(dim, config.num_classes)
         self.bbox_embed = MLP(dim, dim, 4, 3)
-        self._reset_parameters()
+        initialize_matrices(self.encoder, self.decoder)
+        initialize_heads([self.class_embed], [self.bbox_embed])
 
-    def forward(
-        self,
-        images: Tensor,
-        masks: Tensor | None = None,
-        targets: object = None,
-        *,
-        num_groups: int | None = None,
-        inference_group: int = 0,
+    def decode(
+        self, memory: Memory, groups: QueryGroups, first: int = 0, targets: PackedTargets | None = None
     ) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised as the backbone expects.
-            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded.
-            targets: accepted, since every detector is called alike, and not used: this model has no denoising queries.
-            num_groups: groups to use; default all in training mode and one in evaluation mode.
-            inference_group: the group to use where one is used.
-
-        Returns:
-            The predictions of every decoder layer.
-        """
-        groups, first = choose_groups(
-            self.config.num_groups, self.config.num_queries, self.training, num_groups, inference_group
-        )
-        return self.decode(self.encode(images, masks), groups, first, targets)
-
-    def decode(self, memory: Memory, groups: QueryGroups, first: int = 0, targets: object = None) -> DetectorOutput:
-        """Detect with some of the groups, in an image that was encoded.
-
-        Args:
-            memory: from :meth:`encode`.
-            groups: how the queries fall into groups.
-            first: the first of these groups among those of the model.
-            targets: as in :meth:`forward`.
-        """
+        """See :meth:`Detector.decode`."""
         query_pos = group_rows(self.query_embed.weight, groups, first)
         outputs, reference = self.decoder(query_pos, memory, groups)
         offsets = self.bbox_embed(outputs)

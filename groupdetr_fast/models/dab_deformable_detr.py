@@ -14,10 +14,12 @@ from ..groups import QueryGroups
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_decoder import DeformableDecoderLayer, boxes_in_levels
 from ..layers.deformable_levels import Levels
+from ..layers.initialization import initialize_heads
 from ..layers.mlp import ANCHOR_EPS, MLP, inverse_sigmoid
 from ..layers.position import sine_position_embedding
-from ..layers.queries import choose_groups, group_rows
-from .deformable import DeformableConfig, DeformableDetector, initialize_heads
+from ..targets import PackedTargets
+from .deformable import DeformableConfig, DeformableDetector
+from .detector import group_rows
 from .output import DetectorOutput
 
 __all__ = ["DabDeformableDetr", "DabDeformableDetrConfig"]
@@ -89,6 +91,7 @@ class DabDeformableDetr(DeformableDetector):
     """DAB-Deformable-DETR with ``config.num_groups`` groups; with one group it is the base model."""
 
     group_parameters = ("tgt_embed.weight", "refpoint_embed.weight")  # group-major rows
+    config: DabDeformableDetrConfig
 
     def __init__(self, config: DabDeformableDetrConfig):
         super().__init__(config, position_offset=-0.5)
@@ -102,43 +105,14 @@ class DabDeformableDetr(DeformableDetector):
         initialize_heads(self.class_embed, self.bbox_embed)
         nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # the first layer makes the anchors smaller
 
-    def forward(
-        self,
-        images: Tensor,
-        masks: Tensor | None = None,
-        targets: object = None,
-        *,
-        num_groups: int | None = None,
-        inference_group: int = 0,
-    ) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised as the backbone expects.
-            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded.
-            targets: accepted, since every detector is called alike, and not used: this model has no denoising queries.
-            num_groups: groups to use; default all in training mode and one in evaluation mode.
-            inference_group: the group to use where one is used.
-
-        Returns:
-            The predictions of every decoder layer.
-        """
-        groups, first = choose_groups(
-            self.config.num_groups, self.config.num_queries, self.training, num_groups, inference_group
-        )
-        return self.decode(self.encode(images, masks), groups, first, targets)
-
     def decode(
-        self, memory: tuple[Tensor, Levels], groups: QueryGroups, first: int = 0, targets: object = None
+        self,
+        memory: tuple[Tensor, Levels],
+        groups: QueryGroups,
+        first: int = 0,
+        targets: PackedTargets | None = None,
     ) -> DetectorOutput:
-        """Detect with some of the groups, in an image that was encoded.
-
-        Args:
-            memory: from :meth:`encode`.
-            groups: how the queries fall into groups.
-            first: the first of these groups among those of the model.
-            targets: as in :meth:`forward`.
-        """
+        """See :meth:`Detector.decode`."""
         tokens, levels = memory
         content = group_rows(self.tgt_embed.weight, groups, first).expand(tokens.shape[0], -1, -1)
         anchors = group_rows(self.refpoint_embed.weight, groups, first).sigmoid()

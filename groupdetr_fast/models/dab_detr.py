@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..groups import QueryGroups
 from ..layers.conditional_decoder import ConditionalDecoderLayer, Memory
 from ..layers.denoising import DenoisingQueries
+from ..layers.initialization import initialize_heads, initialize_matrices
 from ..layers.mlp import ANCHOR_EPS, MLP, inverse_sigmoid
 from ..layers.position import sine_position_embedding
-from ..layers.queries import choose_groups, group_rows
 from ..targets import PackedTargets
 from .config import DetectorConfig
+from .detector import group_rows
 from .output import DetectorOutput
 from .single_level import SingleLevelDetr
 
@@ -98,6 +99,7 @@ class DabDetr(SingleLevelDetr):
     """DAB-DETR with ``config.num_groups`` groups; with one group it is the base model."""
 
     group_parameters = ("refpoint_embed.weight",)  # group-major rows; all other parameters serve every group
+    config: DabDetrConfig
 
     def __init__(self, config: DabDetrConfig):
         super().__init__(
@@ -108,48 +110,13 @@ class DabDetr(SingleLevelDetr):
         self.refpoint_embed = nn.Embedding(config.num_groups * config.num_queries, 4)
         self.class_embed = nn.Linear(dim, config.num_classes)
         self.bbox_embed = MLP(dim, dim, 4, 3)
-        self._reset_parameters()
-
-    def forward(
-        self,
-        images: Tensor,
-        masks: Tensor | None = None,
-        targets: PackedTargets | None = None,
-        *,
-        num_groups: int | None = None,
-        inference_group: int = 0,
-    ) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised as the backbone expects.
-            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded.
-            targets: what denoising queries are made from, in training mode and where ``num_groups`` is given, by models
-                that have them.
-            num_groups: groups to use; default all in training mode and one in evaluation mode.
-            inference_group: the group to use where one is used.
-
-        Returns:
-            The predictions of every decoder layer.
-        """
-        groups, first = choose_groups(
-            self.config.num_groups, self.config.num_queries, self.training, num_groups, inference_group
-        )
-        if not self.training and num_groups is None:
-            targets = None
-        return self.decode(self.encode(images, masks), groups, first, targets)
+        initialize_matrices(self.encoder, self.decoder)
+        initialize_heads([self.class_embed], [self.bbox_embed])
 
     def decode(
         self, memory: Memory, groups: QueryGroups, first: int = 0, targets: PackedTargets | None = None
     ) -> DetectorOutput:
-        """Detect with some of the groups, in an image that was encoded.
-
-        Args:
-            memory: from :meth:`encode`.
-            groups: how the queries fall into groups.
-            first: the first of these groups among those of the model.
-            targets: what denoising queries are made from, by models that have them; None for none.
-        """
+        """See :meth:`Detector.decode`."""
         anchors = group_rows(self.refpoint_embed.weight, groups, first)
         content, anchors, denoising = self._queries(anchors, groups, memory.tokens.shape[0], targets)
         sequence = groups if denoising is None else denoising.groups

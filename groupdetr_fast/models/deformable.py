@@ -1,7 +1,5 @@
 """What the detectors with deformable attention share: backbone, feature levels and encoder."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +9,10 @@ from ..layers.backbone import Backbone
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_encoder import DeformableEncoder
 from ..layers.deformable_levels import InputProjections, Levels, join_levels
-from ..layers.mlp import MLP
 from .config import DetectorConfig
-from .single_level import CLASS_PRIOR
+from .detector import Detector
 
-__all__ = ["DeformableConfig", "DeformableDetector", "initialize_heads"]
+__all__ = ["DeformableConfig", "DeformableDetector"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +43,17 @@ class DeformableConfig(DetectorConfig):
             )
 
 
-class DeformableDetector(nn.Module):
+class DeformableDetector(Detector):
     """Backbone, projections to ``num_levels`` levels, level embedding and encoder.
 
     Args:
         position_offset: see ``image_position_embedding``.
     """
 
+    config: DeformableConfig
+
     def __init__(self, config: DeformableConfig, *, position_offset: float):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.position_offset = position_offset
         self.backbone = Backbone(
             config.backbone,
@@ -90,12 +88,3 @@ class DeformableDetector(nn.Module):
             position_offset=self.position_offset,
         )
         return self.encoder(tokens, position, levels), levels
-
-
-def initialize_heads(class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> None:
-    """Let class heads start at a low probability of every class, and box heads at no change of the boxes."""
-    for head in class_heads:
-        nn.init.constant_(head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
-    for head in box_heads:
-        nn.init.zeros_(head.layers[-1].weight)
-        nn.init.zeros_(head.layers[-1].bias)

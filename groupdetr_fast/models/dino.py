@@ -7,23 +7,26 @@ noised objects of the ground truth stand in front of the sequence as contrastive
 and decoder self-attention know about groups.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..groups import QueryGroups
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_decoder import DeformableDecoderLayer, boxes_in_levels
 from ..layers.deformable_levels import Levels, token_anchors
 from ..layers.denoising import DenoisingQueries, make_denoising_queries
-from ..layers.group_heads import GroupLayerNorm, GroupLinear, GroupMLP, xavier_per_group
+from ..layers.initialization import initialize_heads
 from ..layers.mlp import ANCHOR_EPS, MLP, inverse_sigmoid
 from ..layers.position import sine_position_embedding
-from ..layers.queries import choose_groups, group_rows
 from ..targets import PackedTargets
 from .config import DenoisingConfig
-from .deformable import DeformableConfig, DeformableDetector, initialize_heads
+from .deformable import DeformableConfig, DeformableDetector
+from .detector import group_rows
 from .output import DetectorOutput, EncoderOutput
 
 __all__ = ["Dino", "DinoConfig"]
@@ -40,6 +43,72 @@ class DinoConfig(DeformableConfig, DenoisingConfig):
     num_queries: int = 900
     label_noise: float = 0.25
     position_temperature: float = 20.0
+
+
+class GroupLinear(nn.Module):
+    """``num_groups`` linear layers, initialised as ``torch.nn.Linear``, computed for all groups at once.
+
+    The tensors of the groups are stacked along the rows, group-major as learned queries are: with one group they are
+    those of the plain layer, and a checkpoint with one group gives the first rows.
+
+    Attributes:
+        weight: ``[num_groups * out_features, in_features]``.
+        bias: ``[num_groups * out_features]``.
+    """
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int):
+        super().__init__()
+        self.num_groups = num_groups
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(num_groups * out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_groups * out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, groups: slice) -> Tensor:
+        """``[B, k, n, in_features]``, k being the number of the chosen ``groups`` -> ``[B, k, n, out_features]``."""
+        weight = self.weight.unflatten(0, (self.num_groups, -1))[groups]
+        bias = self.bias.unflatten(0, (self.num_groups, 1, -1))[groups]
+        return torch.einsum("bkni,koi->bkno", x, weight) + bias
+
+
+class GroupLayerNorm(nn.Module):
+    """``num_groups`` layer norms.
+
+    Attributes:
+        weight, bias: ``[num_groups * dim]``.
+    """
+
+    def __init__(self, num_groups: int, dim: int):
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.ones(num_groups * dim))
+        self.bias = nn.Parameter(torch.zeros(num_groups * dim))
+
+    def forward(self, x: Tensor, groups: slice) -> Tensor:
+        """``[B, k, n, dim]``, k being the number of the chosen ``groups`` -> the same shape."""
+        weight = self.weight.unflatten(0, (self.num_groups, 1, -1))[groups]
+        bias = self.bias.unflatten(0, (self.num_groups, 1, -1))[groups]
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
+
+
+class GroupMLP(nn.Module):
+    """``num_groups`` perceptrons of ``num_layers`` linear layers with ReLU between them."""
+
+    def __init__(self, num_groups: int, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        sizes = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(GroupLinear(num_groups, a, b) for a, b in itertools.pairwise(sizes))
+
+    def forward(self, x: Tensor, groups: slice) -> Tensor:
+        """``[B, k, n, input_dim]``, k being the number of the chosen ``groups`` -> ``[B, k, n, output_dim]``."""
+        for layer in self.layers[:-1]:
+            x = layer(x, groups).relu()
+        return self.layers[-1](x, groups)
+
+
+def xavier_per_group(weight: Tensor, num_groups: int) -> None:
+    """Initialise each group's rows of a matrix as Xavier's rule does a matrix of that size."""
+    for rows in weight.detach().unflatten(0, (num_groups, -1)):
+        nn.init.xavier_uniform_(rows)
 
 
 class DinoDecoder(nn.Module):
@@ -112,6 +181,7 @@ class Dino(DeformableDetector):
         "enc_out_class_embed.bias",
         *(f"enc_out_bbox_embed.layers.{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias")),
     )
+    config: DinoConfig
 
     def __init__(self, config: DinoConfig):
         super().__init__(config, position_offset=0.0)
@@ -130,37 +200,6 @@ class Dino(DeformableDetector):
         for weight in (self.tgt_embed.weight, self.enc_output.weight):
             xavier_per_group(weight, groups)
 
-    def forward(
-        self,
-        images: Tensor,
-        masks: Tensor | None = None,
-        targets: PackedTargets | None = None,
-        *,
-        num_groups: int | None = None,
-        inference_group: int = 0,
-    ) -> DetectorOutput:
-        """Detect.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised as the backbone expects.
-            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded.
-            targets: what denoising queries are made from, in training mode and where ``num_groups`` is given.
-            num_groups: groups to use; default all in training mode and one in evaluation mode.
-            inference_group: the group to use where one is used.
-
-        Returns:
-            The predictions of every decoder layer and of the selected tokens.
-
-        Raises:
-            ValueError: if a number of groups is out of range, or the images have fewer tokens than a group queries.
-        """
-        groups, first = choose_groups(
-            self.config.num_groups, self.config.num_queries, self.training, num_groups, inference_group
-        )
-        if not self.training and num_groups is None:
-            targets = None
-        return self.decode(self.encode(images, masks), groups, first, targets)
-
     def decode(
         self,
         memory: tuple[Tensor, Levels],
@@ -168,13 +207,10 @@ class Dino(DeformableDetector):
         first: int = 0,
         targets: PackedTargets | None = None,
     ) -> DetectorOutput:
-        """Detect with some of the groups, in an image that was encoded.
+        """See :meth:`Detector.decode`; the output also has the predictions of the selected tokens.
 
-        Args:
-            memory: from :meth:`encode`.
-            groups: how the queries fall into groups.
-            first: the first of these groups among those of the model.
-            targets: what denoising queries are made from; None for none.
+        Raises:
+            ValueError: if the images have fewer tokens than a group has queries.
         """
         tokens, levels = memory
         encoder = self._select_queries(tokens, levels, groups, first)

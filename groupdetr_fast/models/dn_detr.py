@@ -31,6 +31,8 @@ class DnDetrConfig(DabDetrConfig, DenoisingConfig):
 class DnDetr(DabDetr):
     """DN-DETR with ``config.num_groups`` groups; with one group it is the base model."""
 
+    config: DnDetrConfig
+
     def __init__(self, config: DnDetrConfig):
         super().__init__(config)
         self.label_enc = nn.Embedding(config.num_classes + 1, config.d_model - 1)  # the last row is "unknown"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .detector import Detector
+
 __all__ = ["export_onnx", "export_program"]
 
 # Free sizes are traced at one that leaves several cells, of different numbers, in the coarsest map of every detector.
@@ -19,7 +21,7 @@ TRACED_SIZE = (608, 800)
 class _Inference(nn.Module):
     """What runs at inference: one group, and of its predictions those of the last layer."""
 
-    def __init__(self, model: nn.Module, group: int):
+    def __init__(self, model: Detector, group: int):
         super().__init__()
         self.model = model
         self.group = group
@@ -33,7 +35,7 @@ class _Inference(nn.Module):
 
 @torch.no_grad()
 def export_program(
-    model: nn.Module, image_size: tuple[int, int] | None = None, *, masks: bool = False, inference_group: int = 0
+    model: Detector, image_size: tuple[int, int] | None = None, *, masks: bool = False, inference_group: int = 0
 ) -> torch.export.ExportedProgram:
     """Trace the inference graph of a detector.
 
@@ -76,7 +78,7 @@ def export_program(
 
 
 def export_onnx(
-    model: nn.Module,
+    model: Detector,
     path: str | Path,
     image_size: tuple[int, int] | None = None,
     *,

@@ -6,6 +6,7 @@ tokens inside that mask, of one map after another, and then the queries of its g
 about groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..groups import QueryGroups
+from ..layers.attention import split_heads
 from ..layers.backbone import Backbone
+from ..layers.deformable_attention import initialize_deformable
+from ..layers.deformable_encoder import DeformableEncoder
+from ..layers.deformable_levels import InputProjections, join_levels, norm_groups
 from ..layers.grouped_self_attention import GroupedSelfAttention
-from ..layers.masked_attention import MaskedCrossAttention, visible_tokens
+from ..layers.initialization import initialize_matrices
 from ..layers.mlp import MLP
-from ..layers.pixel_decoder import PixelDecoder
 from ..layers.position import image_position_embedding
-from ..layers.queries import choose_groups, group_rows
+from ..targets import PackedTargets
 from .config import BaseConfig
+from .detector import Detector, group_rows
 from .output import SegmentationOutput
 
 __all__ = ["Mask2Former", "Mask2FormerConfig"]
@@ -76,6 +81,58 @@ class Mask2FormerConfig(BaseConfig):
             raise ValueError(f"importance_ratio must be in [0, 1], got {self.importance_ratio}")
 
 
+class PixelDecoder(nn.Module):
+    """Encodes all maps but the finest together, and adds the result to the finest one (section 3.2.2).
+
+    The whole frame is image to it, padding included, as in the original repository. Levels are in its order, coarsest
+    first.
+
+    Args:
+        in_channels: channels of the backbone's maps, finest first.
+    """
+
+    def __init__(self, config: Mask2FormerConfig, in_channels: Sequence[int]):
+        super().__init__()
+        dim, levels = config.d_model, config.num_levels
+        finest, *others = in_channels
+        self.input_proj = InputProjections(others[::-1], levels, dim)
+        self.level_embed = nn.Parameter(torch.randn(levels, dim))
+        self.encoder = DeformableEncoder(
+            config.encoder_layers,
+            dim,
+            config.num_heads,
+            config.encoder_dim_feedforward,
+            config.dropout,
+            num_levels=levels,
+            num_points=config.num_points,
+        )
+        groups = norm_groups(dim)
+        self.lateral = nn.Sequential(nn.Conv2d(finest, dim, 1, bias=False), nn.GroupNorm(groups, dim))
+        self.smooth = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU())
+        self.mask_features = nn.Conv2d(dim, dim, 1)
+        initialize_deformable(self.encoder)
+        for convolution in (self.lateral[0], self.smooth[0], self.mask_features):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Decode.
+
+        Args:
+            features: ``[B, C, h, w]`` per map of the backbone, finest first.
+
+        Returns:
+            The encoded maps ``[B, d, h, w]``, coarsest first, and the mask features ``[B, d, h, w]`` of the finest.
+        """
+        finest, *others = features
+        tokens, position, levels = join_levels(self.input_proj(others[::-1]), None, self.level_embed)
+        encoded = self.encoder(tokens, position, levels)
+        parts = encoded.split([height * width for height, width in levels.shapes], dim=1)
+        maps = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, levels.shapes, strict=True)]
+        above = F.interpolate(maps[-1], size=finest.shape[-2:], mode="bilinear", align_corners=False)
+        return maps, self.mask_features(self.smooth(self.lateral(finest) + above))
+
+
 class PixelMemory(NamedTuple):
     """What the decoder sees of the images.
 
@@ -88,6 +145,62 @@ class PixelMemory(NamedTuple):
     maps: list[Tensor]
     mask_features: Tensor
     padding: Tensor
+
+
+class MaskedCrossAttention(nn.Module):
+    """Multi-head attention of queries to the image tokens that a mask leaves visible to each of them (section 3.2.1).
+
+    Parameters are named and laid out as in ``torch.nn.MultiheadAttention``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[B, L, d]``, content plus position.
+            key: ``[B, S, d]``, tokens plus position.
+            value: ``[B, S, d]``, tokens.
+            visible: ``[B, L, S]`` bool, at least one True in every row.
+
+        Returns:
+            ``[B, L, d]``.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        heads = (
+            split_heads(F.linear(x, weight, bias), self.num_heads).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        # One mask for all heads: it is broadcast, not repeated.
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=visible[:, None], dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def visible_tokens(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
+    """The tokens inside the mask that each query predicts; all of them where the mask is empty.
+
+    Args:
+        mask_embeddings: ``[B, L, d]``.
+        mask_features: ``[B, d, S]``, at the resolution of the tokens. Interpolating the features gives the same mask as
+            interpolating the mask's logits, their product with the embeddings, since both are linear.
+
+    Returns:
+        ``[B, L, S]`` bool.
+    """
+    inside = mask_embeddings @ mask_features >= 0
+    return inside | ~inside.any(-1, keepdim=True)
 
 
 class Mask2FormerDecoderLayer(nn.Module):
@@ -134,9 +247,7 @@ class Mask2FormerDecoder(nn.Module):
         self.layers = nn.ModuleList(Mask2FormerDecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.level_embed = nn.Embedding(config.num_levels, config.d_model)
-        for parameter in self.layers.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        initialize_matrices(self.layers)
 
     def forward(
         self,
@@ -178,14 +289,14 @@ class Mask2FormerDecoder(nn.Module):
         return torch.stack(contents), torch.stack(embeddings)
 
 
-class Mask2Former(nn.Module):
+class Mask2Former(Detector):
     """Mask2Former with ``config.num_groups`` groups of queries; with one group it is the base model."""
 
     group_parameters = ("query_feat.weight", "query_embed.weight")  # group-major rows
+    config: Mask2FormerConfig
 
     def __init__(self, config: Mask2FormerConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim, queries = config.d_model, config.num_groups * config.num_queries
         self.backbone = Backbone(
             config.backbone,
@@ -195,50 +306,19 @@ class Mask2Former(nn.Module):
             dilation=config.dilation,
             frozen_stages=config.frozen_stages,
         )
-        self.pixel_decoder = PixelDecoder(
-            self.backbone.num_channels,
-            dim,
-            config.num_heads,
-            config.encoder_layers,
-            config.encoder_dim_feedforward,
-            config.dropout,
-            num_points=config.num_points,
-        )
+        self.pixel_decoder = PixelDecoder(config, self.backbone.num_channels)
         self.decoder = Mask2FormerDecoder(config)
         self.query_feat = nn.Embedding(queries, dim)
         self.query_embed = nn.Embedding(queries, dim)
         self.class_embed = nn.Linear(dim, config.num_classes + 1)
         self.mask_embed = MLP(dim, dim, dim, 3)
 
-    def forward(
-        self,
-        images: Tensor,
-        masks: Tensor | None = None,
-        targets: object = None,
-        *,
-        num_groups: int | None = None,
-        inference_group: int = 0,
-    ) -> SegmentationOutput:
-        """Segment.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised as the backbone expects; padded here to multiples of 32 pixels.
-            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded. The padding is part of the image to
-                this model, as in the original repository, and only noted in the output.
-            targets: accepted, since every detector is called alike, and not used.
-            num_groups: groups to use; default all in training mode and one in evaluation mode.
-            inference_group: the group to use where one is used.
-
-        Returns:
-            The predictions of the learned queries and of every decoder layer.
-        """
-        groups, first = choose_groups(
-            self.config.num_groups, self.config.num_queries, self.training, num_groups, inference_group
-        )
-        return self.decode(self.encode(images, masks), groups, first, targets)
-
     def encode(self, images: Tensor, masks: Tensor | None) -> PixelMemory:
-        """Images ``[B, 3, H, W]`` and their padding ``[B, H, W]`` -> what the decoder sees."""
+        """Images ``[B, 3, H, W]``, padded here to multiples of 32 pixels, and their padding -> what the decoder sees.
+
+        The padding ``[B, H, W]`` is part of the image to this model, as in the original repository, and only noted in
+        the output.
+        """
         batch, _, height, width = images.shape
         if masks is None:
             masks = torch.zeros(batch, height, width, dtype=torch.bool, device=images.device)
@@ -247,16 +327,9 @@ class Mask2Former(nn.Module):
         return PixelMemory(maps, mask_features, F.pad(masks, frame, value=True))
 
     def decode(
-        self, memory: PixelMemory, groups: QueryGroups, first: int = 0, targets: object = None
+        self, memory: PixelMemory, groups: QueryGroups, first: int = 0, targets: PackedTargets | None = None
     ) -> SegmentationOutput:
-        """Segment with some of the groups, in images that were encoded.
-
-        Args:
-            memory: from :meth:`encode`.
-            groups: how the queries fall into groups.
-            first: the first of these groups among those of the model.
-            targets: as in :meth:`forward`.
-        """
+        """See :meth:`Detector.decode`; the predictions of the learned queries come before those of the layers."""
         content = group_rows(self.query_feat.weight, groups, first).expand(len(memory.padding), -1, -1)
         query_pos = group_rows(self.query_embed.weight, groups, first)
         contents, embeddings = self.decoder(content, query_pos, memory, groups, self.mask_embed)

@@ -3,12 +3,11 @@
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
-
 from .conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from .config import BaseConfig
 from .dab_deformable_detr import DabDeformableDetr, DabDeformableDetrConfig
 from .dab_detr import DabDetr, DabDetrConfig
+from .detector import Detector
 from .dino import Dino, DinoConfig
 from .dn_detr import DnDetr, DnDetrConfig
 from .mask2former import Mask2Former, Mask2FormerConfig
@@ -16,7 +15,7 @@ from .mask2former import Mask2Former, Mask2FormerConfig
 __all__ = ["build_model", "model_config", "model_names"]
 
 # name: (module, configuration, settings that differ from the configuration's defaults)
-_MODELS: dict[str, tuple[type[nn.Module], type[BaseConfig], dict[str, Any]]] = {
+_MODELS: dict[str, tuple[type[Detector], type[BaseConfig], dict[str, Any]]] = {
     "conditional_detr_r50": (ConditionalDetr, ConditionalDetrConfig, {}),
     "conditional_detr_r50_dc5": (ConditionalDetr, ConditionalDetrConfig, {"dilation": True}),
     "dab_detr_r50": (DabDetr, DabDetrConfig, {}),
@@ -48,7 +47,7 @@ def model_config(name: str, **overrides: Any) -> BaseConfig:
     return config_type(**{**settings, **overrides})
 
 
-def build_model(name: str, *, num_classes: int, num_groups: int, **overrides: Any) -> nn.Module:
+def build_model(name: str, *, num_classes: int, num_groups: int, **overrides: Any) -> Detector:
     """Build a detector.
 
     Args:
@@ -67,7 +66,7 @@ def build_model(name: str, *, num_classes: int, num_groups: int, **overrides: An
     return model_type(model_config(name, num_classes=num_classes, num_groups=num_groups, **overrides))
 
 
-def _lookup(name: str) -> tuple[type[nn.Module], type[BaseConfig], dict[str, Any]]:
+def _lookup(name: str) -> tuple[type[Detector], type[BaseConfig], dict[str, Any]]:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}; the models are {', '.join(model_names())}")
     return _MODELS[name]

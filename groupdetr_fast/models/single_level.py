@@ -11,23 +11,24 @@ from ..layers.conditional_decoder import Memory
 from ..layers.encoder import TransformerEncoder
 from ..layers.position import image_position_embedding
 from .config import DetectorConfig
+from .detector import Detector
 
-__all__ = ["CLASS_PRIOR", "SingleLevelDetr"]
-
-CLASS_PRIOR = 0.01  # probability that every class starts with (focal loss, section 4.1)
+__all__ = ["SingleLevelDetr"]
 
 
-class SingleLevelDetr(nn.Module):
+class SingleLevelDetr(Detector):
     """Image -> backbone -> 1x1 projection -> encoder -> memory.
 
-    A detector adds ``decoder``, ``class_embed``, ``bbox_embed``, its queries and ``decode``, and then calls
-    ``_reset_parameters``.
+    A detector adds its queries, ``decoder``, ``class_embed``, ``bbox_embed`` and :meth:`decode`, and initialises all
+    but the backbone and the projection.
 
     Args:
         activation: of the encoder's feed-forward blocks.
         scale_position: let each encoder layer scale the position embedding by its input.
         position_temperature: base of the wave lengths of the position embedding.
     """
+
+    config: DetectorConfig
 
     def __init__(
         self,
@@ -37,8 +38,7 @@ class SingleLevelDetr(nn.Module):
         scale_position: bool = False,
         position_temperature: float = 10000.0,
     ):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.position_temperature = position_temperature
         dim = config.d_model
         self.backbone = Backbone(
@@ -59,15 +59,6 @@ class SingleLevelDetr(nn.Module):
             activation=activation,
             scale_position=scale_position,
         )
-
-    def _reset_parameters(self) -> None:
-        for module in (self.encoder, self.decoder):
-            for parameter in module.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
     def encode(self, images: Tensor, masks: Tensor | None) -> Memory:
         """``images`` ``[B, 3, H, W]``, ``masks`` ``[B, H, W]`` bool, True on padding -> what the decoder sees."""

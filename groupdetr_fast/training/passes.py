@@ -9,7 +9,7 @@ numbers.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,25 @@ from torch.utils import _pytree as pytree
 from ..groups import QueryGroups
 from ..targets import PackedTargets, StepTotals
 
-__all__ = ["GroupPasses", "add_losses", "average_gradients"]
+__all__ = ["DecodesGroups", "GroupPasses", "add_losses", "average_gradients"]
+
+
+@runtime_checkable
+class DecodesGroups(Protocol):
+    """A model whose encoder knows nothing of groups, and whose decoder can run with some of them.
+
+    Attributes:
+        config: has ``num_groups`` and ``num_queries``, those of each group. It may have ``denoising_scope``, which is
+            "first" where denoising queries are for group 0 alone.
+    """
+
+    config: Any
+
+    def encode(self, images: Tensor, masks: Tensor | None) -> Any:
+        """Images and their padding -> any nesting of tensors, the memory."""
+
+    def decode(self, memory: Any, groups: QueryGroups, first: int, targets: PackedTargets | None) -> Any:
+        """The predictions with the groups ``first``, ``first + 1``, ...; ``targets`` are for denoising queries."""
 
 
 class GroupPasses:
@@ -28,8 +46,7 @@ class GroupPasses:
     Denoising queries for group 0 alone are made in the pass of that group; those of every group in its own pass.
 
     Args:
-        model: has ``encode(images, masks)``, whose result is any nesting of tensors; ``decode(memory, groups, first,
-            targets)``, which predicts with the groups ``first``, ``first + 1``, ...; and ``config``.
+        model: must be one of :class:`DecodesGroups`.
         criterion: called as ``criterion(output, targets, totals)``.
         groups_per_pass: at least 1.
 
@@ -38,7 +55,7 @@ class GroupPasses:
     """
 
     def __init__(self, model: nn.Module, criterion: Callable[..., dict[str, Tensor]], groups_per_pass: int):
-        if not (hasattr(model, "encode") and hasattr(model, "decode")):
+        if not isinstance(model, DecodesGroups):
             raise ValueError(
                 f"{type(model).__name__} cannot run groups_per_pass={groups_per_pass} of its groups at a time: "
                 "it has no encode and decode"

@@ -5,14 +5,12 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import groupdetr_fast as gd
 from groupdetr_fast.layers.deformable_attention import MultiScaleDeformableAttention, initialize_deformable
 from groupdetr_fast.layers.deformable_decoder import DeformableDecoderLayer, boxes_in_levels
 from groupdetr_fast.layers.deformable_encoder import DeformableEncoder
 from groupdetr_fast.layers.deformable_levels import InputProjections, join_levels, token_anchors
-from groupdetr_fast.layers.group_heads import GroupLayerNorm, GroupLinear, GroupMLP
 from groupdetr_fast.layers.grouped_self_attention import GroupedSelfAttention
 from groupdetr_fast.testing import poisoned_memory
 
@@ -315,26 +313,3 @@ def test_grouped_self_attention_equals_masked_attention_of_torch(groups):
         out = ours(content, position, groups)
     expected, _ = theirs(query, query, content, attn_mask=~groups.attention_mask())
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("groups", [slice(0, 3), slice(1, 3), slice(2, 3)], ids=["all", "two", "one"])
-@pytest.mark.parametrize("shared", [False, True], ids=["own input", "shared input"])
-def test_group_heads_equal_a_loop_over_plain_layers(groups, shared):
-    linear, norm, mlp = GroupLinear(3, 8, 5), GroupLayerNorm(3, 8), GroupMLP(3, 8, 16, 4, 3)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    count = groups.stop - groups.start
-    x = torch.randn(2, 1 if shared else count, 7, 8)
-    for index in range(count):
-        own = x[:, 0 if shared else index]
-        group = groups.start + index
-
-        def of_group(layer, group=group):
-            return (parameter.chunk(3)[group] for parameter in (layer.weight, layer.bias))
-
-        torch.testing.assert_close(linear(x, groups)[:, index], F.linear(own, *of_group(linear)))
-        torch.testing.assert_close(norm(x, groups)[:, index], F.layer_norm(own, (8,), *of_group(norm)))
-        expected = own
-        for number, layer in enumerate(mlp.layers):
-            expected = F.linear(expected.relu() if number else expected, *of_group(layer))
-        torch.testing.assert_close(mlp(x, groups)[:, index], expected)

@@ -5,10 +5,12 @@ tests/layers/test_denoising.py."""
 import pytest
 import torch
 from small_detectors import SMALL, outputs, padded_batch, random_targets, small_detector, train_on_digits
+from torch import nn
 from torch.nn import functional as F
 
 import groupdetr_fast as gd
 from groupdetr_fast.layers.deformable_levels import token_anchors
+from groupdetr_fast.models.dino import GroupLayerNorm, GroupLinear, GroupMLP
 
 
 def small_dino(num_groups=3, **overrides):
@@ -49,6 +51,29 @@ def test_starts_as_the_original_repository_does():
     # Xavier's bound for one group, whatever the number of groups
     assert model.tgt_embed.weight.abs().max().item() == pytest.approx((6 / (900 + 256)) ** 0.5, rel=1e-3)
     assert model.enc_output.weight.abs().max().item() == pytest.approx((6 / (256 + 256)) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("groups", [slice(0, 3), slice(1, 3), slice(2, 3)], ids=["all", "two", "one"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own input", "shared input"])
+def test_group_heads_equal_a_loop_over_plain_layers(groups, shared):
+    linear, norm, mlp = GroupLinear(3, 8, 5), GroupLayerNorm(3, 8), GroupMLP(3, 8, 16, 4, 3)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    count = groups.stop - groups.start
+    x = torch.randn(2, 1 if shared else count, 7, 8)
+    for index in range(count):
+        own = x[:, 0 if shared else index]
+        group = groups.start + index
+
+        def of_group(layer, group=group):
+            return (parameter.chunk(3)[group] for parameter in (layer.weight, layer.bias))
+
+        torch.testing.assert_close(linear(x, groups)[:, index], F.linear(own, *of_group(linear)))
+        torch.testing.assert_close(norm(x, groups)[:, index], F.layer_norm(own, (8,), *of_group(norm)))
+        expected = own
+        for number, layer in enumerate(mlp.layers):
+            expected = F.linear(expected.relu() if number else expected, *of_group(layer))
+        torch.testing.assert_close(mlp(x, groups)[:, index], expected)
 
 
 def select_by_loops(model, memory, levels):

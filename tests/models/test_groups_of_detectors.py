@@ -5,6 +5,8 @@ import torch
 from small_detectors import SMALL, outputs, padded_batch, random_targets, small_detector, train_on_digits
 
 import groupdetr_fast as gd
+from groupdetr_fast.models import Detector
+from groupdetr_fast.training.passes import DecodesGroups
 
 DETECTORS = ("conditional_detr_r50", "dab_detr_r50", "dn_detr_r50", "dab_deformable_detr_r50", "dino_4scale_r50")
 MODELS = (*DETECTORS, "mask2former_r50")
@@ -18,6 +20,15 @@ def forwards(model, images, masks):
     for module in model.modules():
         module.eval()
     yield "eval", model(images, masks, num_groups=model.config.num_groups)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_detector_is_called_alike(name):
+    model = small_detector(name)
+    assert type(model).forward is Detector.forward
+    assert isinstance(model, DecodesGroups)
+    assert set(model.group_parameters) <= {parameter for parameter, _ in model.named_parameters()}
+    assert len(model.decoder.layers) == model.config.decoder_layers
 
 
 @pytest.mark.parametrize("name", MODELS)

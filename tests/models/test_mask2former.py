@@ -6,7 +6,7 @@ from small_detectors import CLASSES, outputs, padded_batch, small_detector
 from torch.nn import functional as F
 
 import groupdetr_fast as gd
-from groupdetr_fast.layers.masked_attention import MaskedCrossAttention, visible_tokens
+from groupdetr_fast.models.mask2former import MaskedCrossAttention, visible_tokens
 
 NAME = "mask2former_r50"
 

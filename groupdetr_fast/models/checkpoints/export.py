@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from ..config import DetectorConfig
 from ..deformable import DeformableConfig
+from ..detector import Detector
 from .layouts import StateDict
 from .original import original_keys
 
@@ -15,7 +15,7 @@ __all__ = ["export_checkpoint"]
 
 
 def export_checkpoint(
-    model: nn.Module,
+    model: Detector,
     path: str | Path | None,
     layout: Literal["original"] = "original",
     group: int = 0,
@@ -57,7 +57,7 @@ def export_checkpoint(
     return state
 
 
-def _check_expressible(model: nn.Module) -> None:
+def _check_expressible(model: Detector) -> None:
     config = model.config
     if ":" in config.backbone or config.backbone_stages not in (None, 4):
         raise ValueError(f"the original code has whole ResNets as backbones, not {config.backbone!r}")

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..detector import Detector
 
 __all__ = ["CheckpointMismatch", "Converted", "Layout", "StateDict", "gather"]
 
@@ -44,7 +46,7 @@ class Layout:
 
     name: str
     marker: str
-    convert: Callable[[StateDict, nn.Module], Converted]
+    convert: Callable[[StateDict, Detector], Converted]
 
 
 def gather(sources: Mapping[str, list[str]], state: StateDict) -> Converted:

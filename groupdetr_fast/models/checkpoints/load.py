@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..detector import Detector
 from .layouts import CheckpointMismatch, Converted, StateDict
 from .read import CheckpointFile, read_checkpoint
 from .recognize import recognize_detector, recognize_layout
@@ -56,7 +57,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module,
+    model: Detector,
     path_or_state_dict: str | Path | Mapping[str, Tensor],
     *,
     num_groups: int | None = None,
@@ -128,7 +129,7 @@ def _without_counters(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
-def _difference(model: nn.Module, state: StateDict, converted: Converted, missing: Sequence[str]) -> str:
+def _difference(model: Detector, state: StateDict, converted: Converted, missing: Sequence[str]) -> str:
     text = f"the checkpoint does not fit {type(model).__name__}"
     detector = recognize_detector(state)
     if detector is not None:
@@ -148,7 +149,7 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _count_groups(tensors: StateDict, model: nn.Module, file: CheckpointFile, num_groups: int | None) -> int | None:
+def _count_groups(tensors: StateDict, model: Detector, file: CheckpointFile, num_groups: int | None) -> int | None:
     """The number of groups in a checkpoint; None if it has no queries of the model's kind."""
     names = [name for name in model.group_parameters if name.startswith(QUERY_PARAMETERS) and name in tensors]
     if not names:
@@ -167,7 +168,7 @@ def _count_groups(tensors: StateDict, model: nn.Module, file: CheckpointFile, nu
     )
 
 
-def _regroup(name: str, loaded: Tensor, current: Tensor, groups: int, model: nn.Module) -> Tensor:
+def _regroup(name: str, loaded: Tensor, current: Tensor, groups: int, model: Detector) -> Tensor:
     """Fit group-major rows of a checkpoint with ``groups`` groups to those of the model.
 
     Rows that are no queries, and do not fit, come back as they are.

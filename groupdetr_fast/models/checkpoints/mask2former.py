@@ -2,8 +2,7 @@
 
 import re
 
-from torch import nn
-
+from ..detector import Detector
 from .layouts import Converted, Layout, StateDict
 from .original import convert_original
 from .transformers import RESNET, Renamings, convert_by_renaming
@@ -45,7 +44,7 @@ def _without_criterion(state: StateDict) -> StateDict:
     return {key: tensor for key, tensor in state.items() if key != "criterion.empty_weight"}
 
 
-def _convert_original(state: StateDict, model: nn.Module) -> Converted:
+def _convert_original(state: StateDict, model: Detector) -> Converted:
     renamed = {}
     for key, tensor in _without_criterion(state).items():
         for pattern, replacement in _OLD:
@@ -54,7 +53,7 @@ def _convert_original(state: StateDict, model: nn.Module) -> Converted:
     return convert_original(renamed, model)
 
 
-def _convert_transformers(state: StateDict, model: nn.Module) -> Converted:
+def _convert_transformers(state: StateDict, model: Detector) -> Converted:
     return convert_by_renaming(_without_criterion(state), model, _TRANSFORMERS)
 
 

@@ -7,11 +7,10 @@ too are in the file twice; DINO's, which all decoder layers share, are in it onc
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..conditional_detr import ConditionalDetr
 from ..dab_deformable_detr import DabDeformableDetr
 from ..dab_detr import DabDetr
+from ..detector import Detector
 from ..dino import Dino
 from ..dn_detr import DnDetr
 from ..mask2former import Mask2Former
@@ -37,7 +36,7 @@ class _Names:
 
 
 _DAB = _Names(in_decoder=("bbox_embed.",))
-_NAMES: dict[type[nn.Module], _Names] = {
+_NAMES: dict[type[Detector], _Names] = {
     ConditionalDetr: _Names(),
     DabDetr: _DAB,
     DnDetr: _DAB,
@@ -50,7 +49,7 @@ _NAMES: dict[type[nn.Module], _Names] = {
 }
 
 
-def original_keys(model: nn.Module) -> Callable[[str], list[str]]:
+def original_keys(model: Detector) -> Callable[[str], list[str]]:
     """A function from the name of a tensor of ``model`` to the keys under which its original repository saves it.
 
     Raises:
@@ -78,7 +77,7 @@ def original_keys(model: nn.Module) -> Callable[[str], list[str]]:
     return keys_of
 
 
-def convert_original(state: StateDict, model: nn.Module) -> Converted:
+def convert_original(state: StateDict, model: Detector) -> Converted:
     """Sort a checkpoint of the model's original repository by the names of the model."""
     keys_of = original_keys(model)
     present = {name: [key for key in keys_of(name) if key in state] for name in model.state_dict()}

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from torch import nn
-
+from ..detector import Detector
 from .layouts import CheckpointMismatch, Converted, Layout, StateDict, gather
 from .mask2former import MASK2FORMER, TRANSFORMERS_MASK2FORMER
 from .original import ORIGINAL
@@ -13,7 +12,7 @@ from .transformers import TRANSFORMERS
 __all__ = ["recognize_detector", "recognize_layout"]
 
 
-def _convert(state: StateDict, model: nn.Module) -> Converted:
+def _convert(state: StateDict, model: Detector) -> Converted:
     return gather({name: [name] for name in model.state_dict() if name in state}, state)
 
 

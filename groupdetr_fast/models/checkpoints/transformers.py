@@ -7,8 +7,8 @@ are regular expressions that replace the start of a key (``\\A``) or one compone
 import re
 
 import torch
-from torch import nn
 
+from ..detector import Detector
 from .layouts import Converted, Layout, StateDict, gather
 
 __all__ = ["RESNET", "TRANSFORMERS", "Renamings", "convert_by_renaming"]
@@ -80,7 +80,7 @@ _DEFORMABLE: Renamings = (
 )
 
 
-def _convert(state: StateDict, model: nn.Module) -> Converted:
+def _convert(state: StateDict, model: Detector) -> Converted:
     decoder = _CONDITIONAL
     if any(".sampling_offsets." in key for key in state):
         decoder = _DEFORMABLE
@@ -89,7 +89,7 @@ def _convert(state: StateDict, model: nn.Module) -> Converted:
     return convert_by_renaming(state, model, (*_OUTSIDE_THE_LAYERS, *_LAYERS, *decoder))
 
 
-def convert_by_renaming(state: StateDict, model: nn.Module, renamings: Renamings) -> Converted:
+def convert_by_renaming(state: StateDict, model: Detector, renamings: Renamings) -> Converted:
     """Sort a checkpoint by the names of a model, which ``renamings`` make of its keys."""
     state = _join_attention_inputs(state)
     names = model.state_dict()

@@ -1,0 +1,103 @@
+"""What every detector has: settings, an encoder of images, a decoder of groups of queries, and the one forward pass."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..groups import QueryGroups
+from ..targets import PackedTargets
+from .config import BaseConfig
+from .output import DetectorOutput, SegmentationOutput
+
+__all__ = ["Detector", "group_rows"]
+
+
+class Detector(nn.Module):
+    """Images -> :meth:`encode` -> memory -> :meth:`decode`, with some of the groups of queries -> predictions.
+
+    Memory does not depend on groups, and no group depends on another, so that a memory can be decoded some groups at a
+    time. A detector also has ``decoder.layers``, the layers that training may compute again to save memory.
+
+    Attributes:
+        config: every setting.
+        group_parameters: names of the parameters of which each group has its own rows, group-major. All others serve
+            every group.
+    """
+
+    config: BaseConfig
+    group_parameters: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: BaseConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor | None = None,
+        targets: PackedTargets | None = None,
+        *,
+        num_groups: int | None = None,
+        inference_group: int = 0,
+    ) -> DetectorOutput | SegmentationOutput:
+        """Detect.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised as the backbone expects.
+            masks: ``[B, H, W]`` bool, True on padding; None if no image is padded.
+            targets: what denoising queries are made from, in training mode and where ``num_groups`` is given. Detectors
+                without denoising queries accept them, since every detector is called alike, and do not use them.
+            num_groups: groups to use, the first ones; default all in training mode and one in evaluation mode.
+            inference_group: the group to use where one is used.
+
+        Returns:
+            The predictions of every decoder layer.
+
+        Raises:
+            ValueError: if a number of groups is out of range.
+        """
+        groups, first = self._choose_groups(num_groups, inference_group)
+        if not self.training and num_groups is None:
+            targets = None
+        return self.decode(self.encode(images, masks), groups, first, targets)
+
+    def encode(self, images: Tensor, masks: Tensor | None) -> Any:
+        """The part before the groups of queries.
+
+        Args:
+            images, masks: as in :meth:`forward`.
+
+        Returns:
+            What :meth:`decode` sees of the images: any nesting of tensors.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self, memory: Any, groups: QueryGroups, first: int = 0, targets: PackedTargets | None = None
+    ) -> DetectorOutput | SegmentationOutput:
+        """Detect with some of the groups, in images that were encoded.
+
+        Args:
+            memory: from :meth:`encode`.
+            groups: how the queries fall into groups.
+            first: the first of these groups among those of the detector.
+            targets: what denoising queries are made from, by detectors that have them; None for none.
+        """
+        raise NotImplementedError
+
+    def _choose_groups(self, num_groups: int | None, inference_group: int) -> tuple[QueryGroups, int]:
+        """The layout of a forward pass and the first group that it uses."""
+        total = self.config.num_groups
+        if num_groups is None:
+            num_groups = total if self.training else 1
+        if not 1 <= num_groups <= total:
+            raise ValueError(f"num_groups must be in [1, {total}], the groups this model has; got {num_groups}")
+        if not 0 <= inference_group < total:
+            raise ValueError(f"inference_group must be in [0, {total}), got {inference_group}")
+        return QueryGroups(num_groups, self.config.num_queries), inference_group if num_groups == 1 else 0
+
+
+def group_rows(weight: Tensor, groups: QueryGroups, first: int) -> Tensor:
+    """Rows of a group-major embedding ``[K_total * N, d]`` that belong to the chosen groups, ``[1, K * N, d]``."""
+    start = first * groups.queries_per_group
+    return weight[None, start : start + groups.matching_length]
