@@ -21,7 +21,6 @@ from .commands.export import ExportCommand
 from .commands.predict import PredictCommand
 from .config_file import from_yaml
 from .inference import EVAL_SETTINGS, InferenceSettings, describe_model
-from .models.checkpoints import read_metadata
 from .recipes import RECIPES, find_recipe
 from .training.faults import EXIT_STOPPED, TrainingStopped
 from .training.optimization import OptimizationConfig
@@ -111,8 +110,7 @@ class EvalCommand:
         Raises:
             ValueError: if neither the checkpoint nor the flags name the detector.
         """
-        model, described = describe_model(self.load, self.model)
-        metadata = read_metadata(self.load)
+        header = describe_model(self.load, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(
             data=DataConfig(
@@ -120,11 +118,11 @@ class EvalCommand:
                 coco_path=self.coco_path,
                 val_images=self.val_images,
                 val_annotations=self.val_annotations,
-                labels=self.labels or metadata.get("labels", "category_id"),
+                labels=self.labels or header.labels,
                 workers=self.workers,
             ),
-            model=ModelConfig.of_checkpoint(model, described, load=self.load, num_groups=1),  # one group is enough
-            augmentation=InferenceSettings.from_metadata(metadata).with_sizes(**sizes).augmentation,
+            model=ModelConfig.of_checkpoint(header, load=self.load, num_groups=1),  # one group is enough
+            augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
             output=self.output,
             eval_only=True,

@@ -34,7 +34,7 @@ from .evaluation.visualize import draw_detections
 from .inference import EVAL_SETTINGS, class_table
 from .losses.matcher import Assignment
 from .models import build_model, load_checkpoint, model_config, postprocess
-from .models.checkpoints import read_metadata
+from .models.checkpoints import CheckpointHeader, read_header
 from .training.checkpoint import BEST, write_whole
 from .training.engine import Trainer, build_accelerator
 from .training.optimization import OptimizationConfig
@@ -166,16 +166,15 @@ class ModelConfig:
     new_class_head: bool = False
 
     @classmethod
-    def of_checkpoint(cls, model: str, described: dict[str, Any], **changes: Any) -> "ModelConfig":
+    def of_checkpoint(cls, header: CheckpointHeader, **changes: Any) -> "ModelConfig":
         """The detector that a checkpoint describes, without weights of its backbone, which the checkpoint has itself.
 
         Args:
-            model: its name.
-            described: settings in the checkpoint; those that are no fields here are left out.
+            header: of the checkpoint; settings in it that are no fields here are left out.
             **changes: fields that differ.
         """
-        settings = {f.name: described[f.name] for f in fields(cls) if f.name in described}
-        return cls(**{**settings, "model": model, "backbone_weights": None, **changes})
+        settings = {f.name: header.model_config[f.name] for f in fields(cls) if f.name in header.model_config}
+        return cls(**{**settings, "model": header.model, "backbone_weights": None, **changes})
 
     @property
     def predicts_masks(self) -> bool:
@@ -348,13 +347,13 @@ def train(
         )
         _check_categories(train_set, val_set, train_annotations, val_annotations)
         readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
-        metadata = {
-            "model": config.model.model,
-            "model_config": asdict(model.config),
-            "categories": val_set.categories,
-            "labels": config.data.labels,
-            "evaluation": {name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
-        }
+        header = CheckpointHeader(
+            model=config.model.model,
+            model_config=asdict(model.config),
+            categories=val_set.categories,
+            labels=config.data.labels,
+            evaluation={name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
+        )
         if accelerator.is_main_process:
             write_whole(config.output / CONFIG_FILE, config.as_yaml())
         trainer = Trainer(
@@ -365,7 +364,7 @@ def train(
             run_evaluation,
             optimization,
             config.output,
-            metadata,
+            header.to_json(),
             evaluate_every=config.evaluate_every,
             early_stopping=config.early_stopping,
             early_stopping_delta=config.early_stopping_delta,
@@ -435,7 +434,7 @@ def _check_categories(train_set: CocoDataset, val_set: CocoDataset, train_file: 
 
 def _compare_categories(checkpoint: Path | None, val_set: CocoDataset, val_file: Path) -> None:
     """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
-    categories = [] if checkpoint is None else read_metadata(checkpoint).get("categories", [])
+    categories = [] if checkpoint is None else read_header(checkpoint).categories
     trained, evaluated = (
         {entry["id"]: str(entry["name"]) for entry in each} for each in (categories, val_set.categories)
     )

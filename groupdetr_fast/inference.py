@@ -14,8 +14,8 @@ from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
 from .data.images import ImageLike, as_rgb
-from .models import build_model, load_checkpoint, model_config, postprocess
-from .models.checkpoints import read_metadata
+from .models import load_checkpoint, postprocess
+from .models.checkpoints import CheckpointHeader, build_detector, read_header
 
 __all__ = ["EVAL_SETTINGS", "InferenceSettings", "class_table", "describe_model", "load_model", "predict"]
 
@@ -51,12 +51,12 @@ class InferenceSettings:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> "InferenceSettings":
+    def from_header(cls, header: CheckpointHeader) -> "InferenceSettings":
         """The settings in the header of a checkpoint of this package; the defaults where it has none."""
-        described = {name: _as_tuple(value) for name, value in metadata.get("evaluation", {}).items()}
+        described = {name: _as_tuple(value) for name, value in header.evaluation.items()}
         settings = cls(augmentation=AugmentationConfig(**described))
-        if metadata.get("categories"):
-            settings = settings.with_categories(metadata["categories"], metadata["labels"])
+        if header.categories:
+            settings = settings.with_categories(header.categories, header.labels)
         return settings
 
     def with_categories(self, categories: Sequence[Mapping[str, Any]], labels: str) -> "InferenceSettings":
@@ -74,23 +74,24 @@ class InferenceSettings:
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
-def describe_model(checkpoint: str | Path, model: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Which detector a checkpoint is of: its name, and its settings as far as the checkpoint tells.
+def describe_model(checkpoint: str | Path, model: str | None = None) -> CheckpointHeader:
+    """The header of a checkpoint, with the name of the detector, and its settings as far as the checkpoint tells.
 
     Args:
         checkpoint: file or folder.
-        model: the detector's name, which goes before that in the checkpoint.
+        model: the detector's name, which takes precedence over that in the checkpoint.
 
     Raises:
         ValueError: if neither names the detector, or the checkpoint cannot be read.
     """
-    metadata = read_metadata(checkpoint)
-    name = model or metadata.get("model")
-    if name is None:
+    header = read_header(checkpoint)
+    if model and model != header.model:
+        header = replace(header, model=model, model_config={})
+    if header.model is None:
         raise ValueError(
             f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
         )
-    return name, metadata.get("model_config", {}) if name == metadata.get("model") else {}
+    return header
 
 
 def load_model(
@@ -118,13 +119,11 @@ def load_model(
         FileNotFoundError: if there is nothing at the path.
         ValueError: if nobody names the detector, or the checkpoint does not fit it.
     """
-    name, described = describe_model(checkpoint, model)
-    settings = {"num_classes": model_config(name).num_classes, **described, "num_groups": num_groups}
-    if num_classes is not None:
-        settings["num_classes"] = num_classes
-    detector = build_model(name, **{**settings, "backbone_weights": None})
+    header = describe_model(checkpoint, model)
+    changes = {} if num_classes is None else {"num_classes": num_classes}
+    detector = build_detector(header, num_groups=num_groups, **changes)
     load_checkpoint(detector, checkpoint)
-    detector.inference_settings = InferenceSettings.from_metadata(read_metadata(checkpoint))
+    detector.inference_settings = InferenceSettings.from_header(header)
     return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

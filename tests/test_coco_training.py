@@ -15,7 +15,7 @@ from groupdetr_fast import coco_training
 from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, digits_demo, train
 from groupdetr_fast.config_file import from_yaml
 from groupdetr_fast.data import AugmentationConfig, DataError, DigitsConfig, digits_dataset
-from groupdetr_fast.models.checkpoints import read_metadata
+from groupdetr_fast.models.checkpoints import read_header
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
 from groupdetr_fast.training.optimization import OptimizationConfig
@@ -66,6 +66,10 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     assert losses[-1] < losses[0]
     assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0"} <= set(results["epochs"][0]["train"])
     assert {"AP", "AP50", "per_category"} <= set(results["epochs"][-1]["metrics"])
+    header = read_header(config.output / "checkpoints" / "epoch_0003")
+    assert (header.epoch, header.AP) == (3, results["epochs"][-1]["metrics"]["AP"])
+    described = {name: value for name, value in header.to_json().items() if name not in ("epoch", "AP")}
+    assert described == {name: json.loads((config.output / "results.json").read_text())[name] for name in described}
     assert (config.output / "predictions.png").stat().st_size > 1000
     assert isinstance(json.loads((config.output / "detections.json").read_text()), list)
     assert list(config.output.glob("tensorboard/**/*events*"))
@@ -215,8 +219,8 @@ def with_aps(monkeypatch, *aps):
 
 
 def best_metadata(run):
-    metadata = read_metadata(run / "checkpoints" / "best")
-    return metadata["epoch"], metadata["AP"]
+    header = read_header(run / "checkpoints" / "best")
+    return header.epoch, header.AP
 
 
 def test_a_run_stops_early_and_keeps_the_best(config, monkeypatch):

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from ..coco_training import CocoTrainingConfig, DataConfig, DataPaths, ModelConfig, digits_demo
 from ..data import AugmentationConfig
 from ..inference import InferenceSettings
-from ..models import build_model
-from ..models.checkpoints import read_metadata
+from ..models.checkpoints import CheckpointHeader, build_detector, read_header
 from ..training.optimization import OptimizationConfig
 from . import experiments, plots
 from .cost import CostSettings, measure_cost
@@ -264,8 +263,8 @@ class ReferencePointsCommand(Sweep):
         if checkpoint is None:
             _, run, results = self.make(_first_seed(self))[0]
             checkpoint, source = results.checkpoint, f"run {run.name}"
-        metadata = _metadata(checkpoint)
-        model = build_model(metadata["model"], **{**metadata["model_config"], "backbone_weights": None})
+        header = _header(checkpoint)
+        model = build_detector(header)
         load_weights(model, checkpoint)
         positions = query_positions(model).tolist()
         rows = [
@@ -282,7 +281,7 @@ class ReferencePointsCommand(Sweep):
             f"{source}. Table: mean and standard deviation over the queries of each group.",
             rows,
             [{name.replace("runs", "queries"): value for name, value in row.items()} for row in summary],
-            settings=metadata["model_config"],
+            settings=header.model_config,
         )
 
 
@@ -416,17 +415,17 @@ def _first_seed(analysis: Sweep) -> list[Cell]:
     return experiments.group_cells(analysis.training(), (analysis.model.num_groups,), (), [analysis.optimization.seed])
 
 
-def _metadata(checkpoint: Path) -> dict[str, Any]:
-    metadata = read_metadata(checkpoint)
-    if "model_config" not in metadata:
+def _header(checkpoint: Path) -> CheckpointHeader:
+    header = read_header(checkpoint)
+    if header.model is None or not header.model_config:
         raise ValueError(f"checkpoint {checkpoint} does not say which detector it is of: give one of groupdetr train")
-    return metadata
+    return header
 
 
 def _as_trained(training: CocoTrainingConfig, checkpoint: Path) -> CocoTrainingConfig:
     """The training with the detector that a checkpoint is of, its labels, its sizes of images and its normalisation."""
-    metadata = _metadata(checkpoint)
-    model = ModelConfig.of_checkpoint(metadata["model"], metadata["model_config"])
-    data = replace(training.data, labels=metadata["labels"])
-    augmentation = InferenceSettings.from_metadata(metadata).augmentation
+    header = _header(checkpoint)
+    model = ModelConfig.of_checkpoint(header)
+    data = replace(training.data, labels=header.labels)
+    augmentation = InferenceSettings.from_header(header).augmentation
     return replace(training, model=model, data=data, augmentation=augmentation)

@@ -5,15 +5,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .header import CheckpointHeader
 from .numpy_pickle import read_numpy_pickle
 
-__all__ = ["CheckpointFile", "read_checkpoint", "read_metadata"]
+__all__ = ["CheckpointFile", "read_checkpoint", "read_header"]
+
+HEADER_KEY = "groupdetr_fast"  # in the metadata of safetensors; ``training.checkpoint`` writes it
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,14 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
     return _from_object(content, str(path))
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_header(path: str | Path) -> CheckpointHeader:
     """What this package's training wrote into the header of a weights file.
 
     Args:
         path: the file, or a folder that holds one.
 
     Returns:
-        ``model``, the name of the detector, ``model_config``, ``categories``, ``labels``, ``evaluation`` (sizes and
-        normalisation), and ``epoch`` and ``AP`` of the weights; empty for files of other code.
+        The header; for files of other code, one that says nothing.
 
     Raises:
         ValueError: if the file is damaged.
@@ -78,12 +79,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
-        return {}
+        return CheckpointHeader()
     try:
         with safe_open(files[0], framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("groupdetr_fast", "{}"))
+            content = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {files[0]} cannot be read as safetensors: {error}") from None
+    return CheckpointHeader.from_json(content)
 
 
 def _read_folder(folder: Path) -> CheckpointFile:
@@ -102,7 +104,7 @@ def _read_folder(folder: Path) -> CheckpointFile:
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
-    config = read_metadata(path).get("model_config", {})
+    config = read_header(path).model_config
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping

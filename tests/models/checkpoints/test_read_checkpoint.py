@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from small_models import build
 
 import groupdetr_fast as gd
-from groupdetr_fast.models.checkpoints import read_metadata
+from groupdetr_fast.models.checkpoints import CheckpointHeader, read_header
 
 
 def test_unreadable_files_are_refused_in_one_sentence(tmp_path):
@@ -39,16 +39,17 @@ class Intruder:
         return (Path.touch, (self.path,))
 
 
-def test_metadata_of_own_files_alone(tmp_path):
-    metadata = {"model": "dab_detr_r50", "labels": "category_id"}
+def test_headers_of_own_files_alone(tmp_path):
+    content = {"model": "dab_detr_r50", "labels": "category_id"}
     own, other = tmp_path / "own", tmp_path / "other.safetensors"
     own.mkdir()
-    save_file({"a": torch.zeros(1)}, own / "model.safetensors", metadata={"groupdetr_fast": json.dumps(metadata)})
+    save_file({"a": torch.zeros(1)}, own / "model.safetensors", metadata={"groupdetr_fast": json.dumps(content)})
     save_file({"a": torch.zeros(1)}, other)
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pth")
-    assert read_metadata(own) == read_metadata(own / "model.safetensors") == metadata
+    header = CheckpointHeader(model="dab_detr_r50", labels="category_id")
+    assert read_header(own) == read_header(own / "model.safetensors") == header
     for path in (other, tmp_path / "pickle.pth", tmp_path / "nothing", tmp_path):
-        assert read_metadata(path) == {}
+        assert read_header(path) == CheckpointHeader()
     other.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"other.safetensors cannot be read as safetensors"):
-        read_metadata(other)
+        read_header(other)
