@@ -36,7 +36,7 @@ from .losses.matcher import Assignment
 from .models import build_model, load_checkpoint, model_config, postprocess
 from .models.checkpoints import CheckpointHeader, read_header
 from .training.checkpoint import BEST, write_whole
-from .training.engine import Trainer, build_accelerator
+from .training.engine import Trainer, TrainerSettings, build_accelerator
 from .training.optimization import OptimizationConfig
 
 __all__ = ["CocoTrainingConfig", "DataConfig", "DataPaths", "ModelConfig", "digits_demo", "evaluate", "train"]
@@ -356,12 +356,7 @@ def train(
         )
         if accelerator.is_main_process:
             write_whole(config.output / CONFIG_FILE, config.as_yaml())
-        trainer = Trainer(
-            accelerator,
-            model,
-            build_criterion(model, assignment=config.assignment, positives=config.positives),
-            _loader(readable_set, config, shuffle=True, min_size=config.augmentation.jitter_size or 0),
-            run_evaluation,
+        settings = TrainerSettings(
             optimization,
             config.output,
             header.to_json(),
@@ -370,6 +365,14 @@ def train(
             early_stopping_delta=config.early_stopping_delta,
             checkpoint_every=config.checkpoint_every,
             max_skipped_steps=0 if config.strict else config.max_skipped_steps,
+        )
+        trainer = Trainer(
+            accelerator,
+            model,
+            build_criterion(model, assignment=config.assignment, positives=config.positives),
+            _loader(readable_set, config, shuffle=True, min_size=config.augmentation.jitter_size or 0),
+            settings,
+            evaluate=run_evaluation,
             observe=observe,
         )
         if config.resume and not trainer.resume():

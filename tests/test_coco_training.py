@@ -98,14 +98,14 @@ def test_resuming_continues_to_the_same_weights(config, tmp_path, monkeypatch):
 
     from groupdetr_fast.training import engine
 
-    finish = engine.Trainer._finish_epoch
+    finish = engine.Trainer.finish_epoch
 
     def stop_after_the_first(trainer):
         finish(trainer)
-        if trainer.epoch == 1:
+        if trainer.state.epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Trainer, "_finish_epoch", stop_after_the_first)
+    monkeypatch.setattr(engine.Trainer, "finish_epoch", stop_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         train(interrupted)
     monkeypatch.undo()

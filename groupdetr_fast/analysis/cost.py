@@ -1,7 +1,6 @@
 """Time and memory of training steps, in a process of their own. ``python -m groupdetr_fast.analysis.cost FOLDER``"""
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from ..build import build_criterion
 from ..coco_training import CocoTrainingConfig
 from ..config_file import from_plain
 from ..data import CocoDataset, EpochSampler, collate, train_transforms
-from ..training.engine import Trainer, build_accelerator
+from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.progress import peak_memory_mib
 from .json_files import read_json, to_json, write_json
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
@@ -66,23 +66,20 @@ def measure_cost(settings: CostSettings, folder: Path, *, threads: int) -> dict[
     return read_json(folder / COST)
 
 
-class _TimedTrainer(Trainer):
-    """The trainer of ``groupdetr train``, one step after the other."""
-
-    def time_steps(self, number: int) -> list[float]:
-        """Seconds of each of so many optimiser steps, without loading images."""
-        self.model.train()
-        times: list[float] = []
-        while True:
-            for batches in self._steps():
-                _wait()
-                begin = time.perf_counter()
-                self._run_step(batches)
-                _wait()
-                times.append(time.perf_counter() - begin)
-                if len(times) == number:
-                    return times
-            self.epoch += 1
+def _seconds_of_steps(trainer: Trainer, number: int) -> list[float]:
+    """Seconds of each of so many optimiser steps, without loading images."""
+    trainer.state.model.train()
+    times: list[float] = []
+    while True:
+        for batches in trainer.steps():
+            _wait()
+            begin = time.perf_counter()
+            trainer.run_step(batches)
+            _wait()
+            times.append(time.perf_counter() - begin)
+            if len(times) == number:
+                return times
+        trainer.state.next_epoch()
 
 
 def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
@@ -105,8 +102,8 @@ def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
         collate_fn=partial(collate, min_size=config.augmentation.jitter_size or 0),
     )
     model = config.model.build(dataset.num_classes)
-    trainer = _TimedTrainer(accelerator, model, build_criterion(model), loader, dict, optimization, folder, {})
-    times = trainer.time_steps(settings.warmup + settings.steps)[settings.warmup :]
+    trainer = Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
+    times = _seconds_of_steps(trainer, settings.warmup + settings.steps)[settings.warmup :]
     median = statistics.median(times)
     percentiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
     return {
@@ -114,20 +111,13 @@ def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
         "seconds_per_step_p20": percentiles[0].item(),
         "seconds_per_step_p80": percentiles[1].item(),
         "seconds_per_epoch": median * -(-len(loader) // optimization.accumulate),
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
     }
 
 
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak_memory_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 if __name__ == "__main__":

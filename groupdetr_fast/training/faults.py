@@ -2,10 +2,13 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["EXIT_STOPPED", "StopRequest", "TrainingError", "TrainingStopped"]
+__all__ = ["EXIT_STOPPED", "StopRequest", "TrainingError", "TrainingStopped", "deaths_of_workers_explained"]
 
+WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a worker was killed
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again with --resume
 
 
@@ -41,3 +44,25 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+@contextmanager
+def deaths_of_workers_explained(workers: int) -> Iterator[None]:
+    """Turn the errors that a killed worker causes into a sentence; others pass.
+
+    Args:
+        workers: number of processes that load images.
+
+    Raises:
+        TrainingError: if one of them died.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        broken_pipe = not isinstance(error, RuntimeError) and workers > 0
+        if not (broken_pipe or str(error).startswith(WORKER_DIED)):
+            raise
+        raise TrainingError(
+            f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers "
+            "help; resuming goes on from the newest checkpoint"
+        ) from None

@@ -4,11 +4,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["gathered", "own_part", "sharded_like", "sharded_optimizer_state", "whole"]
+__all__ = ["check_sharding", "gathered", "own_part", "sharded_like", "sharded_optimizer_state", "whole"]
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what checkpoints cannot be made of, and let FSDP compute in the precision of all other trainings.
+
+    Raises:
+        ValueError: for DeepSpeed, Megatron-LM and the first version of FSDP.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"weights are sharded by FSDP version 2 alone, not by {kind.value}: set fsdp_version to 2")
+    if accelerator.is_fsdp2:
+        # FSDP would cast the weights and, with them, reference points and boxes; autocast leaves those in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_a_finished_training_is_only_measured_again(training, folder, monkeypatc
 def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, interrupted_at, epochs_done):
     run = Run(training, 0.6)
     run.prepare(folder)
-    finish = Trainer._finish_epoch
+    finish = Trainer.finish_epoch
 
     def interrupt_after_an_epoch(trainer):
         finish(trainer)
@@ -57,7 +57,7 @@ def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, 
         raise KeyboardInterrupt
 
     if interrupted_at == "train":
-        monkeypatch.setattr(Trainer, "_finish_epoch", interrupt_after_an_epoch)
+        monkeypatch.setattr(Trainer, "finish_epoch", interrupt_after_an_epoch)
     else:
         monkeypatch.setattr(run_module, "evaluate_usages", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -121,8 +121,8 @@ def test_killed_without_checkpoints_within_epochs(data, tmp_path, undisturbed):
     [
         pytest.param("AdamW.step", 8, "epoch_0001_batch_000003", id="within an epoch"),
         pytest.param("AdamW.step", 5, "epoch_0000_batch_000005", id="in its last step", marks=SLOW),
-        pytest.param("Trainer._finish_epoch", 1, "epoch_0001", id="between two epochs", marks=SLOW),
-        pytest.param("Trainer._save", 1, "epoch_0001", id="while a checkpoint is written", marks=SLOW),
+        pytest.param("Trainer.finish_epoch", 1, "epoch_0001", id="between two epochs", marks=SLOW),
+        pytest.param("Trainer.save", 1, "epoch_0001", id="while a checkpoint is written", marks=SLOW),
     ],
 )
 def test_sigterm_stops_at_the_next_step_with_a_checkpoint(data, tmp_path, undisturbed, place, number, start):

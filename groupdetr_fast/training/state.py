@@ -1,0 +1,183 @@
+"""The state of a training: what a checkpoint holds, and what resuming sets again."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .checkpoint import CheckpointError, read_checkpoint, resumable_checkpoints, save_checkpoint
+from .ema import AveragedWeights
+from .processes import mean_losses
+from .random_state import random_state, restore_random_state
+from .sharding import gathered, sharded_like, sharded_optimizer_state
+
+__all__ = ["EpochState", "TrainingState"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come.
+
+    Attributes:
+        batches: that have ended, of this process.
+        steps: optimiser steps that were taken.
+        skipped: optimiser steps that were not, since the loss or the gradient was not finite.
+        seconds: spent so far.
+        sums: losses summed over the steps that were taken.
+    """
+
+    batches: int = 0
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingState:
+    """Everything that a training changes.
+
+    Attributes:
+        accelerator: of the training; a checkpoint has its loss scale, and the random states of all its processes.
+        model, optimizer, loader: as the accelerator prepared them. The loader's data set may have ``unreadable`` and
+            ``remember``; see :class:`~groupdetr_fast.training.engine.Trainer`.
+        scheduler: of the optimiser, one step per optimiser step.
+        average: moving average of the weights, if one is kept.
+        epoch: number of epochs that have ended.
+        current: the epoch after those.
+        history: a row for each epoch that has ended, in types that json has.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    average: AveragedWeights | None
+    loader: DataLoader
+    epoch: int = 0
+    current: EpochState = field(default_factory=EpochState)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.loader)
+
+    @property
+    def batches(self) -> int:
+        """Batches of the whole run that have ended, of this process."""
+        return self.epoch * self.batches_per_epoch + self.current.batches
+
+    def next_epoch(self) -> None:
+        """Count the current epoch as ended, and begin the one after it."""
+        self.epoch, self.current = self.epoch + 1, EpochState()
+
+    def unreadable(self) -> list[int]:
+        """Indices of the samples that could not be read so far, each once, however many processes met it."""
+        return sorted(set(gather_object(list(getattr(self.loader.dataset, "unreadable", [])))))
+
+    def save(self, run: Path, metadata: dict[str, Any]) -> None:
+        """Write a checkpoint into the folder of a run. Every process must call this; the main one writes.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        main = self.accelerator.is_main_process
+        random_states = gather_object([random_state()])
+        sums = mean_losses(self.current.sums)
+        unreadable = self.unreadable()
+        weights = gathered(self.accelerator.unwrap_model(self.model).state_dict(), keep=main)
+        optimizer = gathered(self.optimizer.state_dict(), keep=main)
+        average = None if self.average is None else gathered(self.average.average, keep=main)
+        self.accelerator.wait_for_everyone()
+        if not main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "epoch": self.epoch,
+            "current": {**vars(self.current), "sums": sums},
+            "batches_per_epoch": self.batches_per_epoch,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random_states,
+            "unreadable": unreadable,
+            "history": json.dumps(self.history),
+        }
+        if average is not None:
+            # The averaged weights are those to evaluate; the trained ones are then part of the state.
+            state |= {"weights": weights, "ema_updates": self.average.updates}
+            weights = average
+        save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata))
+
+    def resume(self, run: Path) -> Path | None:
+        """Restore the newest checkpoint of a run that can be used. Returns its folder; None if the run has none.
+
+        Raises:
+            CheckpointError: if there are checkpoints, and none of them can be used.
+        """
+        folders = resumable_checkpoints(run)
+        for index, folder in enumerate(folders):
+            try:
+                self.restore(folder)
+            except CheckpointError as error:
+                if index == len(folders) - 1:
+                    raise
+                logger.warning("%s; going back to the one before it", error)
+            else:
+                return folder
+        return None
+
+    def restore(self, folder: Path) -> None:
+        """Set everything that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be read, or is of another model or training.
+        """
+        weights, state = read_checkpoint(folder)
+        try:
+            current = self._epoch_of(state)
+            # Checkpoints of a training with averaged weights have the trained ones in the state.
+            model = self.accelerator.unwrap_model(self.model)
+            own = model.state_dict()
+            model.load_state_dict(sharded_like(state.get("weights", weights), own))
+            if self.average is not None:
+                self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
+            self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            random_states, process = state["random"], self.accelerator.process_index
+            if process < len(random_states):
+                restore_random_state(random_states[process])
+            if state.get("unreadable"):
+                self.loader.dataset.remember(state["unreadable"])
+            self.history = json.loads(state["history"])
+            self.epoch, self.current = state["epoch"], current
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise CheckpointError(f"checkpoint {folder} does not belong to this training: {reason}") from None
+
+    def _epoch_of(self, state: dict[str, Any]) -> EpochState:
+        """How far the epoch of a checkpoint's state has come."""
+        current = EpochState(**state["current"])
+        if current.batches and state["batches_per_epoch"] != self.batches_per_epoch:
+            raise ValueError(
+                f"it was written within an epoch of {state['batches_per_epoch']} batches, and now an epoch has "
+                f"{self.batches_per_epoch}: use the same data, batch_size and number of processes"
+            )
+        current.sums = {name: value.to(self.accelerator.device) for name, value in current.sums.items()}
+        return current
+
+    def _description(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The metadata, with what the weights have been through: finished epochs, and AP if these are evaluated."""
+        last = self.history[-1] if self.history and not self.current.batches else {}
+        return {**metadata, "epoch": self.epoch, "AP": last.get("metrics", {}).get("AP")}
