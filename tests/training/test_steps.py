@@ -1,0 +1,108 @@
+"""A loop of one's own over the trainer's steps is the trainer's own loop."""
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from small_runs import small_config, write_images
+
+from groupdetr_fast.build import build_criterion
+from groupdetr_fast.data import CocoDataset, EpochSampler, collate, train_transforms
+from groupdetr_fast.training.checkpoint import latest_checkpoint
+from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def trainer_in(data, tmp_path):
+    """Makes trainers in folders of these names; each begins with the same weights and random states."""
+
+    def build(name, **options):
+        config = small_config(data, tmp_path / name)
+        optimization = replace(config.optimization, **options)
+        accelerator = build_accelerator(optimization, config.output)
+        transforms = train_transforms(config.augmentation)
+        dataset = CocoDataset(*data.train_paths(), transforms, labels=data.labels, seed=optimization.seed)
+        sampler = EpochSampler(dataset, seed=optimization.seed)
+        loader = torch.utils.data.DataLoader(dataset, optimization.batch_size, sampler=sampler, collate_fn=collate)
+        model = config.model.build(dataset.num_classes)
+        settings = TrainerSettings(optimization, config.output)
+        return Trainer(accelerator, model, build_criterion(model), loader, settings)
+
+    return build
+
+
+def same(first, second):
+    first, second = first.state.model.state_dict(), second.state.model.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "ema_decay": 0.9}], ids=["plain", "accumulation"])
+def test_steps_and_epochs_one_by_one_are_a_whole_training(trainer_in, options):
+    whole = trainer_in("whole", **options)
+    expected = whole.fit()["epochs"]
+    trainer = trainer_in("by_hand", **options)
+    for _ in range(trainer.config.epochs):
+        trainer.state.model.train()
+        for batches in trainer.steps():
+            assert trainer.run_step(batches)["loss"].isfinite()
+        trainer.finish_epoch()
+    assert same(trainer, whole)
+    assert [row["train"] for row in trainer.state.history] == [row["train"] for row in expected]
+    assert all("metrics" not in row for row in expected)  # nothing was given that evaluates
+
+
+def test_steps_go_on_where_the_last_one_ended(trainer_in):
+    trainer = trainer_in("run")
+    trainer.state.model.train()
+    ids = []
+    for batches in trainer.steps():
+        trainer.run_step(batches)
+        ids += batches[0].image_ids
+        if len(ids) == 4:
+            break
+    assert trainer.state.batches == 2
+    remaining = [image_id for batches in trainer.steps() for image_id in batches[0].image_ids]
+    assert sorted(ids + remaining) == list(range(1, 11))
+
+
+def test_steps_need_no_file_and_their_epochs_differ(trainer_in):
+    trainer = trainer_in("run")
+    orders = []
+    for _ in range(2):
+        orders.append([image_id for batches in trainer.steps() for image_id in batches[0].image_ids])
+        trainer.state.next_epoch()
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert trainer.state.batches == 10
+    assert not trainer.settings.run.exists()
+
+
+def test_a_state_is_saved_and_restored_within_an_epoch(trainer_in):
+    trainer = trainer_in("run", ema_decay=0.9)
+    trainer.state.model.train()
+    steps = trainer.steps()
+    for _ in range(3):
+        trainer.run_step(next(steps))
+    trainer.save()
+    assert latest_checkpoint(trainer.settings.run).name == "epoch_0000_batch_000003"
+    again = trainer_in("run", ema_decay=0.9)
+    assert again.resume()
+    assert same(again, trainer)
+    assert again.state.batches == 3
+    assert again.state.average.updates == trainer.state.average.updates == 3
+    for one in (trainer, again):
+        assert one.state.scheduler.get_last_lr() == trainer.state.scheduler.get_last_lr()
+    first, second = (one.state.current for one in (trainer, again))
+    assert first.sums.keys() == second.sums.keys()
+    assert all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
+    assert not trainer_in("another").resume()
+
+
+def test_settings_do_not_change_while_a_training_runs(trainer_in):
+    with pytest.raises(FrozenInstanceError):
+        trainer_in("run").settings.checkpoint_every = 5
