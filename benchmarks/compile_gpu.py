@@ -3,7 +3,7 @@
     python benchmarks/compile_gpu.py
     python benchmarks/compile_gpu.py --only sigmoid_focal_loss --architectures 90 --jobs 4
 
-Triton kernels are compiled in every configuration that their modules list (``compile_cases``), CUDA sources as setup.py
+Triton kernels are compiled in every configuration that the op lists (``triton_cases.py``), CUDA sources as setup.py
 compiles them. The command fails if a kernel spills registers to memory or does not fit an architecture.
 """
 
@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from groupdetr_fast.ops._triton import CompileCase
@@ -61,19 +60,15 @@ class Usage(NamedTuple):
         return [f"{self.kernel} for sm_{self.architecture} {problem}" for problem in found]
 
 
-def triton_modules() -> list[ModuleType]:
-    """The modules of Triton kernels.
+def triton_cases() -> list[CompileCase]:
+    """The configurations of all Triton kernels.
 
     Raises:
         ImportError: if Triton is not installed.
     """
-    files = sorted(ROOT.glob("groupdetr_fast/ops/*/triton_kernels.py"))
-    return [importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files]
-
-
-def triton_cases() -> list[CompileCase]:
-    """The configurations of all Triton kernels."""
-    return [case for module in triton_modules() for case in module.compile_cases()]
+    files = sorted(ROOT.glob("groupdetr_fast/ops/*/triton_cases.py"))
+    modules = (importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files)
+    return [case for module in modules for case in module.compile_cases()]
 
 
 def compile_triton(case: CompileCase, architecture: int) -> Usage:

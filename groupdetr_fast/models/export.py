@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..ops.grouped_attention.decomposition import attend_in_one_group
+from ..ops.ms_deform_attn.decomposition import deform_by_grid_sample
 
 from .detector import Detector
 
@@ -103,7 +105,7 @@ def export_onnx(
     program = export_program(model, image_size, masks=masks, inference_group=inference_group)
     own = torch.ops.groupdetr_fast
     program = program.run_decompositions(
-        {own.grouped_attention.default: _attend_in_one_group, own.ms_deform_attn.default: _deform_by_grid_sample}
+        {own.grouped_attention.default: attend_in_one_group, own.ms_deform_attn.default: deform_by_grid_sample}
     )
     inputs = ["images", "masks"] if masks else ["images"]
     names = {0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"}
@@ -116,32 +118,3 @@ def export_onnx(
     )
     exported.model.metadata_props.update(metadata or {})
     exported.save(path)
-
-
-def _attend_in_one_group(
-    query: Tensor, key: Tensor, value: Tensor, layout: list[int], dropout_p: float, seed: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``grouped_attention`` where all queries are one group and nothing is dropped."""
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    return (scores.softmax(-1) @ value).transpose(1, 2), scores.logsumexp(-1)
-
-
-def _deform_by_grid_sample(
-    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """``ms_deform_attn`` at finite locations, in few operators: the time that onnx takes grows with their number."""
-    batch, _, heads, dim = value.shape
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
-    maps = (
-        value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], dim=-1)
-    )  # [B * H, D, h * w]
-    grids = (2 * sampling_locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [levels, B * H, Lq, P, 2]
-    samples = [
-        F.grid_sample(image.unflatten(-1, size), grid, align_corners=False)
-        for image, size, grid in zip(maps, sizes, grids.unbind(), strict=True)
-    ]  # [B * H, D, Lq, P]
-    weights = attention_weights.to(dtype).flatten(-2).transpose(1, 2).flatten(0, 1)  # [B * H, Lq, levels * P]
-    out = (torch.cat(samples, dim=-1) * weights[:, None]).sum(-1)  # [B * H, D, Lq]
-    return out.view(batch, heads * dim, -1).transpose(1, 2).to(value.dtype)

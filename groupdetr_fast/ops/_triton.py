@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class CompileCase(NamedTuple):
     """One configuration of a Triton kernel, with all that it takes to compile it without a GPU.
 
-    Every module of Triton kernels has a function ``compile_cases()`` that yields these; ``make compile-gpu`` and the
-    tests compile them.
+    Beside every module of Triton kernels, ``triton_cases.py`` has a function ``compile_cases()`` that yields these;
+    ``make compile-gpu`` and the tests compile them.
 
     Attributes:
         name: ``<op>/<kernel>/<configuration>``, unique in the package.

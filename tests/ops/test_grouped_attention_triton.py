@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from interpreted_grouped_attention import LAYOUTS, check, make_inputs, settings
 
 from groupdetr_fast import QueryGroups
-from groupdetr_fast.ops.grouped_attention import triton_kernels
+from groupdetr_fast.ops.grouped_attention import triton_cases, triton_kernels
 
 OP = torch.ops.groupdetr_fast.grouped_attention
 OP_BACKWARD = torch.ops.groupdetr_fast.grouped_attention_backward
@@ -55,7 +55,7 @@ def test_compiles_for_unusual_arguments(precision, dim, architecture):
 
     for kernel in triton_kernels._TILES:
         tile = triton_kernels._tile(kernel, precision, dim, dim, 300)
-        case = triton_kernels._compile_case(kernel, precision, dim, tile, dropout=True)
+        case = triton_cases.compile_case(kernel, precision, dim, tile, dropout=True)
         channels = {"stride_qd": "i32", "stride_kd": "i64", "stride_ql": "constexpr", "threshold": "i64"}
         constexprs = {name: value for name, value in case.constexprs.items() if name not in channels}
         source = ASTSource(kernel, case.signature | channels, constexprs | {"stride_ql": 1})

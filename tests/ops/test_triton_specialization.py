@@ -21,7 +21,7 @@ OF_THE_BATCH = {
 
 def cases():
     """One configuration of each kernel, by its name."""
-    modules = [importlib.import_module(f"groupdetr_fast.ops.{op}.triton_kernels") for op in OF_THE_BATCH]
+    modules = [importlib.import_module(f"groupdetr_fast.ops.{op}.triton_cases") for op in OF_THE_BATCH]
     return {case.kernel.__name__.strip("_"): case for module in modules for case in module.compile_cases()}
 
 

@@ -1,13 +1,10 @@
 """``sigmoid_focal_loss`` on NVIDIA GPUs: one pass over the logits forward, one backward."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, kernel_signature
 from .._triton_focal import class_probability, focal_factor
 from . import reference
 
@@ -151,25 +148,3 @@ def _blocks(classes: int) -> dict[str, int]:
     """Tiles of 512 logits. Rows are cut into 32 classes or less, so that few lanes lie beyond the last one."""
     block_c = min(32, triton.next_power_of_2(classes))
     return {"BLOCK_Q": 512 // block_c, "BLOCK_C": block_c}
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Every dtype and every size of a block, with the squared focal factor and with a general one."""
-    for logits in ("fp32", "fp16", "bf16", "fp64"):
-        loss = "fp64" if logits == "fp64" else "fp32"
-        types = {"partial": f"*{loss}", "grad_loss": f"*{loss}", "logits": f"*{logits}", "grad_logits": f"*{logits}"}
-        types |= {"target_classes": "*i64"}
-        for gamma in (2.0, 1.5):
-            for classes in (32, 16, 8, 4, 2, 1) if logits == "fp32" else (32,):
-                constexprs = {"ALPHA": 0.25, "GAMMA": gamma, **_blocks(classes)}
-                constexprs["stride_c"] = 1  # Triton makes a constant of a stride of 1
-                for kernel in (_sigmoid_focal_loss_fwd_kernel, _sigmoid_focal_loss_bwd_kernel):
-                    direction = "forward" if kernel is _sigmoid_focal_loss_fwd_kernel else "backward"
-                    yield CompileCase(
-                        f"sigmoid_focal_loss/{direction}/{logits}/gamma{gamma}/{classes}classes",
-                        kernel,
-                        kernel_signature(kernel, types, constexprs),
-                        constexprs,
-                        **_LAUNCH,
-                        aligned=tuple(types.keys() & kernel.arg_names),
-                    )
