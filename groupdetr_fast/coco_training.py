@@ -31,11 +31,12 @@ from .data import (
 )
 from .evaluation.coco import CocoEvaluator, format_table
 from .evaluation.visualize import draw_detections
+from .files import write_whole
 from .inference import EVAL_SETTINGS, class_table
 from .losses.matcher import Assignment
 from .models import build_model, load_checkpoint, model_config, postprocess
 from .models.checkpoints import CheckpointHeader, read_header
-from .training.checkpoint import BEST, write_whole
+from .training.checkpoint import BEST
 from .training.engine import Trainer, TrainerSettings, build_accelerator
 from .training.optimization import OptimizationConfig
 

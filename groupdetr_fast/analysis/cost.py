@@ -17,9 +17,10 @@ from ..build import build_criterion
 from ..coco_training import CocoTrainingConfig
 from ..config_file import from_plain
 from ..data import CocoDataset, EpochSampler, collate, train_transforms
+from ..files import read_json, write_json
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.progress import peak_memory_mib
-from .json_files import read_json, to_json, write_json
+from .json_files import to_json
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
 

@@ -1,13 +1,11 @@
-"""Json files of runs, so that a process of its own can make a run and a later one can recognise it."""
+"""Configurations as json, so that a process of its own can make a run and a later one can recognise it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ..config_file import from_plain, to_plain
-from ..training.checkpoint import write_whole
 
-__all__ = ["read_json", "to_json", "write_json"]
+__all__ = ["to_json"]
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -17,19 +15,6 @@ def to_json(config: Any) -> dict[str, Any]:
     """
     typed = from_plain(type(config), _values(config), complete=True)
     return _values(typed)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a json file; None if there is none, or if it is only half written."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a json file that is either whole or not there."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _values(config: Any) -> dict[str, Any]:

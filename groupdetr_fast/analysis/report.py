@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .json_files import read_json, write_json
+from ..files import read_json, write_json
 from .plots import save_figure
 
 __all__ = ["Measurement", "write_measurement", "write_page"]

@@ -17,12 +17,13 @@ from filelock import FileLock, Timeout
 from ..build import build_criterion
 from ..coco_training import CocoTrainingConfig, train
 from ..config_file import from_plain
+from ..files import read_json, write_json
 from ..models.registry import model_config
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped
 from .distances import DistanceRecorder, read_distances
 from .inference import evaluate_usages
-from .json_files import read_json, to_json, write_json
+from .json_files import to_json
 
 __all__ = ["Run", "RunError", "RunResults", "execute"]
 

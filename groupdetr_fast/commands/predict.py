@@ -18,8 +18,8 @@ from ..data.annotations import read_json
 from ..data.images import IMAGE_SUFFIXES, as_rgb
 from ..evaluation.coco import to_coco_results
 from ..evaluation.visualize import draw_detections, draw_image
+from ..files import write_whole
 from ..inference import InferenceSettings, load_model, predict
-from ..training.checkpoint import write_whole
 
 __all__ = ["PredictCommand", "find_images"]
 

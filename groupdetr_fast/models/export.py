@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..ops.grouped_attention.decomposition import attend_in_one_group
 from ..ops.ms_deform_attn.decomposition import deform_by_grid_sample
-
 from .detector import Detector
 
 __all__ = ["export_onnx", "export_program"]

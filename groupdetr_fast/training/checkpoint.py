@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import force_to_disk
+
 __all__ = [
     "CheckpointError",
     "latest_checkpoint",
@@ -29,7 +31,6 @@ __all__ = [
     "read_checkpoint",
     "resumable_checkpoints",
     "save_checkpoint",
-    "write_whole",
 ]
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
@@ -75,11 +76,11 @@ def save_checkpoint(
         save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
         torch.save(state, unfinished / STATE)
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
-            _sync(path)
+            force_to_disk(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(unfinished, folder)
-        _sync(folder.parent)
+        force_to_disk(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch wrap the system's errors
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; {_whats_left(run)}") from None
@@ -134,19 +135,11 @@ def mark_best(run: Path, epoch: int) -> None:
             os.link(source, unfinished)
         except OSError:
             shutil.copyfile(source, unfinished)
-            _sync(unfinished)
+            force_to_disk(unfinished)
         os.replace(unfinished, target)
-        _sync(target.parent)
+        force_to_disk(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or whoever comes after a crash, finds the old text or the new one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    _sync(unfinished)
-    os.replace(unfinished, path)
 
 
 def _remove_superseded(run: Path, newest: Path) -> None:
@@ -168,11 +161,3 @@ def _whats_left(run: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,15 +18,16 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..files import write_whole
+from ..random_state import random_state_kept
 from ..targets import StepTotals
-from .checkpoint import mark_best, write_whole
+from .checkpoint import mark_best
 from .ema import AveragedWeights
 from .faults import StopRequest, TrainingError, TrainingStopped, deaths_of_workers_explained
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler
 from .passes import GroupPasses, add_losses, average_gradients
 from .processes import anywhere, mean_losses
 from .progress import TrainingProgress, peak_memory_mib
-from .random_state import random_state_kept
 from .recompute import recompute_decoder_layers
 from .selection import best_epoch, epochs_without_gain
 from .sharding import check_sharding, whole

@@ -12,10 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..random_state import random_state, restore_random_state
 from .checkpoint import CheckpointError, read_checkpoint, resumable_checkpoints, save_checkpoint
 from .ema import AveragedWeights
 from .processes import mean_losses
-from .random_state import random_state, restore_random_state
 from .sharding import gathered, sharded_like, sharded_optimizer_state
 
 __all__ = ["EpochState", "TrainingState"]

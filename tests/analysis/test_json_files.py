@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from groupdetr_fast.analysis.json_files import read_json, to_json, write_json
+from groupdetr_fast.analysis.json_files import to_json
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, digits_demo
 from groupdetr_fast.config_file import from_plain
@@ -39,12 +39,3 @@ def test_a_missing_setting_is_named():
     del values["model"]["num_groups"]
     with pytest.raises(ValueError, match=r"key model\.num_groups is missing"):
         from_plain(CocoTrainingConfig, values, complete=True)
-
-
-def test_a_half_written_file_counts_as_none(tmp_path):
-    path = tmp_path / "file.json"
-    assert read_json(path) is None
-    write_json(path, {"a": [1, None]})
-    assert read_json(path) == {"a": [1, None]}
-    path.write_text(path.read_text()[:-4])
-    assert read_json(path) is None
