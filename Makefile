@@ -33,25 +33,25 @@ test-oldest:
 	$(PYTHON) tests/lower_bounds.py >$(PIP_CONSTRAINT)
 	$(MAKE) -C $(OLDEST)/source VENV=$(OLDEST) $(OLDEST)/.test
 	cd $(OLDEST)/source && $(OLDEST)/bin/python -m pytest -m "not slow" --durations=15 tests/ops tests/models tests/training
-	cd $(OLDEST)/source && $(OLDEST)/bin/python benchmarks/compile_gpu.py --architectures 90
+	cd $(OLDEST)/source && $(OLDEST)/bin/python benchmarks compile_gpu --architectures 90
 
 # Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
 bench: $(VENV)/peers
 	mkdir -p benchmarks/results
-	for file in benchmarks/bench_*.py; do \
+	for file in benchmarks/cpu/bench_*.py; do \
 		$(BIN)/python -m pytest $$file --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
 			--benchmark-json=benchmarks/results/$$(basename $$file .py).json || exit 1; \
 	done
-	$(BIN)/python benchmarks/summary.py --write
+	$(BIN)/python benchmarks summary --write
 
 # Every GPU kernel, compiled without a GPU: registers, shared memory, spills. Needs nvcc.
 compile-gpu: $(VENV)/.test
-	$(BIN)/python benchmarks/compile_gpu.py
+	$(BIN)/python benchmarks compile_gpu
 
 # Extension and wheels for a GPU machine without network, in build/gpu-carry. GPU_PYTHON: a Python 3.12 with that machine's
 # torch, setuptools, wheel and ninja, to compile the peers that have no wheel; without it they are left out.
 gpu-carry: $(VENV)/.test
-	$(BIN)/python benchmarks/gpu_carry.py $(addprefix --builder ,$(GPU_PYTHON))
+	$(BIN)/python benchmarks gpu_carry $(addprefix --builder ,$(GPU_PYTHON))
 
 # On a machine with a GPU: kernels against references, times, whole steps, tests, tiles; rows in benchmarks/results/gpu.
 gpu-report: $(VENV)/.test
@@ -108,8 +108,8 @@ $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.
 $(VENV)/.bench: export FORCE_CPU := 1
 
 # Peers that overwrite other ones, in a folder that is on nobody's path.
-$(VENV)/peers: $(VENV)/.bench benchmarks/peers.txt
-	$(INSTALL) --quiet --no-deps --upgrade --target $@ --requirement benchmarks/peers.txt
+$(VENV)/peers: $(VENV)/.bench benchmarks/harness/peers_apart.txt
+	$(INSTALL) --quiet --no-deps --upgrade --target $@ --requirement benchmarks/harness/peers_apart.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml

@@ -1,7 +1,7 @@
 """Fixtures of the benchmarks: ``comparison`` times contenders and ``memory`` measures their peak memory.
 
-A benchmark's module has a function ``prepare`` from a case of cases.py to the contenders, by name, and a check of
-their results; the contender :data:`~results.OURS` is this package. Results go to benchmarks/results.
+A benchmark's module has a function ``prepare`` from a case of harness/cases.py to the contenders, by name, and a check
+of their results; the contender :data:`~harness.results.OURS` is this package. Results go to benchmarks/results.
 """
 
 import tempfile
@@ -9,44 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from interleave import QUICK, Effort, measure
-from memory import peak_in_new_process
-from results import OURS, Results
 
 from groupdetr_fast import ops
+from harness import places
+from harness.comparison import ReplayedClock, measure_cases, report_status
+from harness.interleave import Effort
+from harness.memory import peak_in_new_process
+from harness.results import ResultWriter
 
-RESULTS = pytest.StashKey[Results]()
-FOLDER = Path(__file__).with_name("results")
+WRITER = pytest.StashKey[ResultWriter]()
 
-
-class Clock:
-    """Time that stands still unless told otherwise. Through it pytest-benchmark gets what was measured before."""
-
-    def __init__(self):
-        self._now = 0.0
-
-    def __call__(self):
-        return self._now
-
-    def advance(self, seconds):
-        self._now += seconds
-
-
-clock = Clock()
+clock = ReplayedClock()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("groupdetr_fast")
     group.addoption("--quick", action="store_true", help="one round, small images: to see that everything works")
-    group.addoption("--results", type=Path, help=f"where to write csv files (default: {FOLDER}; a new one for --quick)")
+    group.addoption(
+        "--results", type=Path, help=f"where to write csv files (default: {places.RESULTS}; a new one for --quick)"
+    )
 
 
 def pytest_configure(config):
     folder = config.getoption("--results")
     if folder is None:
         quick = config.getoption("--quick")
-        folder = Path(tempfile.mkdtemp(prefix="groupdetr_fast-quick-")) if quick else FOLDER
-    config.stash[RESULTS] = Results(folder)
+        folder = Path(tempfile.mkdtemp(prefix="groupdetr_fast-quick-")) if quick else places.RESULTS
+    config.stash[WRITER] = ResultWriter(folder)
 
 
 def pytest_collection_modifyitems(items):
@@ -56,11 +45,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionfinish(session):
-    session.config.stash[RESULTS].write()
+    session.config.stash[WRITER].write()
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash[RESULTS].report():
+    for line in config.stash[WRITER].report():
         terminalreporter.write_line(line)
 
 
@@ -92,7 +81,7 @@ def comparison(request, benchmark, measured):
             try:
                 for each, timings in measure_cases(together or [case], prepare, seconds, quick):
                     measured[name, each] = timings
-                    request.config.stash[RESULTS].add_timings(name, each, getattr(each, x) if x else 0, timings)
+                    request.config.stash[WRITER].add_timings(name, each, getattr(each, x) if x else 0, timings)
             finally:
                 torch.set_num_threads(before)
         timing = measured[name, case][contender]
@@ -111,22 +100,7 @@ def memory(request):
 
     def report(name, case, contender, module, *, x):
         peak = peak_in_new_process(module, str(case), contender, small=request.config.getoption("--quick"))
-        request.config.stash[RESULTS].add_memory(name, case, getattr(case, x), contender, peak)
+        request.config.stash[WRITER].add_memory(name, case, getattr(case, x), contender, peak)
         report_status(contender, peak)
 
     return report
-
-
-def measure_cases(cases, prepare, seconds, quick):
-    torch.manual_seed(0)
-    prepared = {case: prepare(case.small() if quick and hasattr(case, "small") else case) for case in cases}
-    contenders = {(case, name): run for case, (runs, _) in prepared.items() for name, run in runs.items()}
-    effort = QUICK if quick else Effort(seconds)
-    timings = measure(contenders, lambda key, result: prepared[key[0]][1](result), effort)
-    for case, (runs, _) in prepared.items():
-        yield case, {name: timings[case, name] for name in runs}
-
-
-def report_status(contender, found):
-    if found.status != "ok":
-        (pytest.fail if contender == OURS else pytest.skip)(f"{contender} is {found.status}: {found.note}")

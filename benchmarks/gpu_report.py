@@ -22,16 +22,18 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu.recorder import Recorder
 
-RESULTS = Path(__file__).with_name("results") / "gpu"
+from gpu.recorder import Recorder
+from harness.places import RESULTS
+
+ROWS = RESULTS / "gpu"
 MINUTES = {"smoke": 100 / 60, "ops": 200 / 60, "step": 3.0, "tests": 2.5, "tune": 2.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*MINUTES, "all"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--minutes", type=float, help="time for the stage")
     parser.add_argument("--rehearse", action="store_true", help="the whole stage at tiny sizes, on the CPU")
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from interleave import quartiles
+
+from harness.interleave import quartiles
 
 __all__ = [
     "Captured",

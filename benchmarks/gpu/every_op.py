@@ -7,12 +7,12 @@ python -m gpu.every_op large                    the most expensive kernels at th
 import argparse
 from collections.abc import Sequence
 
-import cases
 import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
 from groupdetr_fast.testing import ms_deform_attn_inputs
+from harness import cases
 
 
 def small(device: torch.device) -> None:

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import cases
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
+from harness import cases
 
 __all__ = [
     "COST",

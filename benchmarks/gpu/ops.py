@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import cases
 import torch
 from torch import Tensor
+
+from harness import cases
 
 from . import works
 from .clock import Captured, Pool, capture, eager_times, interleaved

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleave import in_one_line
 
 import groupdetr_fast as gd
+from harness.interleave import in_one_line
+from harness.places import ROOT
 
 __all__ = ["Recorder", "describe", "what_became"]
 
-ROOT = Path(__file__).parents[2]
 _PEERS = ("triton", "numpy", "scipy", "transformers", "rfdetr", "torch_linear_assignment", "torch_hungarian")
 _PEERS += ("deformops", "torch_ms_deform_attn")
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import cases
 import torch
-from interleave import in_one_line
 from torch import Tensor
 
 import groupdetr_fast as gd
 from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
 from groupdetr_fast.testing import error_and_bound
+from harness import cases
+from harness.interleave import in_one_line
 
 from . import operators
 from .clock import capture, count_host_syncs, interleaved

@@ -31,11 +31,7 @@ from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
-import naive
 import torch
-from cases import Detection
-from interleave import quartiles
-from results import OURS
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -46,6 +42,10 @@ from groupdetr_fast import ops
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses, add_losses
+from harness import naive
+from harness.cases import Detection
+from harness.interleave import quartiles
+from harness.results import OURS
 
 from .clock import HostTimes, host_syncs, peak_bytes
 from .recorder import Recorder, what_became

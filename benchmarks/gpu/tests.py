@@ -21,8 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu.pytest_stream import OUT_OF_TIME
-from gpu.recorder import ROOT, Recorder
+from harness.places import ROOT
+
+from .pytest_stream import OUT_OF_TIME
+from .recorder import Recorder
 
 WORKERS = 14  # each has a context on the GPU, of about 500 MB
 RESERVE = 15.0  # seconds for tests that have started when the time is over

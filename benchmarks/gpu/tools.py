@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu.recorder import ROOT
+from harness.places import ROOT
 
 __all__ = [
     "METRICS",

@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from interleave import in_one_line
 from torch import Tensor
 
-from gpu import clock, tools
-from gpu.launches import (
+from groupdetr_fast.testing import poisoned_memory
+from harness.interleave import in_one_line
+
+from . import clock, tools
+from .launches import (
     ATTENTION,
     OTHERS,
     Launch,
@@ -39,8 +41,7 @@ from gpu.launches import (
     tiles,
     with_tile,
 )
-from gpu.recorder import Recorder
-from groupdetr_fast.testing import poisoned_memory
+from .recorder import Recorder
 
 ROUNDS = 5
 TOOLS_SECONDS = 45.0  # kept for sanitizer and profiler

@@ -7,19 +7,19 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import cases
 import torch
-from bench_criterion import Ours, RfDetr, Transformers
-from bench_ms_deform_attn import with_grid_sample
-from bench_ms_deform_attn import with_op as deform_with_op
-from naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa
-from results import OURS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import groupdetr_fast as gd
+from cpu.bench_criterion import Ours, RfDetr, Transformers
+from cpu.bench_ms_deform_attn import with_grid_sample
+from cpu.bench_ms_deform_attn import with_op as deform_with_op
 from groupdetr_fast import ops
+from harness import cases
+from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa
+from harness.results import OURS
 
 from .operators import COST, make_predictions, per_group, random_classes, total_costs
 
@@ -53,7 +53,7 @@ class Work(NamedTuple):
         name: what is done.
         fields: its sizes and settings, for the rows.
         inputs: of all contenders; a backward pass is timed too if some require a gradient.
-        contenders: by name; the first is :data:`~results.OURS`, this package.
+        contenders: by name; the first is :data:`~harness.results.OURS`, this package.
         result: from what a contender returns to the tensor whose sum is derived.
         outcome: from what a contender returns to the tensors that all must agree on; None if they are random.
     """

@@ -3,9 +3,10 @@
 import csv
 import importlib
 
-import compile_gpu
 import pytest
-from compile_gpu import SHARED_MEMORY, Usage
+
+from gpu import compilation
+from gpu.compilation import SHARED_MEMORY, Usage
 
 FINE = Usage("op/kernel", 90, 128, 64, 1024, 0, 0)
 
@@ -13,7 +14,7 @@ FINE = Usage("op/kernel", 90, 128, 64, 1024, 0, 0)
 @pytest.fixture(scope="module")
 def cases():
     pytest.importorskip("triton")
-    return compile_gpu.triton_cases()
+    return compilation.triton_cases()
 
 
 def first_of_each_kernel(cases):
@@ -29,7 +30,7 @@ def assert_no_problems(usages):
 def test_every_kernel_has_cases_of_its_own_names(cases):
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
-    files = compile_gpu.ROOT.glob("groupdetr_fast/ops/*/triton_kernels.py")
+    files = compilation.ROOT.glob("groupdetr_fast/ops/*/triton_kernels.py")
     modules = [importlib.import_module(f"groupdetr_fast.ops.{file.parent.name}.triton_kernels") for file in files]
     defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {case.kernel.__name__ for case in cases} == defined
@@ -41,36 +42,36 @@ def test_every_kernel_has_cases_of_its_own_names(cases):
 
 def test_triton_kernels(cases):
     """One configuration of each for one architecture; all of them are slow."""
-    assert_no_problems([compile_gpu.compile_triton(case, 90) for case in first_of_each_kernel(cases)])
+    assert_no_problems([compilation.compile_triton(case, 90) for case in first_of_each_kernel(cases)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_all_triton_kernels(cases, architecture):
-    assert_no_problems([compile_gpu.compile_triton(case, architecture) for case in cases])
+    assert_no_problems([compilation.compile_triton(case, architecture) for case in cases])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-@pytest.mark.parametrize("source", compile_gpu.cuda_sources(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", compilation.cuda_sources(), ids=lambda source: source.stem)
 def test_cuda_kernels(source, architecture):
-    if compile_gpu.find_nvcc() is None:
+    if compilation.find_nvcc() is None:
         pytest.skip("nvcc was not found (set CUDA_HOME)")
-    usages = compile_gpu.compile_cuda(source, architecture)
+    usages = compilation.compile_cuda(source, architecture)
     assert usages
     assert_no_problems(usages)
 
 
 def test_tasks_are_all_configurations_and_sources(cases):
-    found = compile_gpu.tasks("", [80, 90])
-    assert len(found) == len(set(found)) == 2 * (len(cases) + len(compile_gpu.cuda_sources()))
-    (task,) = compile_gpu.tasks("ms_deform_attn", [80])
+    found = compilation.tasks("", [80, 90])
+    assert len(found) == len(set(found)) == 2 * (len(cases) + len(compilation.cuda_sources()))
+    (task,) = compilation.tasks("ms_deform_attn", [80])
     assert task.architecture == 80
     assert task.source.name == "ms_deform_attn.cu"
 
 
 def test_a_task_compiles_its_configuration(cases):
-    task = next(task for task in compile_gpu.tasks("sigmoid_focal_loss", [90]) if task.case)
+    task = next(task for task in compilation.tasks("sigmoid_focal_loss", [90]) if task.case)
     (usage,) = task.compile()
     assert usage.kernel == task.case
     assert usage.architecture == 90
@@ -78,7 +79,7 @@ def test_a_task_compiles_its_configuration(cases):
 
 def test_a_kernel_that_spills_is_found(cases):
     case = next(case for case in cases if case.name.startswith("matching_cost/fp64"))
-    (problem,) = compile_gpu.compile_triton(case._replace(num_warps=1), 90).problems()
+    (problem,) = compilation.compile_triton(case._replace(num_warps=1), 90).problems()
     assert "spills" in problem
 
 
@@ -98,10 +99,10 @@ def test_problems(change, text):
 
 def test_table_and_file(tmp_path):
     usages = [FINE, FINE._replace(kernel="op/other_kernel", threads=None)]
-    header, first, second = compile_gpu.table(usages).splitlines()
+    header, first, second = compilation.table(usages).splitlines()
     assert len(header) == len(first) == len(second)
     assert first.split() == ["op/kernel", "90", "128", "64", "1024", "0", "0"]
-    compile_gpu.write(usages, tmp_path / "folder" / "usage.csv")
+    compilation.write(usages, tmp_path / "folder" / "usage.csv")
     with (tmp_path / "folder" / "usage.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["kernel"] for row in rows] == ["op/kernel", "op/other_kernel"]

@@ -4,9 +4,10 @@ import os
 import sys
 import zipfile
 
-import gpu_carry
 import pytest
-from gpu_carry import LeftOut, Requirement, Wheel, choose, collect, fill, meaningful_lines, unfit
+
+from gpu import carry
+from gpu.carry import LeftOut, Requirement, Wheel, choose, collect, fill, meaningful_lines, unfit
 
 
 def make_wheel(folder, name, *, requires=(), packages=None, size=0):
@@ -108,10 +109,10 @@ def test_architectures_are_read_from_the_file(tmp_path, monkeypatch):
         "#!/bin/sh\necho 'ELF file    1: _C.abi3.1.sm_80.cubin'\necho 'ELF file    2: _C.abi3.2.sm_90a.cubin'\n"
     )
     program.chmod(0o755)
-    monkeypatch.setattr(gpu_carry, "find_cuobjdump", lambda: str(program))
-    assert gpu_carry.architectures(tmp_path / "_C.abi3.so") == {"sm_80", "sm_90a"}
-    monkeypatch.setattr(gpu_carry, "find_cuobjdump", lambda: None)
-    assert gpu_carry.architectures(tmp_path / "_C.abi3.so") == set()
+    monkeypatch.setattr(carry, "find_cuobjdump", lambda: str(program))
+    assert carry.architectures(tmp_path / "_C.abi3.so") == {"sm_80", "sm_90a"}
+    monkeypatch.setattr(carry, "find_cuobjdump", lambda: None)
+    assert carry.architectures(tmp_path / "_C.abi3.so") == set()
 
 
 @pytest.fixture
@@ -127,11 +128,11 @@ def pip(monkeypatch):
             code, error, wheel = next(remaining)
             folder = next(command[i + 1] for i, word in enumerate(command) if word in ("--dest", "--wheel-dir"))
             if wheel:
-                make_wheel(gpu_carry.Path(folder), wheel)
-            return gpu_carry.subprocess.CompletedProcess(command, code, "", error)
+                make_wheel(carry.Path(folder), wheel)
+            return carry.subprocess.CompletedProcess(command, code, "", error)
 
-        monkeypatch.setattr(gpu_carry, "run", run)
-        monkeypatch.setattr(gpu_carry, "builder_environment", lambda builder: {})
+        monkeypatch.setattr(carry, "run", run)
+        monkeypatch.setattr(carry, "builder_environment", lambda builder: {})
         return commands
 
     return prepare
@@ -142,7 +143,7 @@ NONE = (1, "ERROR: No matching distribution found for a==1\n", None)
 
 def test_a_wheel_is_downloaded_for_the_gpu_machine(pip, tmp_path):
     commands = pip((0, "", "a"))
-    assert gpu_carry.fetch_wheel(Requirement("a==1; python_version > '3'"), tmp_path, None).parent == tmp_path
+    assert carry.fetch_wheel(Requirement("a==1; python_version > '3'"), tmp_path, None).parent == tmp_path
     (command,) = commands
     assert command[-1] == "a==1"
     assert "--only-binary=:all:" in command
@@ -160,28 +161,28 @@ def test_a_wheel_is_downloaded_for_the_gpu_machine(pip, tmp_path):
 def test_why_there_is_no_wheel(pip, tmp_path, outcomes, builder, reason):
     pip(*outcomes)
     with pytest.raises(LeftOut, match=reason):
-        gpu_carry.fetch_wheel(Requirement("a==1"), tmp_path, builder)
+        carry.fetch_wheel(Requirement("a==1"), tmp_path, builder)
 
 
 def test_a_builder_compiles_what_has_no_wheel(pip, tmp_path):
     commands = pip(NONE, (0, "", "a"))
-    assert gpu_carry.fetch_wheel(Requirement("a==1"), tmp_path, "python3.12").name == "a-1.0-py3-none-any.whl"
+    assert carry.fetch_wheel(Requirement("a==1"), tmp_path, "python3.12").name == "a-1.0-py3-none-any.whl"
     assert commands[1][:4] == ["python3.12", "-m", "pip", "wheel"]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
 def test_peers_are_wanted_at_the_compared_versions():
-    wanted = list(gpu_carry.wanted(gpu_carry.ROOT / "pyproject.toml", gpu_carry.EXTRAS, gpu_carry.PEERS))
+    wanted = list(carry.wanted(carry.ROOT / "pyproject.toml", carry.EXTRAS, carry.PEERS))
     lines = {str(requirement) for requirement, _ in wanted}
     assert {"rfdetr==1.11.2", "torch-hungarian==0.1.0rc0", "deformops==3.0.1", "lapx==0.11.1"} <= lines
     assert {by for _, by in wanted} == {
         "the extra train",
         "the extra bench",
         "the extra test",
-        "gpu_peers.txt",
         "peers.txt",
+        "peers_apart.txt",
     }
-    present = {name for line in meaningful_lines(gpu_carry.MACHINE) for name in line.split()}
+    present = {name for line in meaningful_lines(carry.MACHINE) for name in line.split()}
     missing = {requirement.name for requirement, _ in wanted} - present
     assert {"pycocotools", "tyro"} <= missing
     assert "torch" in present

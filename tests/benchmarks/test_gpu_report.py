@@ -3,15 +3,15 @@
 import json
 import sys
 
-import cases
 import gpu_report
 import pytest
 import torch
-from gpu import clock, operators, ops, smoke, works
-from gpu.recorder import Recorder
-from results import OURS
 
 import groupdetr_fast as gd
+from gpu import clock, operators, ops, smoke, works
+from gpu.recorder import Recorder
+from harness import cases
+from harness.results import OURS
 
 CPU = torch.device("cpu")
 

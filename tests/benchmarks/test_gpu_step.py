@@ -3,14 +3,14 @@
 import json
 import time
 
-import naive
 import pytest
 import torch
+
 from gpu import step
 from gpu.recorder import Recorder
-from results import OURS
-
 from groupdetr_fast import QueryGroups
+from harness import naive
+from harness.results import OURS
 
 CPU = torch.device("cpu")
 

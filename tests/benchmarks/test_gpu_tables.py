@@ -2,11 +2,12 @@
 
 import json
 
-import gpu_tables
 import pytest
-from documents import PERFORMANCE, read_section
-from gpu_tables import RESULTS, SECTION, STAGES
-from results import OURS
+
+from gpu import tables
+from gpu.tables import ROWS, SECTION, STAGES
+from harness.documents import PERFORMANCE, read_section
+from harness.results import OURS
 
 ENVIRONMENT = {
     "kind": "environment",
@@ -33,20 +34,20 @@ def time(contender, kind, microseconds, wall, **fields):
 
 
 def test_document_has_the_tables_of_the_rows():
-    assert read_section(PERFORMANCE, SECTION) == gpu_tables.document(RESULTS)
-    assert (RESULTS / "report.md").read_text().strip().endswith(gpu_tables.document(RESULTS, full=True)[-200:])
+    assert read_section(PERFORMANCE, SECTION) == tables.document(ROWS)
+    assert (ROWS / "report.md").read_text().strip().endswith(tables.document(ROWS, full=True)[-200:])
 
 
 def test_the_newest_run_that_got_somewhere_counts(tmp_path):
     rehearsal = [{"kind": "time", "rehearsal": True}]
     write(tmp_path, "ops", [time(OURS, "forward", 1, 1)], [time(OURS, "forward", 2, 2)], [])
-    assert gpu_tables.newest_run(tmp_path, "ops").rows[0]["wall"] == 2e-6
+    assert tables.newest_run(tmp_path, "ops").rows[0]["wall"] == 2e-6
     write(tmp_path, "ops", [])
-    assert gpu_tables.newest_run(tmp_path, "ops") is None
-    assert gpu_tables.newest_run(tmp_path, "smoke") is None
+    assert tables.newest_run(tmp_path, "ops") is None
+    assert tables.newest_run(tmp_path, "smoke") is None
     environment = json.dumps(ENVIRONMENT | {"run": "x", "rehearsal": True})
     (tmp_path / "ops.jsonl").write_text(f"{environment}\n{json.dumps({'run': 'x', 'status': 'ok'} | rehearsal[0])}\n")
-    assert gpu_tables.newest_run(tmp_path, "ops") is None
+    assert tables.newest_run(tmp_path, "ops") is None
 
 
 def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
@@ -55,13 +56,13 @@ def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
     rows += [time("second", "forward", 30, 1), time("second", "both", 60, 200)]
     rows += [time("host", "forward", None, 1), time("host", "both", None, 25)]
     write(tmp_path, "ops", rows)
-    run = gpu_tables.newest_run(tmp_path, "ops")
-    *_, line = gpu_tables.short_table(run).splitlines()
+    run = tables.newest_run(tmp_path, "ops")
+    *_, line = tables.short_table(run).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:5] == ["10.0", "-", "first", "1.50"]
     assert cells[5:9] == ["30.0", "-", "second", "1.00"]
     assert cells[9:] == ["50.0", "host", "0.50"]
-    (full,) = gpu_tables.full_tables(run)
+    (full,) = tables.full_tables(run)
     assert "| second | 30.0 | 3.00 | 30.0 | 1.00 | 200 | 4.00 | 200 |" in full
 
 
@@ -69,16 +70,16 @@ def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
 def test_a_stage_without_a_run_is_left_out(tmp_path, stage):
     for other in STAGES:
         if other != stage:
-            (tmp_path / f"{other}.jsonl").write_text((RESULTS / f"{other}.jsonl").read_text())
-    assert "###" in gpu_tables.document(tmp_path)
+            (tmp_path / f"{other}.jsonl").write_text((ROWS / f"{other}.jsonl").read_text())
+    assert "###" in tables.document(tmp_path)
 
 
 def test_without_rows_it_says_so(tmp_path):
-    assert gpu_tables.document(tmp_path) == "Not yet measured on a GPU."
+    assert tables.document(tmp_path) == "Not yet measured on a GPU."
 
 
 def test_a_goal_that_was_not_measured_is_neither_met_nor_missed():
-    table = gpu_tables.goals_table(*(gpu_tables.newest_run(RESULTS, stage) for stage in ("smoke", "ops", "step")))
+    table = tables.goals_table(*(tables.newest_run(ROWS, stage) for stage in ("smoke", "ops", "step")))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert {line[3] for line in lines} <= {"met", "missed", "-"}
     assert all((line[2] == "not measured") == (line[3] == "-") for line in lines)

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+
 from gpu import tests as stage
-from gpu.recorder import ROOT, Recorder
+from gpu.recorder import Recorder
+from harness.places import ROOT
 
 FAILING = """
 import pytest

@@ -1,9 +1,10 @@
 """What the benchmarks do before and while they take times."""
 
-import interleave
 import numpy as np
 import pytest
-from interleave import QUICK, Effort, measure, quartiles
+
+from harness import interleave
+from harness.interleave import QUICK, Effort, measure, quartiles
 
 THREE_ROUNDS = Effort(seconds=0, rounds=(3, 3), sample=0)
 

@@ -2,8 +2,9 @@
 
 import sys
 
-import peers
 import pytest
+
+from harness import peers
 
 
 @pytest.fixture

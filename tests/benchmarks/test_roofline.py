@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import roofline
 import torch
-from documents import PERFORMANCE, read_section
-from roofline import SETTINGS, Traffic, Work, attention, plain_attention
+
+from harness.documents import PERFORMANCE, read_section
+from paper import roofline
+from paper.roofline import SETTINGS, Demand, Traffic, attention, plain_attention
 
 CONDITIONAL = SETTINGS[0]
 
@@ -37,12 +38,12 @@ def test_traffic_counts_operands_and_results():
 
 
 def test_work_is_bound_by_the_slowest():
-    assert Work(roofline.MEMORY_BANDWIDTH, 0).seconds == 1
-    assert Work(1, roofline.VECTOR_PEAK * 2).seconds == 2
-    assert Work(1, 1, exponentials=roofline.EXPONENTIAL_PEAK * 3).seconds == 3
-    assert Work(1, 1, integers=roofline.INTEGER_PEAK * 4).seconds == 4
-    assert (Work(1e9, 1).bound, Work(1, 1e12).bound) == ("memory", "compute")
-    assert (Work(1, 1, exponentials=1e9).bound, Work(1, 1, integers=1e9).bound) == ("exponentials", "integers")
+    assert Demand(roofline.MEMORY_BANDWIDTH, 0).seconds == 1
+    assert Demand(1, roofline.VECTOR_PEAK * 2).seconds == 2
+    assert Demand(1, 1, exponentials=roofline.EXPONENTIAL_PEAK * 3).seconds == 3
+    assert Demand(1, 1, integers=roofline.INTEGER_PEAK * 4).seconds == 4
+    assert (Demand(1e9, 1).bound, Demand(1, 1e12).bound) == ("memory", "compute")
+    assert (Demand(1, 1, exponentials=1e9).bound, Demand(1, 1, integers=1e9).bound) == ("exponentials", "integers")
 
 
 def test_peak_of_exponentials_is_the_published_one():

@@ -1,9 +1,10 @@
 """The cost model of many GPUs: its collectives against known formulas, and the document that shows its tables."""
 
 import pytest
-import scaling
-from documents import read_section
-from scaling import GPUS, NETWORK, NVLINK, Cluster, epoch, step, weights
+
+from harness.documents import read_section
+from paper import scaling
+from paper.scaling import GPUS, NETWORK, NVLINK, Cluster, epoch, step, weights
 
 
 def test_document_has_the_tables_that_the_script_prints():

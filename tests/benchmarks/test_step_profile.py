@@ -1,8 +1,9 @@
 """The extra time of groups falls on operators that exist, and products are told from the rest."""
 
 import pytest
-from cases import DETECTION
-from step_profile import extra_times, share_of_products
+
+from cpu.step_profile import extra_times, share_of_products
+from harness.cases import DETECTION
 
 
 def test_operators_of_a_step():

@@ -1,17 +1,18 @@
 """From csv files to goals, tables and plots."""
 
 import pytest
-import summary
-from documents import read_section, significant, write_section
-from interleave import Timing
-from memory import Peak
-from results import OURS, Results
-from summary import ATTENTION, ENCODER, GOALS, MANY_GROUPS, ONE_GROUP, goals_table
+
+from cpu import summary
+from cpu.summary import ATTENTION, ENCODER, GOALS, MANY_GROUPS, ONE_GROUP, goals_table
+from harness.documents import read_section, significant, write_section
+from harness.interleave import Timing
+from harness.memory import Peak
+from harness.results import OURS, ResultWriter
 
 
 @pytest.fixture
 def folder(tmp_path):
-    results = Results(tmp_path)
+    results = ResultWriter(tmp_path)
     timings = {
         OURS: Timing(seconds=[1.0, 1.0, 1.0]),
         "masked SDPA": Timing(seconds=[8.0, 10.0, 12.0]),
@@ -28,7 +29,7 @@ def folder(tmp_path):
         peak = Peak(bytes=size)
         results.add_memory("grouped_attention_memory", ATTENTION, ATTENTION.num_groups, contender, peak)
     results.write()
-    (tmp_path / "compile_gpu.csv").write_text("kernel,registers\nforward,32\n")  # not a comparison
+    (tmp_path / "compilation.csv").write_text("kernel,registers\nforward,32\n")  # not a comparison
     return tmp_path
 
 
@@ -38,7 +39,7 @@ def cells(text):
 
 
 def test_goals(folder):
-    goals = cells(goals_table(summary.Results(folder)))
+    goals = cells(goals_table(summary.SavedResults(folder)))
     attention = "attention in 11 groups of 300"
     assert goals[attention, "masked SDPA"] == ["≥ 9", "10.0 (9.00-11.0)", "met"]
     assert goals[attention, "folded SDPA"] == ["≥ 1", "0.990 (0.945-1.25)", "within the spread"]
@@ -50,12 +51,12 @@ def test_goals(folder):
 
 def test_price_of_groups_compares_with_operations(folder, monkeypatch):
     monkeypatch.setattr(summary, "step_operations", {ONE_GROUP: 100, MANY_GROUPS: 200}.get)
-    measured = summary.price_of_groups(summary.Results(folder))
+    measured = summary.price_of_groups(summary.SavedResults(folder))
     assert measured.median == pytest.approx(1.5)  # 150 % more time for 100 % more operations
 
 
 def test_report_and_plots(folder):
-    results = summary.Results(folder)
+    results = summary.SavedResults(folder)
     for name, rows in results.comparisons.items():
         summary.plot(name, rows, "caption", folder)
         assert (folder / f"bench_{name}.png").stat().st_size > 10_000

@@ -6,25 +6,25 @@ each input once and writes each result once if its working set fits on the chip;
 the op's reference) is made of operators, each of which reads and writes its own operands. These are counted from the
 operators that PyTorch really calls, on tensors without data.
 
-    python benchmarks/roofline.py            print the tables
-    python benchmarks/roofline.py --write    and put them into docs/performance.md
-    python benchmarks/roofline.py --check    fail if docs/performance.md has other ones
+    python benchmarks roofline            print the tables
+    python benchmarks roofline --write    and put them into docs/performance.md
+    python benchmarks roofline --check    fail if docs/performance.md has other ones
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import naive
 import torch
 import torchvision
-from documents import PERFORMANCE, section_command, significant, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupdetr_fast import QueryGroups
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
+from harness import naive
+from harness.documents import PERFORMANCE, section_command, significant, table
 
 SECTION = "roofline"
 
@@ -87,7 +87,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Work:
+class Demand:
     """Bytes to move and operations to compute; ``peak`` is of the units that compute them.
 
     Exponentials and integer operations have units of their own, which work beside the others. They are counted where
@@ -121,12 +121,12 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelOnPaper:
     """A kernel's own work, and that of the plain PyTorch version."""
 
     name: str
-    own: Callable[[Setting], Work]
-    plain: Callable[[Setting], Work]
+    own: Callable[[Setting], Demand]
+    plain: Callable[[Setting], Demand]
 
 
 SETTINGS = [
@@ -165,16 +165,16 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def count(run: Callable[..., Tensor], *inputs: Tensor, backward: bool, peak: float) -> Work:
+def count(run: Callable[..., Tensor], *inputs: Tensor, backward: bool, peak: float) -> Demand:
     """The work of a function of tensors on the device ``meta``, or of its backward pass alone."""
     inputs = [tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
         out = run(*inputs)
         before = traffic.bytes, flops.get_total_flops()
         if not backward:
-            return Work(*before, peak)
+            return Demand(*before, peak)
         torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], torch.empty_like(out))
-        return Work(traffic.bytes - before[0], flops.get_total_flops() - before[1], peak)
+        return Demand(traffic.bytes - before[0], flops.get_total_flops() - before[1], peak)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,7 +188,7 @@ DROPOUT = 0.1
 DROPOUT_OPERATIONS = 9  # a score: the hash after its first step (is_kept in triton_blocks.py), comparison and choice
 
 
-def attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
+def attention(s: Setting, backward: bool, dropout: float = 0.0) -> Demand:
     """Forward: queries, keys, values in, result and log-sum-exps out; two products. Backward recomputes: five.
 
     Both take one exponential a score. What dropout keeps is computed by each kernel: one of forward, two of backward.
@@ -200,11 +200,11 @@ def attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
     decisions = DROPOUT_OPERATIONS * scores if dropout else 0
     if backward:  # in: query, key, value, result, its gradient, log-sum-exps; out: three gradients
         moved = 8 * tensor + rows * FLOAT32
-        return Work(moved, 5 * product, TENSOR_PEAK, exponentials=scores, integers=2 * decisions)
-    return Work(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK, exponentials=scores, integers=decisions)
+        return Demand(moved, 5 * product, TENSOR_PEAK, exponentials=scores, integers=2 * decisions)
+    return Demand(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK, exponentials=scores, integers=decisions)
 
 
-def plain_attention(s: Setting, backward: bool, dropout: float = 0.0) -> Work:
+def plain_attention(s: Setting, backward: bool, dropout: float = 0.0) -> Demand:
     inputs = [meta(s.batch, s.length, s.heads, s.channels, dtype=torch.bfloat16) for _ in range(3)]
     naive.block_mask(s.groups, inputs[0].device)  # made once for many steps
     return count(
@@ -238,14 +238,14 @@ def kept_for_backward(s: Setting) -> tuple[float, float]:
 PAIR_OPERATIONS = 60  # about, for the focal cost, L1 and GIoU of a query and a target
 
 
-def matching_cost(s: Setting) -> Work:
+def matching_cost(s: Setting) -> Demand:
     queries = s.layers * s.batch * s.length
     pairs = queries * s.targets
     logits = queries * min(s.classes * FLOAT32, s.targets * SECTOR)  # only the classes of the image's targets
-    return Work(logits + queries * 4 * FLOAT32 + pairs * FLOAT32, pairs * PAIR_OPERATIONS)
+    return Demand(logits + queries * 4 * FLOAT32 + pairs * FLOAT32, pairs * PAIR_OPERATIONS)
 
 
-def plain_matching_cost(s: Setting) -> Work:
+def plain_matching_cost(s: Setting) -> Demand:
     targets = s.batch * s.targets
     work = count(
         naive.cross_image_cost,
@@ -257,28 +257,28 @@ def plain_matching_cost(s: Setting) -> Work:
         peak=VECTOR_PEAK,
     )
     pairs = s.batch * s.length * targets
-    return Work(work.bytes * s.layers, pairs * PAIR_OPERATIONS * s.layers)
+    return Demand(work.bytes * s.layers, pairs * PAIR_OPERATIONS * s.layers)
 
 
-def linear_assignment(s: Setting) -> Work:
+def linear_assignment(s: Setting) -> Demand:
     problems = s.layers * s.batch * s.num_groups
     costs = problems * s.targets * s.num_queries
-    return Work(costs * FLOAT32 + problems * s.targets * INT64, 2 * costs)  # one comparison and one choice per cost
+    return Demand(costs * FLOAT32 + problems * s.targets * INT64, 2 * costs)  # one comparison and one choice per cost
 
 
-def costs_to_host(s: Setting) -> Work:
+def costs_to_host(s: Setting) -> Demand:
     """What a solver on the host needs first: the costs, of all pairs of the batch, through PCIe."""
     costs = s.layers * s.batch * s.length * s.batch * s.targets
-    return Work(costs * FLOAT32, 0, bandwidth=HOST_BANDWIDTH)
+    return Demand(costs * FLOAT32, 0, bandwidth=HOST_BANDWIDTH)
 
 
-def focal_loss(s: Setting) -> Work:
+def focal_loss(s: Setting) -> Demand:
     """Forward reads the logits; backward reads them and writes their gradients."""
     entries = s.layers * s.batch * s.length * s.classes
-    return Work(3 * entries * FLOAT32, 30 * entries)
+    return Demand(3 * entries * FLOAT32, 30 * entries)
 
 
-def plain_focal_loss(s: Setting) -> Work:
+def plain_focal_loss(s: Setting) -> Demand:
     shape = s.layers, s.batch * s.length, s.classes
 
     def loss(logits: Tensor, classes: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def plain_focal_loss(s: Setting) -> Work:
 
     arguments = meta(*shape), meta(*shape[:2], 1, dtype=torch.int64)
     parts = [count(loss, *arguments, backward=backward, peak=VECTOR_PEAK) for backward in (False, True)]
-    return Work(sum(part.bytes for part in parts), focal_loss(s).operations)
+    return Demand(sum(part.bytes for part in parts), focal_loss(s).operations)
 
 
 # --- ms_deform_attn, one layer of DINO ---
@@ -295,7 +295,7 @@ def plain_focal_loss(s: Setting) -> Work:
 POINTS = 4
 
 
-def deformable(s: Setting, queries: int, backward: bool) -> Work:
+def deformable(s: Setting, queries: int, backward: bool) -> Demand:
     """Values, each read once; the gathers of the samples go to the L2 cache."""
     samples = s.batch * queries * s.heads * len(s.maps) * POINTS
     value = s.batch * s.pixels * s.heads * s.channels
@@ -303,11 +303,11 @@ def deformable(s: Setting, queries: int, backward: bool) -> Work:
     places = samples * 3 * FLOAT32  # x, y and weight
     if backward:  # the gradient of value is summed in float32
         moved = (value + out) * BFLOAT16 + places + value * FLOAT32 + places
-        return Work(moved, samples * (4 * s.channels * 4 + 60))
-    return Work((value + out) * BFLOAT16 + places, samples * (4 * s.channels * 2 + 30))
+        return Demand(moved, samples * (4 * s.channels * 4 + 60))
+    return Demand((value + out) * BFLOAT16 + places, samples * (4 * s.channels * 2 + 30))
 
 
-def plain_deformable(s: Setting, queries: int, backward: bool) -> Work:
+def plain_deformable(s: Setting, queries: int, backward: bool) -> Demand:
     samples = s.batch, queries, s.heads, len(s.maps), POINTS
     flat = [size for pair in s.maps for size in pair]
     work = count(
@@ -326,18 +326,18 @@ def gathered(s: Setting, queries: int) -> float:
     return s.batch * queries * s.heads * len(s.maps) * POINTS * 4 * s.channels * BFLOAT16
 
 
-def kernels(s: Setting) -> list[Kernel]:
+def kernels(s: Setting) -> list[KernelOnPaper]:
     """The kernels of a training step of a detector."""
     found = [
-        Kernel("grouped_attention, a layer", lambda s: attention(s, False), lambda s: plain_attention(s, False)),
-        Kernel("its backward", lambda s: attention(s, True), lambda s: plain_attention(s, True)),
-        Kernel("matching_cost, all layers", matching_cost, plain_matching_cost),
-        Kernel("linear_assignment, all layers", linear_assignment, costs_to_host),
-        Kernel("sigmoid_focal_loss and backward, all layers", focal_loss, plain_focal_loss),
+        KernelOnPaper("grouped_attention, a layer", lambda s: attention(s, False), lambda s: plain_attention(s, False)),
+        KernelOnPaper("its backward", lambda s: attention(s, True), lambda s: plain_attention(s, True)),
+        KernelOnPaper("matching_cost, all layers", matching_cost, plain_matching_cost),
+        KernelOnPaper("linear_assignment, all layers", linear_assignment, costs_to_host),
+        KernelOnPaper("sigmoid_focal_loss and backward, all layers", focal_loss, plain_focal_loss),
     ]
     if s.detector == "Conditional DETR":  # DINO has no dropout
         found[2:2] = [
-            Kernel(
+            KernelOnPaper(
                 "grouped_attention with dropout, a layer" if not backward else "its backward",
                 lambda s, b=backward: attention(s, b, DROPOUT),
                 lambda s, b=backward: plain_attention(s, b, DROPOUT),
@@ -347,7 +347,7 @@ def kernels(s: Setting) -> list[Kernel]:
     if s.detector == "DINO":
         for name, queries in (("encoder", lambda s: s.pixels), ("decoder", lambda s: s.length)):
             found += [
-                Kernel(
+                KernelOnPaper(
                     f"ms_deform_attn, {name} layer" if not backward else "its backward",
                     lambda s, q=queries, b=backward: deformable(s, q(s), b),
                     lambda s, q=queries, b=backward: plain_deformable(s, q(s), b),
@@ -434,5 +434,5 @@ def growth() -> str:
     return table([f"{base}: kernel / plain", *doubled], rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
     section_command(__doc__, PERFORMANCE, SECTION, tables)

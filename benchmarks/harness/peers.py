@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# `make bench` installs benchmarks/peers.txt into this folder, which is on nobody's path.
+# `make bench` installs peers_apart.txt into this folder, which is on nobody's path.
 FOLDER = Path(sys.prefix) / "peers"
 
 

@@ -1,8 +1,8 @@
 """What the rows of gpu_report.py say, as tables: of a folder's newest run of each stage.
 
-python benchmarks/gpu_tables.py [--results DIR]     print the tables
-python benchmarks/gpu_tables.py --write             write DIR/report.md, and the short ones into docs/performance.md
-python benchmarks/gpu_tables.py --check             fail if docs/performance.md has other ones
+python benchmarks gpu_tables [--results DIR]     print the tables
+python benchmarks gpu_tables --write             write DIR/report.md, and the short ones into docs/performance.md
+python benchmarks gpu_tables --check             fail if docs/performance.md has other ones
 """
 
 import argparse
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import roofline
-from documents import PERFORMANCE, read_section, significant, table, write_section
-from results import OURS
+from harness.documents import PERFORMANCE, read_section, significant, table, write_section
+from harness.places import RESULTS
+from harness.results import OURS
+from paper import roofline
 
-RESULTS = Path(__file__).with_name("results") / "gpu"
+ROWS = RESULTS / "gpu"
 SECTION = "gpu"
 # A stage's run counts if it got so far as to write a row of this kind.
 STAGES = {"smoke": "operator", "ops": "time", "step": "step", "tests": "tests", "tune": "best_tile"}
@@ -401,7 +402,7 @@ def document(folder: Path, full: bool = False) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="write report.md and the section of performance.md")
     action.add_argument("--check", action="store_true", help="fail if performance.md has other tables")
@@ -414,7 +415,3 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"{PERFORMANCE} has other tables: run python {sys.argv[0]} --write")
     else:
         print(document(options.results, full=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,12 @@ them: a list of dictionaries for the peers, and packed for this package; packing
 
 import functools
 
-import cases
 import pytest
 import torch
-from results import OURS
 
 import groupdetr_fast as gd
+from harness import cases
+from harness.results import OURS
 
 MODEL = "conditional_detr_r50"
 

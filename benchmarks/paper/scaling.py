@@ -4,27 +4,28 @@ A step is computing, plus what is sent between GPUs and not hidden behind the ba
 waits for. An epoch adds the evaluation and the checkpoint, which more GPUs make no faster. The operations and the
 weights are counted from the model, on tensors without data; the machine is that of the constants below.
 
-    python benchmarks/scaling.py            print the tables
-    python benchmarks/scaling.py --write    and put them into docs/scaling.md
-    python benchmarks/scaling.py --check    fail if docs/scaling.md has other ones
+    python benchmarks scaling            print the tables
+    python benchmarks scaling --write    and put them into docs/scaling.md
+    python benchmarks scaling --check    fail if docs/scaling.md has other ones
 """
 
 import functools
 import math
 import pickle
 from dataclasses import dataclass
-from pathlib import Path
 
-import bench_conditional_detr
 import torch
-from cases import Detection
-from documents import section_command, significant, table
-from flops import step_operations
-from roofline import FLOAT32, MEMORY_BANDWIDTH, TENSOR_PEAK, Traffic
 
 import groupdetr_fast as gd
+from cpu import bench_conditional_detr
+from harness.cases import Detection
+from harness.documents import section_command, significant, table
+from harness.places import DOCS
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+from .flops import step_operations
+from .roofline import FLOAT32, MEMORY_BANDWIDTH, TENSOR_PEAK, Traffic
+
+DOCUMENT = DOCS / "scaling.md"
 SECTION = "scaling"
 
 GPUS = (8, 64, 512)
@@ -59,7 +60,7 @@ def weights(name: str, num_groups: int = 11) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-class Operators(Traffic):
+class CountedTraffic(Traffic):
     """Counts operators that read or write memory, besides their bytes."""
 
     def __init__(self):
@@ -103,7 +104,7 @@ def computing() -> Computing:
     with torch.device("meta"):
         model = bench_conditional_detr.build(case).train()
     images, masks, _ = case.make()
-    with Operators() as counted:
+    with CountedTraffic() as counted:
         out = model(images.to("meta"), masks.to("meta"))
         (out.logits.sum() + out.boxes.sum()).backward()
     return Computing(step_operations(case), counted.bytes / 2, counted.number)
@@ -252,5 +253,5 @@ def tables() -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
     section_command(__doc__, DOCUMENT, SECTION, tables)

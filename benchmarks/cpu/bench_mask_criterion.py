@@ -5,12 +5,12 @@ repository does, and has no groups: its loss is called for one group after the o
 that their losses are close but not equal.
 """
 
-import cases
 import pytest
 import torch
-from results import OURS
 
 import groupdetr_fast as gd
+from harness import cases
+from harness.results import OURS
 
 CASES = cases.MASKS
 
@@ -55,4 +55,4 @@ def prepare(case):
 @pytest.mark.parametrize("contender", [OURS, "transformers"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_memory_of_mask_loss(memory, case, contender):
-    memory("mask_loss_memory", case, contender, "bench_mask_criterion", x="num_groups")
+    memory("mask_loss_memory", case, contender, __name__, x="num_groups")

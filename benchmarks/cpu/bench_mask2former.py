@@ -1,11 +1,11 @@
 """Peak memory of a training step of Mask2Former with a ResNet-50: many groups against one."""
 
-import cases
 import pytest
 import torch
-from results import OURS
 
 import groupdetr_fast as gd
+from harness import cases
+from harness.results import OURS
 
 CASES = cases.SEGMENTATION
 
@@ -35,4 +35,4 @@ def prepare(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_memory_of_training_step(memory, case):
-    memory("mask2former_step_memory", case, OURS, "bench_mask2former", x="num_groups")
+    memory("mask2former_step_memory", case, OURS, __name__, x="num_groups")

@@ -1,8 +1,8 @@
 """Fills build/gpu-carry with what a GPU machine without a compiler and a package registry needs to run the benchmarks.
 
-    python benchmarks/gpu_carry.py [--builder PYTHON]
+    python benchmarks gpu_carry [--builder PYTHON]
 
-The machine has x86-64 Linux, Python 3.12 and the packages in gpu_machine.txt. The folder gets the compiled extension
+The machine has x86-64 Linux, Python 3.12 and the packages in machine.txt. The folder gets the compiled extension
 with code for compute capability 9.0, wheels of what tests and benchmarks need besides, with their own requirements, and
 LEFT_OUT.md, which says what is not in it and why. benchmarks/README.md says how it is used.
 """
@@ -22,15 +22,17 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import NamedTuple
 
-from documents import table
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
+from harness import peers
+from harness.documents import table
+from harness.places import ROOT
+
 FOLDER = ROOT / "build" / "gpu-carry"
 LIMIT = 40 << 20  # bytes
-MACHINE = Path(__file__).with_name("gpu_machine.txt")
-PEERS = [Path(__file__).with_name(name) for name in ("gpu_peers.txt", "peers.txt")]
+MACHINE = Path(__file__).with_name("machine.txt")
+PEERS = [Path(__file__).with_name("peers.txt"), Path(peers.__file__).with_name("peers_apart.txt")]
 EXTRAS = ("train", "bench", "test")
 EXTENSION = ROOT / "groupdetr_fast" / "_C.abi3.so"
 ARCHITECTURE = "sm_90"
@@ -295,7 +297,3 @@ def main() -> None:
         print(f"{mebibytes(file.stat().st_size):>10}  {file.name}")
     print(f"{mebibytes(sum(file.stat().st_size for file in arguments.folder.iterdir())):>10}  in all\n")
     print((arguments.folder / "LEFT_OUT.md").read_text())
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .places import DOCS
+
 __all__ = ["PERFORMANCE", "read_section", "section_command", "significant", "table", "write_section"]
 
-PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
+PERFORMANCE = DOCS / "performance.md"
 
 
 def read_section(document: Path, name: str) -> str:

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel of the package without a GPU, and tells its registers, shared memory and spills.
 
-    python benchmarks/compile_gpu.py
-    python benchmarks/compile_gpu.py --only sigmoid_focal_loss --architectures 90 --jobs 4
+    python benchmarks compile_gpu
+    python benchmarks compile_gpu --only sigmoid_focal_loss --architectures 90 --jobs 4
 
 Triton kernels are compiled in every configuration that the op lists (``triton_cases.py``), CUDA sources as setup.py
 compiles them. The command fails if a kernel spills registers to memory or does not fit an architecture.
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groupdetr_fast.ops._triton import CompileCase
+from harness.places import RESULTS, ROOT
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).with_name("results") / "compile_gpu.csv"
+TABLE = RESULTS / "compile_gpu.csv"
 
 # Shared memory that a block may have, in bytes, by architecture (CUDA programming guide, technical specifications per
 # compute capability): A100, H100, B200, RTX 50.
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile only kernels whose name has this text in it")
     parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="where the table goes")
+    parser.add_argument("--csv", type=Path, default=TABLE, help="where the table goes")
     arguments = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("compiling the Triton kernels needs triton (pip install triton)")
@@ -227,7 +227,3 @@ def main() -> None:
     problems = [problem for usage in usages for problem in usage.problems()]
     print(f"\n{len(usages)} kernels compiled, {len(problems)} problems; {arguments.csv}", *problems, sep="\n")
     sys.exit(1 if problems else 0)
-
-
-if __name__ == "__main__":
-    main()

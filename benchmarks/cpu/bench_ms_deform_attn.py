@@ -2,13 +2,13 @@
 
 import functools
 
-import cases
 import pytest
 import torch
-from results import OURS
 
 from groupdetr_fast import ops
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
+from harness import cases
+from harness.results import OURS
 
 
 def with_op(value, levels, locations, weights):

@@ -2,13 +2,12 @@
 
 import functools
 
-import cases
-import naive
 import pytest
 import torch
-from results import OURS
 
 from groupdetr_fast import QueryGroups, ops
+from harness import cases, naive
+from harness.results import OURS
 
 CASES = cases.ATTENTION
 
@@ -71,4 +70,4 @@ def bench_grouped_attention(comparison, case, contender):
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_memory_of_grouped_attention(memory, case, contender):
-    memory("grouped_attention_memory", case, contender, "bench_grouped_attention", x="num_groups")
+    memory("grouped_attention_memory", case, contender, __name__, x="num_groups")

@@ -1,7 +1,7 @@
 """From benchmarks/results/*.csv to tables, the list of goals, and plots.
 
-python benchmarks/summary.py            print and write summary.md beside the results
-python benchmarks/summary.py --write    and put tables and plots into docs/
+python benchmarks summary            print the goals
+python benchmarks summary --write    and put tables and plots into docs/
 """
 
 import argparse
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import cases
 import matplotlib as mpl
-from documents import PERFORMANCE, significant, table, write_section
-from flops import step_operations
-from results import OURS
+
+from harness import cases
+from harness.documents import PERFORMANCE, significant, table, write_section
+from harness.places import DOCS, RESULTS
+from harness.results import OURS
+from paper.flops import step_operations
 
 SECTION = "cpu"
 COMMAND = "make bench"
-FOLDER = Path(__file__).with_name("results")
-IMAGES = PERFORMANCE.parent / "images"
+IMAGES = DOCS / "images"
 
 Row = dict[str, str]
 
@@ -40,7 +41,7 @@ class Goal:
     work: str
     against: str
     limit: float
-    measure: Callable[["Results"], Measured]
+    measure: Callable[["SavedResults"], Measured]
     at_most: bool = False
 
     def verdict(self, measured: Measured) -> str:
@@ -53,7 +54,7 @@ class Goal:
         return "within the spread" if reached else "missed"
 
 
-class Results:
+class SavedResults:
     """Rows of a folder's csv files, one file for each comparison of TITLES."""
 
     def __init__(self, folder: Path):
@@ -72,25 +73,25 @@ class Results:
         raise LookupError(f"{contender} in {comparison} {case}")
 
 
-def ratio(comparison: str, case: object, contender: str) -> Callable[[Results], Measured]:
+def ratio(comparison: str, case: object, contender: str) -> Callable[[SavedResults], Measured]:
     """A contender's time over this package's."""
 
-    def measure(results: Results) -> Measured:
+    def measure(results: SavedResults) -> Measured:
         row = results.row(comparison, case, contender)
         return Measured(*(float(row[column]) for column in ("ratio_q1", "ratio", "ratio_q3")))
 
     return measure
 
 
-def memory_ratio(comparison: str, case: object, contender: str) -> Callable[[Results], Measured]:
-    def measure(results: Results) -> Measured:
+def memory_ratio(comparison: str, case: object, contender: str) -> Callable[[SavedResults], Measured]:
+    def measure(results: SavedResults) -> Measured:
         theirs, ours = (float(results.row(comparison, case, name)["bytes"]) for name in (contender, OURS))
         return Measured(*[theirs / ours] * 3)
 
     return measure
 
 
-def price_of_groups(results: Results) -> Measured:
+def price_of_groups(results: SavedResults) -> Measured:
     """What 11 groups cost more than one, in time, over what they cost more in operations."""
     one, many = (results.row("training_step_with_groups", case, OURS) for case in (ONE_GROUP, MANY_GROUPS))
     operations = step_operations(MANY_GROUPS) / step_operations(ONE_GROUP)
@@ -140,7 +141,7 @@ GOALS = [
 ]
 
 
-def goals_table(results: Results) -> str:
+def goals_table(results: SavedResults) -> str:
     rows = []
     for goal in GOALS:
         try:
@@ -178,7 +179,7 @@ def comparison_table(rows: list[Row]) -> str:
     return table(["case", "contender", "version", unit, f"times {OURS}"], lines)
 
 
-def machine(results: Results) -> str:
+def machine(results: SavedResults) -> str:
     """One line on where and how the numbers came about."""
     row = next(row for rows in results.comparisons.values() for row in rows)
     threads = sorted({row["threads"] for rows in results.comparisons.values() for row in rows})
@@ -216,7 +217,7 @@ X_LABELS = {
 }
 
 
-def report(results: Results, images: str) -> str:
+def report(results: SavedResults, images: str) -> str:
     """Everything in Markdown; ``images`` is where the plots are, as the document sees it."""
     parts = [machine(results), goals_table(results)]
     for name, rows in results.comparisons.items():
@@ -297,10 +298,10 @@ def spread(measured: Measured) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of csv files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of csv files")
     parser.add_argument("--write", action="store_true", help=f"update {PERFORMANCE.name} and its images")
     arguments = parser.parse_args()
-    results = Results(arguments.results)
+    results = SavedResults(arguments.results)
     if not results.comparisons:
         parser.error(f"there are no results in {arguments.results}: run {COMMAND}")
     images = IMAGES if arguments.write else arguments.results
@@ -310,7 +311,3 @@ def main() -> None:
     if arguments.write:
         write_section(PERFORMANCE, SECTION, report(results, "images/"))
     print(machine(results), goals_table(results), sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()

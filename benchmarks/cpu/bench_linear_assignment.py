@@ -7,15 +7,14 @@ A DETR has its costs as [queries, targets], and that is what the peers get. This
 import functools
 from typing import NamedTuple
 
-import cases
 import numpy as np
-import peers
 import pytest
 import torch
-from results import OURS
 from scipy.optimize import linear_sum_assignment
 
 from groupdetr_fast import PackedTargets, ops
+from harness import cases, peers
+from harness.results import OURS
 
 
 def with_op(by_target):

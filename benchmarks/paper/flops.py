@@ -1,11 +1,11 @@
 """Floating-point operations of a training step, counted on tensors without data."""
 
-import bench_conditional_detr
 import torch
-from cases import Detection
 from torch.utils.flop_counter import FlopCounterMode
 
+from cpu import bench_conditional_detr
 from groupdetr_fast import QueryGroups
+from harness.cases import Detection
 
 __all__ = ["step_operations"]
 

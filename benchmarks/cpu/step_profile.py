@@ -1,17 +1,19 @@
 """Where the extra time of 11 groups goes: a training step of Conditional DETR with 11 groups and with one, by operator.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_profile.py
+    OMP_NUM_THREADS=1 python benchmarks step_profile
 
 Times are those that ``torch.profiler`` gives to each operator itself, in one step after a first one that warms up.
 """
 
 from collections.abc import Mapping
 
-import bench_conditional_detr
-from cases import DETECTION, Detection
-from documents import table
-from results import OURS
 from torch.profiler import ProfilerActivity, profile
+
+from harness.cases import DETECTION, Detection
+from harness.documents import table
+from harness.results import OURS
+
+from . import bench_conditional_detr
 
 __all__ = ["extra_times", "share_of_products"]
 
@@ -46,7 +48,3 @@ def main() -> None:
     rows = [[name, f"{seconds:.2f}"] for name, seconds in list(extra.items())[:SHOWN]]
     print(table(["operator", "extra time, s"], [*rows, ["all", f"{sum(extra.values()):.2f}"]]))
     print(f"\nproducts of matrices, convolutions and attention: {100 * share_of_products(extra):.0f} % of it")
-
-
-if __name__ == "__main__":
-    main()

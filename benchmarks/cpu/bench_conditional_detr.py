@@ -7,14 +7,13 @@ Dropout is off, since results with it could not be compared.
 import functools
 from unittest import mock
 
-import cases
-import naive
 import pytest
 import torch
-from results import OURS
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
+from harness import cases, naive
+from harness.results import OURS
 
 CASES = cases.DETECTION
 BASE = CASES[0]
@@ -160,4 +159,4 @@ def bench_training_step_with_groups(comparison, case, contender):
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_memory_of_training_step(memory, case, contender):
-    memory("training_step_memory", case, contender, "bench_conditional_detr", x="num_groups")
+    memory("training_step_memory", case, contender, __name__, x="num_groups")

@@ -12,19 +12,21 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from interleave import in_one_line
+from .interleave import in_one_line
+from .places import ROOT
 
 __all__ = ["Peak", "peak_in_new_process"]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """``status`` and ``note`` are those of ``interleave.Timing``."""
+    """``status`` and ``note`` are those of ``harness.interleave.Timing``."""
 
     status: str = "ok"
     note: str = ""
@@ -40,8 +42,10 @@ def peak_in_new_process(module: str, case: str, contender: str, *, small: bool =
         contender: one of those that ``prepare`` returns.
         small: run the case's small problem, only to see that it works.
     """
-    command = [sys.executable, __file__, module, case, contender, *(["--small"] if small else [])]
-    process = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "harness.memory", module, case, contender, *(["--small"] if small else [])]
+    path = filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode != 0:
         raise RuntimeError(f"measuring the memory of {contender} failed:\n{process.stderr[-4000:]}")
     return Peak(**json.loads(process.stdout.splitlines()[-1]))

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from interleave import Timing, quartiles
-from memory import Peak
 
-__all__ = ["OURS", "Results"]
+from . import peers
+from .interleave import Timing, quartiles
+from .memory import Peak
+
+__all__ = ["OURS", "ResultWriter"]
 
 OURS = "groupdetr_fast"  # the name of this package among the contenders
 
 
-class Results:
+class ResultWriter:
     """The rows of one session, written to one csv file per comparison.
 
     Times are seconds, ``ratio`` is a contender's time over this package's in the same round, and memory is bytes. Each

@@ -1,0 +1,32 @@
+"""What the benchmarks compute besides their times: python benchmarks COMMAND; each COMMAND has its own --help."""
+
+import argparse
+import importlib
+import sys
+
+# command: module with a function main(), and what it does
+COMMANDS = {
+    "summary": ("cpu.summary", "goals, tables and plots of what make bench measured"),
+    "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
+    "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
+    "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
+    "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
+    "roofline": ("paper.roofline", "floors of the kernels on an H100, on paper"),
+    "scaling": ("paper.scaling", "steps and epochs of many GPUs, on paper"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n\n" + "\n".join(f"{name:14}{text}" for name, (_, text) in COMMANDS.items()),
+        usage="python benchmarks COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see above")
+    name = parser.parse_args(sys.argv[1:2]).command
+    sys.argv[:2] = [f"benchmarks {name}"]  # so that usage and errors name the command
+    importlib.import_module(COMMANDS[name][0]).main()
+
+
+if __name__ == "__main__":
+    main()

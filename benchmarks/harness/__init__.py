@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases, timing, memory, rows of results, documents, peers."""

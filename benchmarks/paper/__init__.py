@@ -1,0 +1,1 @@
+"""What is computed and not measured: floors of kernels, operations, steps on many GPUs."""
