@@ -37,10 +37,8 @@ test-oldest:
 
 # Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
 bench: $(VENV)/peers
-	mkdir -p benchmarks/results
 	for file in benchmarks/cpu/bench_*.py; do \
-		$(BIN)/python -m pytest $$file --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
-			--benchmark-json=benchmarks/results/$$(basename $$file .py).json || exit 1; \
+		$(BIN)/python -m pytest $$file --benchmark-columns=median,iqr,rounds --benchmark-sort=name || exit 1; \
 	done
 	$(BIN)/python benchmarks summary --write
 

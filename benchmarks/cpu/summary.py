@@ -1,6 +1,6 @@
 """From benchmarks/results/*.csv to tables, the list of goals, and plots.
 
-python benchmarks summary            print the goals
+python benchmarks summary            print goals and tables
 python benchmarks summary --write    and put tables and plots into docs/
 """
 
@@ -217,12 +217,13 @@ X_LABELS = {
 }
 
 
-def report(results: SavedResults, images: str) -> str:
-    """Everything in Markdown; ``images`` is where the plots are, as the document sees it."""
+def report(results: SavedResults, images: str | None = None) -> str:
+    """Everything in Markdown; ``images`` is where the plots are, as the document sees it, if there are any."""
     parts = [machine(results), goals_table(results)]
     for name, rows in results.comparisons.items():
         parts += [f"### {TITLES[name]}", comparison_table(rows)]
-        parts.append(f"![{TITLES[name]}]({images}bench_{name}.png)")
+        if images is not None:
+            parts.append(f"![{TITLES[name]}]({images}bench_{name}.png)")
     return "\n\n".join(parts)
 
 
@@ -304,10 +305,10 @@ def main() -> None:
     results = SavedResults(arguments.results)
     if not results.comparisons:
         parser.error(f"there are no results in {arguments.results}: run {COMMAND}")
-    images = IMAGES if arguments.write else arguments.results
+    if not arguments.write:
+        print(report(results))
+        return
     for name, rows in results.comparisons.items():
-        plot(name, rows, machine(results), images)
-    (arguments.results / "summary.md").write_text(f"# Benchmarks\n\n{report(results, '')}\n")
-    if arguments.write:
-        write_section(PERFORMANCE, SECTION, report(results, "images/"))
+        plot(name, rows, machine(results), IMAGES)
+    write_section(PERFORMANCE, SECTION, report(results, images="images/"))
     print(machine(results), goals_table(results), sep="\n\n")
