@@ -58,6 +58,7 @@ gpu-report: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
@@ -111,5 +112,5 @@ $(VENV)/peers: $(VENV)/.bench benchmarks/harness/peers_apart.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml
-	$(INSTALL) --quiet 'ruff>=0.9' 'clang-format>=19'
+	$(INSTALL) --quiet 'ruff>=0.9' 'clang-format>=19' 'mypy>=2.4'
 	touch $@

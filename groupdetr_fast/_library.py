@@ -10,6 +10,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,7 +20,7 @@ LIB = torch.library.Library(NAMESPACE, "DEF")
 _public_ops: list[str] = []
 
 
-def define_op(schema: str, *, reference: Callable, fake: Callable, public: bool = False) -> None:
+def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], public: bool = False) -> None:
     """Define an op by its schema, its PyTorch reference and its fake (shape-only) kernel.
 
     Args:
@@ -36,18 +37,18 @@ def define_op(schema: str, *, reference: Callable, fake: Callable, public: bool 
         _public_ops.append(name)
 
 
-def without_autocast(kernel: Callable) -> Callable:
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel, run in the dtypes of its inputs; autocast would otherwise reach the torch ops that it is made of."""
 
     @functools.wraps(kernel)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         with torch._C._DisableAutocast():
             return kernel(*args, **kwargs)
 
     return wrapped
 
 
-def register_autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
+def register_autograd(name: str, *, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> None:
     """Make op ``name`` differentiable by ``backward``, which should call the op ``<name>_backward``."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIB)
 
@@ -55,10 +56,10 @@ def register_autograd(name: str, *, setup_context: Callable, backward: Callable)
 def block_double_backward(name: str) -> None:
     """Raise, instead of returning wrong zeros, where a gradient of backward op ``name`` is asked for."""
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"{NAMESPACE}::{name} has no derivative: double backward is not supported")
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIB)

@@ -50,7 +50,7 @@ class QueryGroups:
     queries_per_denoising_group: int = 0
     denoising_scope: str = "first"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_groups", "queries_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -127,4 +127,5 @@ class QueryGroups:
     @classmethod
     def from_ints(cls, layout: list[int]) -> "QueryGroups":
         """The inverse of :meth:`as_ints`."""
-        return cls(*layout[:4], _SCOPES[layout[4]])
+        num_groups, queries_per_group, denoising_groups, queries_per_denoising_group, scope = layout
+        return cls(num_groups, queries_per_group, denoising_groups, queries_per_denoising_group, _SCOPES[scope])

@@ -14,7 +14,8 @@ __all__ = ["random_state", "random_state_kept", "restore_random_state"]
 def random_state() -> dict[str, Any]:
     """The states of this process's generators, in types that ``torch.load(weights_only=True)`` reads."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (what a user's code may draw from)
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002 (what a user's code may draw from)
+    kind, keys, position, has_gauss, cached = of_numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -84,11 +84,12 @@ def ms_deform_attn_inputs(
         ``[batch, queries, heads, levels, points, 2]``; weights, the same without the 2.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    options = {"generator": torch.Generator().manual_seed(dim), "dtype": wide}
+    generator = torch.Generator().manual_seed(dim)
     samples = (batch, queries, heads, len(shapes), points)
-    value = torch.randn(batch, sum(height * width for height, width in shapes), heads, dim, **options)
-    locations = torch.rand(*samples, 2, **options) * 1.6 - 0.3
-    weights = torch.randn(*samples, **options)
+    pixels = sum(height * width for height, width in shapes)
+    value = torch.randn(batch, pixels, heads, dim, generator=generator, dtype=wide)
+    locations = torch.rand(*samples, 2, generator=generator, dtype=wide) * 1.6 - 0.3
+    weights = torch.randn(*samples, generator=generator, dtype=wide)
     flat = [size for shape in shapes for size in shape]
     location_dtype = location_dtype or wide
     return value.to(device, dtype), flat, locations.to(device, location_dtype), weights.to(device, location_dtype)

@@ -1,5 +1,6 @@
 """The set prediction loss over all decoder layers, images and groups at once."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -107,13 +108,14 @@ class SetCriterion(nn.Module):
             layout = replace(denoising.queries.groups, num_groups=num_groups)
             normalizer = totals.num_objects * (layout.denoising_sets * layout.denoising_groups)
             parts.append((suffixes, self._denoising_losses(denoising, targets, normalizer)))
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for suffixes, per_layer in parts:
             for name, values in per_layer.items():
                 for suffix, value in zip(suffixes, values.unbind(), strict=True):
                     losses[name + suffix] = value
-        losses["loss"] = sum(
-            self.weights[name] * values.sum() for _, per_layer in parts for name, values in per_layer.items()
+        losses["loss"] = functools.reduce(
+            torch.add,
+            (self.weights[name] * values.sum() for _, per_layer in parts for name, values in per_layer.items()),
         )
         return losses
 

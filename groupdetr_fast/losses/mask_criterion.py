@@ -1,5 +1,6 @@
 """The set prediction loss of masks (Mask2Former, section 3.3) over all decoder layers, images and groups."""
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -84,17 +85,20 @@ class MaskCriterion(nn.Module):
             raise ValueError('targets must have masks: give PackedTargets.from_list the key "masks"')
         with torch.autocast(out.logits.device.type, enabled=False):
             per_layer = self._losses(out, targets, StepTotals.of([targets]) if totals is None else totals)
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for name, values in per_layer.items():
             for suffix, value in zip(layer_suffixes(len(values)), values.unbind(), strict=True):
                 losses[name + suffix] = value
-        losses["loss"] = sum(self.weights[name] * values.sum() for name, values in per_layer.items())
+        losses["loss"] = functools.reduce(
+            torch.add, (self.weights[name] * values.sum() for name, values in per_layer.items())
+        )
         return losses
 
     def _losses(self, out: MaskPredictions, targets: PackedTargets, totals: StepTotals) -> dict[str, Tensor]:
         """The three losses of every layer, ``[layers]`` each."""
         logits, embeddings, features = out.logits.float(), out.mask_embeddings.float(), out.mask_features.float()
-        frame = tuple(out.padding.shape[1:])
+        height, width = out.padding.shape[1:]
+        frame = (height, width)
         detached = (logits.detach(), embeddings.detach(), features.detach())
         matching = self.matcher(*detached, targets, out.groups, frame)
         sums = self._mask_losses(embeddings, features, matching, targets, frame)
@@ -149,12 +153,13 @@ class MaskCriterion(nn.Module):
         shape = (matching.positives, targets.max_targets)
         chosen = embeddings.gather(2, index).unflatten(2, shape).transpose(2, 3)  # [layers, B, T, K, d]
         matched = matching.matched.unflatten(2, shape).transpose(2, 3)  # [layers, B, T, K]
-        features, sizes, layers = features.unbind(), targets.sizes, []
+        of_images = (features.unbind(), targets.masks or (), targets.sizes)
+        layers = []
         for embeddings, counted in zip(chosen.unbind(), matched.unbind(), strict=True):
-            images = zip(embeddings.unbind(), features, targets.masks, counted.unbind(), sizes, strict=True)
+            images = zip(embeddings.unbind(), counted.unbind(), *of_images, strict=True)
             sums = [
                 checkpoint(self._image_losses, own[:size], part, masks, counts[:size], frame, use_reentrant=False)
-                for own, part, masks, counts, size in images
+                for own, counts, part, masks, size in images
             ]
             layers.append(torch.stack(sums).sum(0))
         return torch.stack(layers)

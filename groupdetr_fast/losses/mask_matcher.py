@@ -72,7 +72,7 @@ class MaskMatcher:
     def _sample_targets(targets: PackedTargets, points: Tensor, frame: tuple[int, int]) -> Tensor:
         """The masks at points ``[B, P, 2]``: ``[B, T_max, P]``, 0 on padding."""
         images = []
-        for masks, own_points in zip(targets.masks, points, strict=True):
+        for masks, own_points in zip(targets.masks or (), points, strict=True):
             samples = sample_masks(masks, own_points.expand(len(masks), -1, -1), frame)
             images.append(F.pad(samples, (0, 0, 0, targets.max_targets - len(masks))))
         return torch.stack(images)

@@ -68,7 +68,7 @@ class GroupMatcher:
     assignment: Assignment = "group"
     positives: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.assignment not in get_args(Assignment):
             raise ValueError(f"assignment must be one of {get_args(Assignment)}, got {self.assignment!r}")
         if self.positives is not None and self.positives < 1:

@@ -3,7 +3,8 @@
 import functools
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -37,7 +38,7 @@ class CompileCase(NamedTuple):
     num_stages: int
     aligned: tuple[str, ...] = ()
 
-    def attributes(self) -> dict[tuple[int], list]:
+    def attributes(self) -> dict[tuple[int], list[list[object]]]:
         """``aligned`` as ``triton.compiler.ASTSource`` takes it."""
         return {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
 
@@ -56,10 +57,10 @@ def register_triton(op: str, module: str, launcher: str) -> None:
         return
 
     @functools.cache
-    def launch():
+    def launch() -> Callable[..., Any]:
         return getattr(importlib.import_module(module), launcher)
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         if device.index == torch.cuda.current_device():
             return launch()(*args)

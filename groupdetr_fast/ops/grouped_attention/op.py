@@ -1,5 +1,7 @@
 """The op ``grouped_attention``: self-attention of queries that fall into groups."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,14 +91,16 @@ def _resolve(groups: QueryGroups | int, length: int) -> QueryGroups:
     return QueryGroups(groups, length // groups)
 
 
-def _fake(query, key, value, layout, dropout_p, seed, scale):
+def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=dtype)
 
 
-def _fake_backward(grad_out, query, key, value, out, lse, layout, dropout_p, seed, scale):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+def _fake_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 define_op(
@@ -114,14 +118,14 @@ define_op(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, ctx.layout, ctx.dropout_p, seed, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(query, key, value, out, lse, seed)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, seed = ctx.saved_tensors
     grad_query, grad_key, grad_value = torch.ops.groupdetr_fast.grouped_attention_backward(
         grad_out, query, key, value, out, lse, ctx.layout, ctx.dropout_p, seed, ctx.scale

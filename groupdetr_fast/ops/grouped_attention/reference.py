@@ -40,11 +40,11 @@ def grouped_attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; kernels use ``out`` and ``lse`` of forward, the reference does not."""
-    _, vjp = torch.func.vjp(
+    vjp = torch.func.vjp(
         lambda query, key, value: grouped_attention_reference(query, key, value, layout, dropout_p, seed, scale)[0],
         query,
         key,
         value,
-    )
+    )[1]
     grad_query, grad_key, grad_value = vjp(grad_out)
     return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()

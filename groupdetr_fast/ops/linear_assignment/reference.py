@@ -59,8 +59,9 @@ def _shortest_augmenting_paths(cost: Tensor) -> Tensor:
         distance = torch.full_like(column_dual, torch.inf)  # of each column from `source`
         previous = torch.full_like(row_of_column, -1)  # row before each column on the way
         scanned = torch.zeros(num_columns, dtype=torch.bool)
-        rows_on_tree = [source]
-        row, length = source, 0.0
+        row: int | Tensor = source
+        length: float | Tensor = 0.0
+        rows_on_tree = [row]
         while True:
             candidate = length + cost[row] - row_dual[row] - column_dual
             shorter = (candidate < distance) & ~scanned

@@ -83,9 +83,9 @@ def _check(logits: Tensor, boxes: Tensor, targets: PackedTargets, gamma: float) 
         raise ValueError(f"boxes must have shape {[*logits.shape[:-1], 4]}, as logits have, got {list(boxes.shape)}")
     if logits.shape[-3] != targets.batch_size:
         raise ValueError(f"logits are of {logits.shape[-3]} images, but targets of {targets.batch_size}")
-    for name, value in (("boxes", boxes), ("targets", targets)):
-        if value.device != logits.device:
-            raise ValueError(f"{name} must lie on the device of logits, {logits.device}, got {value.device}")
+    for name, device in (("boxes", boxes.device), ("targets", targets.device)):
+        if device != logits.device:
+            raise ValueError(f"{name} must lie on the device of logits, {logits.device}, got {device}")
     if gamma < 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
     if torch.is_grad_enabled() and (logits.requires_grad or boxes.requires_grad or targets.boxes.requires_grad):

@@ -16,7 +16,8 @@ def compile_cases() -> Iterator[CompileCase]:
                 box = "fp64" if logits == "fp64" else "fp32"
                 types = {"cost": f"*{box}", "logits": f"*{logits}", "boxes": f"*{box}", "target_boxes": f"*{box}"}
                 types |= {"labels": "*i64", "num_targets": "*i64"}
-                constexprs = {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0, "ALPHA": 0.25, "GAMMA": gamma}
+                constexprs: dict[str, object] = {"CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0}
+                constexprs |= {"ALPHA": 0.25, "GAMMA": gamma}
                 block_t = _block_t(max_targets, 8 if box == "fp64" else 4)
                 constexprs |= {"BLOCK_T": block_t, "BLOCK_Q": _BLOCK_Q}
                 constexprs |= {"logits_stride_c": 1, "boxes_stride_c": 1}  # Triton makes a constant of a stride of 1

@@ -1,6 +1,7 @@
 """The op ``ms_deform_attn``: multi-scale deformable attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,11 @@ def _fake_backward(
     attention_weights: Tensor,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (value, sampling_locations, attention_weights)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    return (
+        value.new_empty(value.shape),
+        sampling_locations.new_empty(sampling_locations.shape),
+        attention_weights.new_empty(attention_weights.shape),
+    )
 
 
 define_op(
@@ -108,12 +112,12 @@ define_op(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
     ctx.save_for_backward(value, sampling_locations, attention_weights)
 
 
-def _backward(ctx, grad_out):
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.groupdetr_fast.ms_deform_attn_backward(
         grad_out,

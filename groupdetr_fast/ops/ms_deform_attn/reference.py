@@ -44,11 +44,11 @@ def ms_deform_attn_backward_reference(
 
     ``deterministic`` is for kernels that have a choice; what torch's own ops do is up to torch.
     """
-    _, vjp = torch.func.vjp(
+    vjp = torch.func.vjp(
         lambda value, locations, weights: ms_deform_attn_reference(value, spatial_shapes, locations, weights),
         value,
         sampling_locations,
         attention_weights,
-    )
+    )[1]
     grad_value, grad_locations, grad_weights = vjp(grad_out)
     return grad_value.contiguous(), grad_locations.contiguous(), grad_weights.contiguous()

@@ -1,5 +1,7 @@
 """The op ``sigmoid_focal_loss``: the class loss of all queries, summed per image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,12 +83,12 @@ define_op(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, target_classes, ctx.alpha, ctx.gamma = inputs
     ctx.save_for_backward(logits, target_classes)
 
 
-def _backward(ctx, grad_out):
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     grad_logits = torch.ops.groupdetr_fast.sigmoid_focal_loss_backward(
         grad_out, *ctx.saved_tensors, ctx.alpha, ctx.gamma
     )

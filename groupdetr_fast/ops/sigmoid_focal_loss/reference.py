@@ -30,5 +30,5 @@ def sigmoid_focal_loss_backward_reference(
     grad_out: Tensor, logits: Tensor, target_classes: Tensor, alpha: float, gamma: float
 ) -> Tensor:
     """The gradient of logits."""
-    _, vjp = torch.func.vjp(lambda x: sigmoid_focal_loss_reference(x, target_classes, alpha, gamma), logits)
+    vjp = torch.func.vjp(lambda x: sigmoid_focal_loss_reference(x, target_classes, alpha, gamma), logits)[1]
     return vjp(grad_out)[0].contiguous()

@@ -16,7 +16,7 @@ def compile_cases() -> Iterator[CompileCase]:
         types |= {"target_classes": "*i64"}
         for gamma in (2.0, 1.5):
             for classes in (32, 16, 8, 4, 2, 1) if logits == "fp32" else (32,):
-                constexprs = {"ALPHA": 0.25, "GAMMA": gamma, **_blocks(classes)}
+                constexprs: dict[str, object] = {"ALPHA": 0.25, "GAMMA": gamma, **_blocks(classes)}
                 constexprs["stride_c"] = 1  # Triton makes a constant of a stride of 1
                 for kernel in (_sigmoid_focal_loss_fwd_kernel, _sigmoid_focal_loss_bwd_kernel):
                     direction = "forward" if kernel is _sigmoid_focal_loss_fwd_kernel else "backward"
