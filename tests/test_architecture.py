@@ -83,3 +83,10 @@ def test_the_reader_of_imports_sees_them():
     assert {"layers", "groups", "models"} <= set(imports_of(ROOT / "models" / "conditional_detr.py"))
     assert {"ops", "groups", "targets"} <= set(imports_of(ROOT / "losses" / "matcher.py"))
     assert "models" in set(imports_of(ROOT / "build.py"))
+
+
+def test_the_map_names_every_header():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    headers = {path.name for path in (ROOT.parent / "csrc").rglob("*.h")}
+    assert len(headers) > 5
+    assert not {name for name in headers if name not in text}
