@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """``load_model`` and ``predict``, which need the extra ``train``; the rest of the package does not."""
     if name in ("load_model", "predict"):
-        from . import inference
+        from . import prediction
 
-        return getattr(inference, name)
+        return getattr(prediction, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import groupdetr_fast as gd
-from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, train
 from groupdetr_fast.data import (
     AugmentationConfig,
     CocoDataset,
@@ -20,7 +19,10 @@ from groupdetr_fast.data import (
     digits_dataset,
     eval_transforms,
 )
-from groupdetr_fast.inference import InferenceSettings, class_table
+from groupdetr_fast.data.config import DataConfig
+from groupdetr_fast.prediction import InferenceSettings, class_table
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 SIZES = {

@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..build import build_criterion
-from ..coco_training import CocoTrainingConfig
-from ..config_file import from_plain
 from ..data import CocoDataset, EpochSampler, collate, train_transforms
 from ..files import read_json, write_json
+from ..runs.config import CocoTrainingConfig
+from ..runs.config_file import from_plain
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.progress import peak_memory_mib
 from .json_files import to_json

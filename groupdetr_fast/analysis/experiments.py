@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..coco_training import CocoTrainingConfig
 from ..models.registry import model_config
+from ..runs.config import CocoTrainingConfig
 from .run import Run, RunResults
 
 __all__ = [
@@ -118,19 +118,26 @@ def result_row(cell: Cell, run: Run, results: RunResults) -> Row:
     }
 
 
-def average(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str]) -> list[Row]:
+def average(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str], *, counted: str = "runs") -> list[Row]:
     """Mean and spread over the rows that share ``keys``, in the order in which they first occur.
 
+    Args:
+        rows: one for each run, or for whatever ``counted`` names.
+        keys: columns whose values are kept apart.
+        values: columns that are averaged.
+        counted: what a row stands for: the name of the column with their number.
+
     Returns:
-        Per combination of keys: the keys, ``runs``, and for each value ``<value>`` (mean) and ``<value>_std`` (sample
-        standard deviation; None for a single run). Missing numbers (None, nan) are left out; None if none is left.
+        Per combination of keys: the keys, the number of rows, and for each value ``<value>`` (mean) and
+        ``<value>_std`` (sample standard deviation; None for a single row). Missing numbers (None, nan) are left out;
+        None if none is left.
     """
     together: dict[tuple, list[Row]] = {}
     for row in rows:
         together.setdefault(tuple(row[key] for key in keys), []).append(row)
     averages = []
     for combination, members in together.items():
-        entry: Row = {**dict(zip(keys, combination, strict=True)), "runs": len(members)}
+        entry: Row = {**dict(zip(keys, combination, strict=True)), counted: len(members)}
         for value in values:
             numbers = [row[value] for row in members if row[value] is not None and not math.isnan(row[value])]
             entry[value] = statistics.mean(numbers) if numbers else None

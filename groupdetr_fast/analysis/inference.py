@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
-from ..coco_training import CocoTrainingConfig
-from ..data import CocoDataset, collate, eval_transforms
+from ..data import CocoDataset
 from ..evaluation.coco import CocoEvaluator
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
 from ..models.registry import model_config
+from ..runs.config import CocoTrainingConfig
+from ..runs.loaders import evaluation_loader, evaluation_set
 from ..training.checkpoint import WEIGHTS
 
 __all__ = ["evaluate_groups", "evaluate_usages", "inference_groups", "load_weights", "suppress_duplicates"]
@@ -99,21 +100,15 @@ class _EvaluationData:
     """The evaluation set of a training, and how it is evaluated."""
 
     dataset: CocoDataset
+    loader: DataLoader
     iou_type: str
-    batch_size: int
     top_k: int
 
     @classmethod
     def load(cls, config: CocoTrainingConfig) -> "_EvaluationData":
-        dataset = CocoDataset(
-            *config.data.val_paths(),
-            eval_transforms(config.augmentation),
-            labels=config.data.labels,
-            masks=config.model.predicts_masks,
-            cache_images=config.data.cache_images,
-        )
+        dataset = evaluation_set(config)
         iou_type = "segm" if config.model.predicts_masks else "bbox"
-        return cls(dataset, iou_type, config.optimization.batch_size, config.top_k)
+        return cls(dataset, evaluation_loader(dataset, config), iou_type, config.top_k)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, detect: Callable[..., Output], nms_threshold: float | None = None) -> _Metrics:
@@ -131,7 +126,7 @@ class _EvaluationData:
 
     def _outputs(self, model: nn.Module, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
         device = next(model.parameters()).device
-        for batch in DataLoader(self.dataset, self.batch_size, collate_fn=collate):
+        for batch in self.loader:
             moved = batch.to(device)
             yield batch.image_ids, batch.original_sizes, detect(model, moved.images, moved.masks)
 

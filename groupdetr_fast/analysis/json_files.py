@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ..config_file import from_plain, to_plain
+from ..runs.config_file import from_plain, to_plain
 
 __all__ = ["to_json"]
 

@@ -15,10 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..build import build_criterion
-from ..coco_training import CocoTrainingConfig, train
-from ..config_file import from_plain
 from ..files import read_json, write_json
 from ..models.registry import model_config
+from ..runs.config import CocoTrainingConfig
+from ..runs.config_file import from_plain
+from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped
 from .distances import DistanceRecorder, read_distances

@@ -1,1 +1,1 @@
-"""Commands of ``groupdetr`` that are more than their flags."""
+"""The commands of ``groupdetr``, one file each."""

@@ -8,13 +8,14 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from ..coco_training import DataPaths, ModelConfig
 from ..data import DataError
 from ..data.annotations import read_annotations, read_json
 from ..data.check import Findings, Statistics, check_part, compare_parts
+from ..data.config import DataPaths
 from ..data.layouts import find_yolo
 from ..data.yolo import read_yolo
 from ..models.registry import model_config
+from ..runs.config import ModelConfig
 
 __all__ = ["CheckCommand"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from ..inference import EVAL_SETTINGS, InferenceSettings, load_model
 from ..models.export import export_onnx, export_program
+from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model
 
 __all__ = ["ExportCommand"]
 

@@ -19,7 +19,7 @@ from ..data.images import IMAGE_SUFFIXES, as_rgb
 from ..evaluation.coco import to_coco_results
 from ..evaluation.visualize import draw_detections, draw_image
 from ..files import write_whole
-from ..inference import InferenceSettings, load_model, predict
+from ..prediction import InferenceSettings, load_model, predict
 
 __all__ = ["PredictCommand", "find_images"]
 

@@ -56,6 +56,7 @@ class CocoDataset(Dataset):
         cache_images: decode all images now and keep them in memory as uint8; for small sets.
 
     Attributes:
+        annotation_file: as given.
         image_ids: ids in the order of the samples.
         categories: the category entries of the file, ordered by label.
         num_classes: size of the label space; in mode ``"category_id"`` the largest id plus 1.
@@ -86,6 +87,7 @@ class CocoDataset(Dataset):
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
             raise DataError(f"image folder {image_folder} does not exist; give the folder that holds the images")
+        self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.seed = seed
         self._annotations = read_annotations(annotation_file, segmentations=masks)

@@ -1,7 +1,8 @@
 import pytest
 
-from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig
 from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
+from groupdetr_fast.data.config import DataConfig
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 

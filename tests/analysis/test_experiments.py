@@ -93,6 +93,7 @@ def test_mean_and_sample_standard_deviation():
         {"k": 5, "AP": None},
     ]
     one, three, five = average(rows, ("k",), ("AP",))
+    assert average(rows[:1], ("k",), (), counted="queries") == [{"k": rows[0]["k"], "queries": 1}]
     assert one == {"k": 1, "runs": 3, "AP": pytest.approx(0.25), "AP_std": pytest.approx(statistics.stdev([0.1, 0.4]))}
     assert three == {"k": 3, "runs": 1, "AP": 0.5, "AP_std": None}
     assert five == {"k": 5, "runs": 1, "AP": None, "AP_std": None}

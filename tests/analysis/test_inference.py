@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import groupdetr_fast as gd
 from groupdetr_fast.analysis.experiments import with_groups
 from groupdetr_fast.analysis.inference import evaluate_groups, evaluate_usages, inference_groups, suppress_duplicates
-from groupdetr_fast.coco_training import train
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.checkpoint import latest_checkpoint
 
 

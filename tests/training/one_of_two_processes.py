@@ -13,8 +13,9 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from small_runs import data_in, small_config, terminate_before
 
-from groupdetr_fast import cli, coco_training
+from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
+from groupdetr_fast.runs import train
 
 
 def config_of(folder, output, **optimization):
@@ -31,7 +32,7 @@ def config_of(folder, output, **optimization):
 
 def shard_weights():
     """Turn FSDP on, which Accelerate does on GPUs alone."""
-    original = coco_training.build_accelerator
+    original = train.build_accelerator
 
     def sharding(*args, **kwargs):
         accelerator = original(*args, **kwargs)
@@ -43,7 +44,7 @@ def shard_weights():
         accelerator.state.distributed_type = DistributedType.FSDP
         return accelerator
 
-    coco_training.build_accelerator = sharding
+    train.build_accelerator = sharding
 
 
 def forbid_writing(folder):
@@ -71,7 +72,7 @@ def main():
         if kind.endswith("stopped"):  # one process is told to stop, and all do
             terminate_before("AdamW.step", 8)
         forbid_writing(output)
-    cli.run(lambda: lambda: coco_training.train(config))
+    cli.run(lambda: lambda: train.train(config))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from groupdetr_fast import cli
-from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, train
 from groupdetr_fast.data import AugmentationConfig, SkipUnreadable
+from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.evaluation.coco import CocoEvaluator
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.optimization import OptimizationConfig
 

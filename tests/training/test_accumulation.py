@@ -8,9 +8,9 @@ from small_runs import small_config, write_images
 from test_passes import MASKS, small_batch, small_model
 
 import groupdetr_fast as gd
-from groupdetr_fast.coco_training import train
 from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.losses import mask_criterion
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.targets import StepTotals
 
 

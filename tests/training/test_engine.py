@@ -16,7 +16,8 @@ from small_runs import (
     write_images,
 )
 
-from groupdetr_fast.coco_training import train
+from groupdetr_fast.runs.evaluate import evaluate_checkpoint
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.optimization import OptimizationConfig
 
@@ -68,7 +69,7 @@ def test_averaged_weights_are_evaluated_and_saved(config, tmp_path):
     assert averaged.keys() == trained.keys()
     assert not torch.equal(averaged["refpoint_embed.weight"], trained["refpoint_embed.weight"])
     model = replace(config.model, load=folder, num_groups=1)
-    metrics = train(replace(config, model=model, eval_only=True, output=tmp_path / "eval"))
+    metrics = evaluate_checkpoint(replace(config, model=model, output=tmp_path / "eval"))
     assert metrics == results["epochs"][-1]["metrics"]
 
 

@@ -17,7 +17,7 @@ from small_runs import write_images
 from test_passes import MASKS, MODELS, small_batch, small_model
 
 import groupdetr_fast as gd
-from groupdetr_fast.coco_training import train
+from groupdetr_fast.runs.train import train
 
 SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from groupdetr_fast import coco_training
-from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig, digits_demo, train
-from groupdetr_fast.config_file import from_yaml
 from groupdetr_fast.data import AugmentationConfig, DataError, DigitsConfig, digits_dataset
+from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.models.checkpoints import read_header
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
+from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.evaluate import evaluate, evaluate_checkpoint
+from groupdetr_fast.runs.recipes import digits_demo
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
 from groupdetr_fast.training.optimization import OptimizationConfig
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_coco.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_coco.py"
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_evaluation_of_saved_weights_gives_the_same_numbers(config):
     saved = config.output / "checkpoints" / "epoch_0003"
     model = replace(config.model, load=saved, num_groups=1)
     data = replace(config.data, train_images=None, train_annotations=None)
-    metrics = train(replace(config, data=data, model=model, eval_only=True, output=config.output.parent / "eval"))
+    metrics = evaluate_checkpoint(replace(config, data=data, model=model, output=config.output.parent / "eval"))
     assert metrics == results["epochs"][-1]["metrics"]
 
 
@@ -210,12 +213,11 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
 def with_aps(monkeypatch, *aps):
     """Let the evaluations of runs find these APs, epoch by epoch."""
     measured = iter(aps)
-    original = coco_training.evaluate
 
-    def evaluate(*arguments):
-        return {**original(*arguments), "AP": next(measured)}
+    def evaluate_as_told(*arguments):
+        return {**evaluate(*arguments), "AP": next(measured)}
 
-    monkeypatch.setattr(coco_training, "evaluate", evaluate)
+    monkeypatch.setattr("groupdetr_fast.runs.train.evaluate", evaluate_as_told)
 
 
 def best_metadata(run):
@@ -313,7 +315,7 @@ def test_evaluating_with_other_categories_is_warned_about(config, digits, tmp_pa
     (tmp_path / "val.json").write_text(json.dumps(content))
     data = replace(config.data, train_images=None, train_annotations=None, val_annotations=tmp_path / "val.json")
     model = replace(config.model, load=config.output / "checkpoints" / "best", num_groups=1)
-    train(replace(config, data=data, model=model, eval_only=True, output=tmp_path / "eval", pictures=0))
+    evaluate_checkpoint(replace(config, data=data, model=model, output=tmp_path / "eval", pictures=0))
     assert "trained on other categories" in caplog.text
 
 
@@ -327,6 +329,11 @@ def test_evaluating_with_other_categories_is_warned_about(config, digits, tmp_pa
 def test_wrong_settings_of_a_run_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CocoTrainingConfig(**settings)
+
+
+def test_an_evaluation_is_no_training(config):
+    with pytest.raises(ValueError, match="eval_only is not a training"):
+        train(replace(config, eval_only=True))
 
 
 def run_example(*arguments, cwd):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from groupdetr_fast.models.registry import model_config, model_names
-from groupdetr_fast.recipes import RECIPES, find_recipe
+from groupdetr_fast.runs.recipes import RECIPES, find_recipe
 from groupdetr_fast.training.optimization import SCHEDULES
 
 

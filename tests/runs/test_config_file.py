@@ -4,9 +4,10 @@ from typing import Literal
 
 import pytest
 
-from groupdetr_fast.coco_training import CocoTrainingConfig, DataConfig, ModelConfig
-from groupdetr_fast.config_file import from_yaml, to_yaml
 from groupdetr_fast.data import AugmentationConfig
+from groupdetr_fast.data.config import DataConfig
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
+from groupdetr_fast.runs.config_file import from_yaml, to_yaml
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 

@@ -9,12 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from groupdetr_fast import cli
-from groupdetr_fast.analysis import commands
 from groupdetr_fast.analysis.run import RunResults
-from groupdetr_fast.coco_training import ModelConfig, digits_demo
+from groupdetr_fast.commands import analyze
+from groupdetr_fast.data import DigitsConfig, digits_dataset
+from groupdetr_fast.runs.config import ModelConfig
+from groupdetr_fast.runs.recipes import digits_demo
 
 METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
 FILES = ("train_images", "train_annotations", "val_images", "val_annotations")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    size = DigitsConfig(image_size=48, train_images=8, val_images=4, max_objects=3, min_digit=12, max_digit=24)
+    return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)
 
 
 @pytest.fixture
@@ -52,7 +60,7 @@ def made_up(tmp_path, monkeypatch):
             results[run.name] = RunResults(epochs, usages, distances, checkpoint)
         return results
 
-    monkeypatch.setattr(commands, "run_sweep", run_sweep)
+    monkeypatch.setattr("groupdetr_fast.commands.analyze.common.run_sweep", run_sweep)
     return asked
 
 
@@ -132,7 +140,8 @@ def test_a_checkpoint_is_evaluated_as_its_training_did(flags, monkeypatch, tmp_p
     text = json.dumps({**metadata, "evaluation": evaluation})
     save_file(model.state_dict(), tmp_path / "model.safetensors", {"groupdetr_fast": text})
     seen = []
-    monkeypatch.setattr(commands, "evaluate_groups", lambda config, _: seen.append(config) or [METRICS] * 2)
+    evaluated = "groupdetr_fast.commands.analyze.group_ap.evaluate_groups"
+    monkeypatch.setattr(evaluated, lambda config, _: seen.append(config) or [METRICS] * 2)
     cli.main(["analyze", "group-ap", "--checkpoint", str(tmp_path / "model.safetensors"), *flags])
     assert {name: getattr(seen[0].augmentation, name) for name in evaluation} == evaluation
     assert seen[0].data.labels == "category_id"
@@ -147,12 +156,12 @@ def test_a_checkpoint_that_says_nothing_is_refused(flags, tmp_path):
 
 def test_without_data_the_defaults_are_those_of_the_demo(monkeypatch):
     seen = []
-    monkeypatch.setattr(commands.AblationCommand, "__call__", lambda command: seen.append(command))
+    monkeypatch.setattr(analyze.AblationCommand, "__call__", lambda command: seen.append(command))
     cli.main(["analyze", "ablation"])
     cli.main(["analyze", "ablation", "--coco-path", "coco"])
     demo, own = seen
     assert demo.model == digits_demo(compose=False).model
-    assert demo.optimization.epochs == commands.DEMO_EPOCHS
+    assert demo.optimization.epochs == analyze.DEMO_EPOCHS
     assert (own.data.coco_path, own.model.num_groups, own.optimization.lr) == (Path("coco"), 11, 1e-4)
 
 
@@ -171,7 +180,7 @@ def test_faults_are_one_sentence(arguments, message, flags, made_up, tmp_path):
 
 def test_no_seed_is_refused():
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        commands.AblationCommand(seeds=0)
+        analyze.AblationCommand(seeds=0)
 
 
 @pytest.mark.slow

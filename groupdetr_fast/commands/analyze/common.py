@@ -1,0 +1,140 @@
+"""What the measurements of ``groupdetr analyze`` share."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from ...analysis import experiments
+from ...analysis.experiments import Cell, Row
+from ...analysis.json_files import to_json
+from ...analysis.report import Measurement, write_measurement
+from ...analysis.run import Run, RunResults
+from ...analysis.sweep import run_sweep
+from ...data import AugmentationConfig
+from ...data.config import DataConfig
+from ...models.checkpoints import CheckpointHeader, read_header
+from ...runs.config import CocoTrainingConfig, ModelConfig
+from ...runs.recipes import with_digits
+from ...training.optimization import OptimizationConfig
+
+__all__ = ["USAGES", "Analysis", "Sweep", "count_of", "header_of"]
+
+USAGES = ("AP_one_group", "AP_one_group_nms", "AP_all_queries", "AP_all_queries_nms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What all measurements share: a training, whose settings they vary.
+
+    Attributes:
+        data: images and annotations; without any, the embedded digits.
+        model: the detector; ``num_queries`` are those of one group.
+        augmentation: sizes and probabilities of the augmentation.
+        optimization: schedule, rates, batch; ``seed`` is the first seed.
+        threads: CPU threads of a run.
+        output: folder of the results.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    threads: int = 1
+    output: Path = Path("runs/analysis")
+    command: tyro.conf.Suppress[str] = ""
+
+    def training(self) -> CocoTrainingConfig:
+        """The training that the runs vary; composes the digits on first use, if there is no other data."""
+        return CocoTrainingConfig(
+            data=self.data if self.data.given else with_digits(self.data),
+            model=self.model,
+            augmentation=self.augmentation,
+            optimization=self.optimization,
+        )
+
+    def write(
+        self,
+        name: str,
+        figure: Figure,
+        title: str,
+        caption: str,
+        rows: Sequence[Row],
+        summary: Sequence[Row],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the measurement's files; ``settings`` are those of the training unless given."""
+        settings = to_json(self.training()) if settings is None else settings
+        write_measurement(Measurement(name, title, caption, self.command, rows, summary, settings), figure, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Analysis):
+    """What the measurements that train have in common.
+
+    Attributes:
+        seeds: runs of every setting, with the seeds ``seed``, ``seed + 1``, ...
+        jobs: runs at a time.
+        memory_gib: limit of the memory of all runs together in GiB, or None for 80 % of what is free at the start.
+        nms_threshold: IoU above which non-maximum suppression drops a box.
+        evaluate_every: epochs between evaluations.
+        top_k: detections per image in evaluation.
+        output: folder of the results; the runs are in its folder ``runs`` and serve every measurement.
+    """
+
+    seeds: int = 3
+    jobs: int = 2
+    memory_gib: float | None = None
+    nms_threshold: float = 0.7
+    evaluate_every: int = 1
+    top_k: int = CocoTrainingConfig.top_k
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def training(self) -> CocoTrainingConfig:
+        """See :class:`Analysis`."""
+        return replace(super().training(), evaluate_every=self.evaluate_every, top_k=self.top_k)
+
+    def seed_range(self) -> range:
+        """The seeds of every setting."""
+        return range(self.optimization.seed, self.optimization.seed + self.seeds)
+
+    def own_cells(self, seeds: Iterable[int]) -> list[Cell]:
+        """The training with its own number of groups, once for each seed."""
+        return experiments.group_cells(self.training(), (self.model.num_groups,), (), seeds)
+
+    def make(self, cells: Sequence[Cell]) -> list[tuple[Cell, Run, RunResults]]:
+        """Make the runs of a measurement that are not done yet; the results of all of them."""
+        runs = [Run(cell.training, self.nms_threshold) for cell in cells]
+        results = run_sweep(
+            runs, self.output / "runs", jobs=self.jobs, threads=self.threads, memory_gib=self.memory_gib
+        )
+        return [(cell, run, results[run.name]) for cell, run in zip(cells, runs, strict=True)]
+
+    def seeds_in_words(self) -> str:
+        """For captions."""
+        if self.seeds == 1:
+            return f"seed {self.optimization.seed}."
+        return f"seeds {', '.join(map(str, self.seed_range()))}; mean and sample standard deviation over seeds."
+
+
+def header_of(checkpoint: Path) -> CheckpointHeader:
+    """The header of a checkpoint of ``groupdetr train``.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    header = read_header(checkpoint)
+    if header.model is None or not header.model_config:
+        raise ValueError(f"checkpoint {checkpoint} does not say which detector it is of: give one of groupdetr train")
+    return header
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number of things in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,46 @@
+"""The command ``groupdetr analyze cost``."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...analysis import experiments, plots
+from ...analysis.cost import CostSettings, measure_cost
+from .common import Analysis, count_of
+
+__all__ = ["CostCommand"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCommand(Analysis):
+    """Time and memory of training steps for each number of groups, one after the other and nothing beside them.
+
+    Attributes:
+        groups: K. Takes the place of ``num_groups``.
+        steps: steps that count.
+        warmup: steps before them.
+    """
+
+    groups: tuple[int, ...] = (1, 2, 3, 5, 7, 9, 11)
+    steps: int = 50
+    warmup: int = 5
+
+    def __call__(self) -> None:
+        training, rows = self.training(), []
+        for num_groups in self.groups:
+            settings = CostSettings(experiments.with_groups(training, num_groups), self.warmup, self.steps)
+            measured = measure_cost(settings, self.output / "cost" / f"k{num_groups:02d}", threads=self.threads)
+            rows.append({"num_groups": num_groups, **measured})
+        images = training.optimization.batch_size * training.optimization.accumulate
+        processor = f"CPU, {count_of(self.threads, 'thread')}"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+        self.write(
+            "cost",
+            plots.draw_cost(rows),
+            "What groups cost in training",
+            f"Seconds of an optimiser step on {images} images (median, 20th and 80th percentile of {self.steps} steps, "
+            "without loading images), and peak memory of the process or GPU, in MiB; "
+            f"{device}, seed {self.optimization.seed}.",
+            rows,
+            rows,
+        )

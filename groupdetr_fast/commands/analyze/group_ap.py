@@ -1,0 +1,56 @@
+"""The command ``groupdetr analyze group-ap``."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...analysis import plots
+from ...analysis.experiments import average
+from ...analysis.inference import evaluate_groups
+from ...prediction import InferenceSettings
+from ...runs.config import CocoTrainingConfig, ModelConfig
+from .common import Sweep, count_of, header_of
+
+__all__ = ["GroupApCommand"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupApCommand(Sweep):
+    """AP of each group of a trained model, used alone: any group can serve (section 3.2).
+
+    Attributes:
+        checkpoint: evaluate this checkpoint of ``groupdetr train``, as its training did, and train nothing.
+    """
+
+    checkpoint: Path | None = None
+
+    def __call__(self) -> None:
+        if self.checkpoint is None:
+            models = {
+                f"seed {cell.labels['seed']}": (cell.training, results.checkpoint)
+                for cell, _, results in self.make(self.own_cells(self.seed_range()))
+            }
+        else:
+            models = {str(self.checkpoint): (_as_trained(self.training(), self.checkpoint), self.checkpoint)}
+        rows = [
+            {"model": name, "group": group, **{key: metrics[key] for key in ("AP", "AP50", "AP75")}}
+            for name, (config, checkpoint) in models.items()
+            for group, metrics in enumerate(evaluate_groups(config, checkpoint))
+        ]
+        self.write(
+            "group_ap",
+            plots.draw_group_ap(rows),
+            "AP of each group used alone",
+            f"AP (COCO, 0 to 1) of each group of {count_of(len(models), 'trained model')}: {', '.join(models)}. "
+            "Table: mean and sample standard deviation over the groups of each model.",
+            rows,
+            average(rows, ("model",), ("AP", "AP50", "AP75"), counted="groups"),
+        )
+
+
+def _as_trained(training: CocoTrainingConfig, checkpoint: Path) -> CocoTrainingConfig:
+    """The training with the detector that a checkpoint is of, its labels, its sizes of images and its normalisation."""
+    header = header_of(checkpoint)
+    model = ModelConfig.of_checkpoint(header)
+    data = replace(training.data, labels=header.labels)
+    augmentation = InferenceSettings.from_header(header).augmentation
+    return replace(training, model=model, data=data, augmentation=augmentation)

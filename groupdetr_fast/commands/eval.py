@@ -1,0 +1,86 @@
+"""The command ``groupdetr eval``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..data.config import DataConfig
+from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
+from ..runs.config import CocoTrainingConfig, ModelConfig
+from ..runs.evaluate import evaluate_checkpoint
+from ..training.optimization import OptimizationConfig
+
+__all__ = ["EvalCommand"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Evaluate a checkpoint on data in COCO's or YOLO's format.
+
+    Attributes:
+        load: checkpoint of this package (file or folder), an original repository or transformers.
+        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
+        coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
+        val_images: folder of images.
+        val_annotations: COCO json.
+        labels: "contiguous" or "category_id", for checkpoints that do not say it; "category_id" is what the original
+            repositories do.
+        eval_short_side: short side of the images in pixels; None for that of the checkpoint's training.
+        eval_max_size: limit of the long side, which goes before; None for that of the checkpoint's training.
+        image_mean: of the channels red, green, blue in [0, 1]; None for that of the checkpoint's training.
+        image_std: standard deviation of the same.
+        batch_size: images per process and step.
+        workers: processes that load images, per process.
+        precision: "no" for float32, or the type of mixed precision.
+        top_k: detections per image.
+        output: folder for ``detections.json`` and ``predictions.png``.
+        pictures: images in ``predictions.png``; 0 for no picture.
+    """
+
+    load: Path
+    model: str | None = None
+    data_path: Path | None = None
+    coco_path: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    labels: Literal["contiguous", "category_id"] | None = None
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    batch_size: int = OptimizationConfig.batch_size
+    workers: int = DataConfig.workers
+    precision: Literal["no", "bf16", "fp16"] = OptimizationConfig.precision
+    top_k: int = CocoTrainingConfig.top_k
+    output: Path = Path("runs/eval")
+    pictures: int = CocoTrainingConfig.pictures
+
+    def __call__(self) -> None:
+        evaluate_checkpoint(self.config())
+
+    def config(self) -> CocoTrainingConfig:
+        """The evaluation as a run.
+
+        Raises:
+            ValueError: if neither the checkpoint nor the flags name the detector.
+        """
+        header = describe_model(self.load, self.model)
+        sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
+        return CocoTrainingConfig(
+            data=DataConfig(
+                data_path=self.data_path,
+                coco_path=self.coco_path,
+                val_images=self.val_images,
+                val_annotations=self.val_annotations,
+                labels=self.labels or header.labels,
+                workers=self.workers,
+            ),
+            model=ModelConfig.of_checkpoint(header, load=self.load, num_groups=1),  # one group is enough
+            augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
+            optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
+            output=self.output,
+            eval_only=True,
+            top_k=self.top_k,
+            pictures=self.pictures,
+        )

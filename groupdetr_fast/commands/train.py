@@ -1,0 +1,76 @@
+"""The command ``groupdetr train``."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..runs.config import CocoTrainingConfig
+from ..runs.config_file import from_yaml
+from ..runs.evaluate import evaluate_checkpoint
+from ..runs.recipes import find_recipe
+from ..runs.train import train
+from .flags import read_flags
+
+__all__ = ["TrainCommand", "training_defaults"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(CocoTrainingConfig):
+    """Train a detector on data in COCO's or YOLO's format.
+
+    Data of your own (look at them with groupdetr check DIR first):
+    groupdetr train --data-path DIR --backbone-weights imagenet
+
+    A run of the paper on COCO:
+    groupdetr train --recipe group_dab_detr_r50_12e --coco-path DIR
+
+    After an interruption: the same command with --resume. Once more, with another seed:
+    groupdetr train --config runs/coco/config.yaml --seed 1 --output runs/again
+
+    To use the result: groupdetr predict runs/coco/checkpoints/best IMAGES
+
+    Attributes:
+        recipe: a run of the paper (see the command recipes); its values are the defaults of the other flags.
+        config: yaml file of a configuration, such as config.yaml of an earlier run; its values are the defaults of the
+            other flags.
+    """
+
+    recipe: str | None = None
+    config: Path | None = None
+
+    def __call__(self) -> None:
+        if self.eval_only:
+            evaluate_checkpoint(self)
+        else:
+            train(self)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The flags that say where the defaults of the other flags come from."""
+
+    recipe: str | None = None
+    config: Path | None = None
+
+
+def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | None = None) -> TrainCommand:
+    """What the flags of a training start from.
+
+    Args:
+        arguments: the command line, of which ``--recipe`` and ``--config`` are read.
+        otherwise: the defaults without them.
+
+    Raises:
+        OSError: if the file of the configuration cannot be read.
+        ValueError: for an unknown recipe, one that these processes cannot train, or a wrong configuration.
+    """
+    origin = read_flags(_Origin, arguments)
+    config = otherwise or CocoTrainingConfig()
+    if origin.recipe is not None and origin.config is not None:
+        raise ValueError("give --recipe or --config, not both: groupdetr recipes NAME writes a recipe as a file")
+    if origin.config is not None:
+        config = from_yaml(CocoTrainingConfig, origin.config)
+    elif origin.recipe is not None:
+        config = find_recipe(origin.recipe).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
+    return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=origin.recipe)

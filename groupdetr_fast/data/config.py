@@ -1,0 +1,79 @@
+"""Where the data of a run are, and how they are read."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from .annotations import DataError
+from .layouts import find_data
+
+__all__ = ["DataConfig", "DataPaths"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPaths:
+    """Where the images and annotations are.
+
+    Attributes:
+        data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
+        coco_path: folder with COCO's ``train2017/``, ``val2017/`` and ``annotations/``; or name the four below.
+        train_images: folder of the images to train on.
+        train_annotations: COCO json to train on.
+        val_images: folder of the images to evaluate on.
+        val_annotations: COCO json to evaluate on.
+    """
+
+    data_path: Path | None = None
+    coco_path: Path | None = None
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them is."""
+        return any(getattr(self, each.name) for each in fields(DataPaths))
+
+    def train_paths(self) -> tuple[Path, Path]:
+        """Folder of images and annotation file to train on.
+
+        Raises:
+            DataError: if they are not given, or are given twice.
+        """
+        return self._paths("train", self.train_images, self.train_annotations)
+
+    def val_paths(self) -> tuple[Path, Path]:
+        """Folder of images and annotation file to evaluate on; raises as :meth:`train_paths`."""
+        return self._paths("val", self.val_images, self.val_annotations)
+
+    def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
+        files = any((self.train_images, self.train_annotations, self.val_images, self.val_annotations))
+        if (self.data_path is not None) + (self.coco_path is not None) + files > 1:
+            raise DataError("give data_path, coco_path, or the four of train and val images and annotations: only one")
+        if self.data_path is not None:
+            return find_data(self.data_path, part)
+        if self.coco_path is not None:
+            return self.coco_path / f"{part}2017", self.coco_path / "annotations" / f"instances_{part}2017.json"
+        if images is None or annotations is None:
+            raise DataError(f"give data_path, coco_path, or both {part}_images and {part}_annotations")
+        return images, annotations
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DataPaths):
+    """The images and annotations, and how they are read.
+
+    Attributes:
+        labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
+            themselves, as the original repositories do (91 classes on COCO).
+        workers: processes that load images, per training process.
+        cache_images: keep decoded images in memory; for small data sets.
+        max_unreadable_images: images to train on that may be missing or damaged, in each process; another one stands
+            in for each.
+    """
+
+    labels: Literal["contiguous", "category_id"] = "contiguous"
+    workers: int = 2
+    cache_images: bool = False
+    max_unreadable_images: int = 10

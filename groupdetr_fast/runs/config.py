@@ -1,0 +1,172 @@
+"""The configuration of a run."""
+
+import logging
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data import AugmentationConfig
+from ..data.config import DataConfig
+from ..losses.matcher import Assignment
+from ..models import build_model, load_checkpoint, model_config
+from ..models.checkpoints import CheckpointHeader
+from ..training.optimization import OptimizationConfig
+from .config_file import to_yaml
+
+__all__ = ["CocoTrainingConfig", "ModelConfig"]
+
+logger = logging.getLogger(__name__)
+
+STARTED = ("resume", "eval_only")  # how a run is started, not what it is: not in its configuration's file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which detector. Every setting that is None keeps the model's own default.
+
+    Attributes:
+        model: name of the detector: conditional_detr_r50, dab_detr_r50, dn_detr_r50 (each also with _dc5),
+            dab_deformable_detr_r50, dino_4scale_r50 or mask2former_r50.
+        num_groups: K, groups of queries in training.
+        num_queries: N, queries of one group.
+        d_model: size of tokens and queries.
+        num_heads: attention heads.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dim_feedforward: hidden size of the feed-forward blocks.
+        encoder_dim_feedforward: the same in the pixel decoder of Mask2Former.
+        dropout: probability.
+        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-... (small convolutions).
+        backbone_weights: imagenet (downloaded on first use), or a file; without either, the weights are random.
+        backbone_stages: use the first stages of the backbone only.
+        dilation: dilate the backbone's last stage (DC5).
+        frozen_stages: stages of the backbone that are not trained.
+        input_norm: normalise the projected features (for backbones whose features are large).
+        class_loss: weight of the loss of classes.
+        l1_loss: weight of the L1 loss of boxes.
+        giou_loss: weight of the GIoU loss of boxes.
+        loss_points: points of a mask at which Mask2Former computes costs and losses.
+        load: checkpoint to start from (of this package, an original repository or transformers).
+        new_class_head: with ``load``: train a new class head where the number of classes differs.
+    """
+
+    model: str = "conditional_detr_r50"
+    num_groups: int = 11
+    num_queries: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    dim_feedforward: int | None = None
+    encoder_dim_feedforward: int | None = None
+    dropout: float | None = None
+    backbone: str | None = None
+    backbone_weights: str | None = None
+    backbone_stages: int | None = None
+    dilation: bool | None = None
+    frozen_stages: int | None = None
+    input_norm: bool | None = None
+    class_loss: float | None = None
+    l1_loss: float | None = None
+    giou_loss: float | None = None
+    loss_points: int | None = None
+    load: Path | None = None
+    new_class_head: bool = False
+
+    @classmethod
+    def of_checkpoint(cls, header: CheckpointHeader, **changes: Any) -> "ModelConfig":
+        """The detector that a checkpoint describes, without weights of its backbone, which the checkpoint has itself.
+
+        Args:
+            header: of the checkpoint; settings in it that are no fields here are left out.
+            **changes: fields that differ.
+        """
+        settings = {f.name: header.model_config[f.name] for f in fields(cls) if f.name in header.model_config}
+        return cls(**{**settings, "model": header.model, "backbone_weights": None, **changes})
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether the detector predicts masks, and not boxes."""
+        return model_config(self.model).predicts_masks
+
+    def build(self, num_classes: int) -> nn.Module:
+        """The detector as a training begins with it, with the weights of ``load`` if that is given."""
+        model = self._build(num_classes)
+        if self.load is not None:
+            load_checkpoint(model, self.load, new_class_head=self.new_class_head)
+        elif model.config.backbone_weights is None and not model.config.backbone.startswith("conv:"):
+            logger.warning(
+                "the backbone %s starts from random weights, of which the first %d stages stay as they are: "
+                "pass backbone_weights (imagenet or a file) to start from pretrained ones",
+                model.config.backbone,
+                model.config.frozen_stages,
+            )
+        return model
+
+    def build_empty(self, num_classes: int) -> nn.Module:
+        """The detector with random weights everywhere, for those of a checkpoint to replace."""
+        return replace(self, backbone_weights=None)._build(num_classes)
+
+    def _build(self, num_classes: int) -> nn.Module:
+        own = ("model", "num_groups", "load", "new_class_head")
+        overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoTrainingConfig:
+    """One training run.
+
+    Attributes:
+        data: images and annotations.
+        model: the detector.
+        augmentation: sizes and probabilities of the augmentation.
+        optimization: schedule, rates, batch.
+        assignment: how targets are assigned to queries: "group" is Group DETR; "one_to_one" and "one_to_many" assign
+            them to all queries together, for comparison.
+        positives: queries that each target gets, or None for ``num_groups``.
+        output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
+        resume: continue from the newest checkpoint in ``output``.
+        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
+        evaluate_every: epochs between evaluations.
+        early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
+        early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
+        checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
+        max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
+        strict: stop at the first unreadable image and the first loss that is not finite.
+        top_k: detections per image in evaluation.
+        pictures: images in ``predictions.png``; 0 for no picture.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    assignment: Assignment = "group"
+    positives: int | None = None
+    output: Path = Path("runs/coco")
+    resume: bool = False
+    eval_only: bool = False
+    evaluate_every: int = 1
+    early_stopping: int = 0
+    early_stopping_delta: float = 0.0
+    checkpoint_every: int = 0
+    max_skipped_steps: int = 10
+    strict: bool = False
+    top_k: int = 100
+    pictures: int = 12
+
+    def __post_init__(self):
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
+        for name in ("early_stopping", "early_stopping_delta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def as_yaml(self) -> str:
+        """The configuration as ``groupdetr train --config`` reads it."""
+        own = CocoTrainingConfig(**{f.name: getattr(self, f.name) for f in fields(CocoTrainingConfig)})
+        return to_yaml(own, omit=STARTED)

@@ -1,0 +1,110 @@
+"""Evaluate a detector on COCO-format data."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..data import CocoDataset
+from ..evaluation.coco import CocoEvaluator, format_table
+from ..evaluation.visualize import draw_detections
+from ..models import postprocess
+from ..models.checkpoints import read_header
+from ..prediction import class_table
+from ..training.engine import build_accelerator
+from .config import CocoTrainingConfig
+from .loaders import evaluation_loader, evaluation_set
+
+__all__ = ["evaluate", "evaluate_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
+
+
+def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
+    """Evaluate the weights of ``config.model.load``, and print their COCO table.
+
+    Args:
+        config: the run; what concerns training alone, such as the data to train on, is not needed.
+
+    Returns:
+        The metrics, under the names that ``results.json`` of a training has for an epoch's.
+
+    Raises:
+        DataError: for a fault in the data; the sentence names the file or the id.
+        ValueError: for settings that do not fit together.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    accelerator = build_accelerator(config.optimization.resolved(), config.output)
+    dataset = evaluation_set(config)
+    model = config.model.build(dataset.num_classes)
+    loader = accelerator.prepare(evaluation_loader(dataset, config))
+    _compare_categories(config.model.load, dataset)
+    metrics = evaluate(accelerator, accelerator.prepare_model(model, evaluation_mode=True), loader, dataset, config)
+    if accelerator.is_main_process:
+        print(format_table(metrics))
+        print(f"results: {config.output}")
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, loader: DataLoader, dataset: CocoDataset, config: CocoTrainingConfig
+) -> dict[str, Any]:
+    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
+    model.eval()
+    iou_type = "segm" if config.model.predicts_masks else "bbox"
+    evaluator = CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids)
+    shown: dict[int, dict[str, torch.Tensor]] = {}
+    wanted = set(dataset.image_ids[: config.pictures])
+    for batch in loader:
+        detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
+        evaluator.update(batch.image_ids, detections)
+        for image_id, detection in zip(batch.image_ids, detections, strict=True):
+            if image_id in wanted:
+                shown[image_id] = {name: value.cpu() for name, value in detection.items()}
+    evaluator.merge(gather_object([evaluator.state]))
+    metrics = evaluator.summarize()
+    if accelerator.is_main_process:
+        (config.output / "detections.json").write_text(json.dumps(evaluator.results) + "\n")
+        _draw(dataset, shown, config)
+    return metrics
+
+
+def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:
+    """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
+    categories = [] if checkpoint is None else read_header(checkpoint).categories
+    trained, evaluated = (
+        {entry["id"]: str(entry["name"]) for entry in each} for each in (categories, val_set.categories)
+    )
+    if categories and trained != evaluated:
+        differing = sorted(trained.items() ^ evaluated.items())[0]
+        logger.warning(
+            "%s was trained on other categories than those of %s (id %d, %r, is in one only): "
+            "its classes may mean others",
+            checkpoint,
+            val_set.annotation_file,
+            *differing,
+        )
+
+
+def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], config: CocoTrainingConfig) -> None:
+    """Write ``predictions.png`` for the first images, of those that this process evaluated."""
+    indices = [index for index in range(min(config.pictures, len(dataset))) if dataset.image_ids[index] in detections]
+    if not indices:
+        return
+    draw_detections(
+        [dataset.image(index) for index in indices],
+        [dataset.ground_truth(index) for index in indices],
+        [detections[dataset.image_ids[index]] for index in indices],
+        class_table(dataset.categories, config.data.labels)[0],
+        config.output / "predictions.png",
+        score_threshold=PICTURE_THRESHOLD,
+    )

@@ -1,0 +1,67 @@
+"""The data sets of a run, and batches of them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import CocoDataset, EpochSampler, collate, eval_transforms, train_transforms
+from .config import CocoTrainingConfig
+
+__all__ = ["evaluation_loader", "evaluation_set", "training_loader", "training_set"]
+
+
+def training_set(config: CocoTrainingConfig) -> CocoDataset:
+    """The images to train on, augmented.
+
+    Raises:
+        DataError: for a fault in the data, or if the configuration does not say where they are.
+    """
+    transforms = train_transforms(config.augmentation)
+    return _dataset(config, *config.data.train_paths(), transforms, seed=config.optimization.seed)
+
+
+def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
+    """The images to evaluate on; raises as :func:`training_set`."""
+    return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
+
+
+def training_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
+    """Shuffled batches of :func:`training_set`, or of a data set around it."""
+    return _loader(dataset, config, shuffle=True, min_size=config.augmentation.jitter_size or 0)
+
+
+def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
+    """Batches of :func:`evaluation_set`, in its order."""
+    return _loader(dataset, config, shuffle=False)
+
+
+def _dataset(
+    config: CocoTrainingConfig, images: Path, annotations: Path, transforms: Callable[..., Any], **settings: Any
+) -> CocoDataset:
+    return CocoDataset(
+        images,
+        annotations,
+        transforms,
+        labels=config.data.labels,
+        masks=config.model.predicts_masks,
+        cache_images=config.data.cache_images,
+        **settings,
+    )
+
+
+def _loader(dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0) -> DataLoader:
+    sampler = EpochSampler(dataset, shuffle=shuffle, seed=config.optimization.seed)
+    workers = config.data.workers
+    return DataLoader(
+        dataset,
+        config.optimization.batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=partial(collate, min_size=min_size),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )

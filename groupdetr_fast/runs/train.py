@@ -1,0 +1,107 @@
+"""Train a detector on COCO-format data: puts data, model, criterion, training loop and COCO evaluation together."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ..build import build_criterion
+from ..data import CocoDataset, DataError, SkipUnreadable
+from ..evaluation.coco import format_table
+from ..files import write_whole
+from ..models.checkpoints import CheckpointHeader
+from ..prediction import EVAL_SETTINGS
+from ..training.checkpoint import BEST
+from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from .config import CocoTrainingConfig
+from .evaluate import evaluate
+from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
+
+__all__ = ["train"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+
+def train(
+    config: CocoTrainingConfig, *, observe: Callable[[int, nn.Module, Any, Any], None] | None = None
+) -> dict[str, Any]:
+    """Run a training, and print the COCO table of its end.
+
+    Args:
+        config: the run.
+        observe: see ``training.engine.Trainer``.
+
+    Returns:
+        What ``output/results.json`` holds.
+
+    Raises:
+        DataError: for a fault in the data; the sentence names the file or the id.
+        TrainingStopped: after SIGTERM, once a checkpoint is written.
+        ValueError: for settings that do not fit together, and for ``eval_only``, which is
+            :func:`~groupdetr_fast.runs.evaluate.evaluate_checkpoint`.
+    """
+    if config.eval_only:
+        raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
+    config.output.mkdir(parents=True, exist_ok=True)
+    optimization = config.optimization.resolved()
+    accelerator = build_accelerator(optimization, config.output)
+    val_set, train_set = evaluation_set(config), training_set(config)
+    _check_categories(train_set, val_set)
+    model = config.model.build(val_set.num_classes)
+    val_loader = accelerator.prepare(evaluation_loader(val_set, config))
+
+    def run_evaluation(model: nn.Module) -> dict[str, Any]:
+        return evaluate(accelerator, model, val_loader, val_set, config)
+
+    readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
+    header = CheckpointHeader(
+        model=config.model.model,
+        model_config=asdict(model.config),
+        categories=val_set.categories,
+        labels=config.data.labels,
+        evaluation={name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
+    )
+    if accelerator.is_main_process:
+        write_whole(config.output / CONFIG_FILE, config.as_yaml())
+    settings = TrainerSettings(
+        optimization,
+        config.output,
+        header.to_json(),
+        evaluate_every=config.evaluate_every,
+        early_stopping=config.early_stopping,
+        early_stopping_delta=config.early_stopping_delta,
+        checkpoint_every=config.checkpoint_every,
+        max_skipped_steps=0 if config.strict else config.max_skipped_steps,
+    )
+    trainer = Trainer(
+        accelerator,
+        model,
+        build_criterion(model, assignment=config.assignment, positives=config.positives),
+        training_loader(readable_set, config),
+        settings,
+        evaluate=run_evaluation,
+        observe=observe,
+    )
+    if config.resume and not trainer.resume():
+        logger.warning("nothing to resume in %s: starting from the beginning", config.output)
+    results = trainer.fit()
+    if accelerator.is_main_process:
+        print(format_table(results["epochs"][-1]["metrics"]))
+        if results["best_epoch"] is not None:
+            print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
+        print(f"results: {config.output}")
+    return results
+
+
+def _check_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
+    ids = [{category["id"] for category in dataset.categories} for dataset in (train_set, val_set)]
+    if ids[0] != ids[1]:
+        differing = sorted(ids[0] ^ ids[1])
+        raise DataError(
+            f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
+            f"(ids {differing[:5]} are in one only): give both files the same categories"
+        )

@@ -1,0 +1,28 @@
+"""Flags that are read before the others, whose defaults depend on them."""
+
+from pathlib import Path
+
+import pytest
+
+from groupdetr_fast.commands.flags import read_flags
+from groupdetr_fast.data.config import DataPaths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--lr", "2e-4", "--help"], DataPaths()),
+        (["analyze", "cost", "--groups", "1", "2", "--coco-path", "a"], DataPaths(coco_path=Path("a"))),
+        (["--data_path=a", "--no-decode", "b"], DataPaths(data_path=Path("a"))),
+    ],
+)
+def test_flags_are_found_among_others(arguments, expected):
+    found = read_flags(DataPaths, arguments)
+    assert found == expected
+    assert found.given == (expected != DataPaths())
+
+
+def test_a_flag_without_a_value_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read_flags(DataPaths, ["train", "--data-path"])
+    assert "--data-path" in capsys.readouterr().err
