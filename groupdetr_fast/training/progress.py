@@ -48,8 +48,9 @@ class TrainingProgress:
             TimeRemainingColumn(),
         )
         state, quiet = self.state, not self.accelerator.is_main_process
-        with Progress(*columns, console=self.console, disable=quiet) as self._bar:
-            self._task = self._bar.add_task(
+        with Progress(*columns, console=self.console, disable=quiet) as bar:
+            self._bar = bar
+            self._task = bar.add_task(
                 "train",
                 total=self.epochs * state.batches_per_epoch,
                 completed=state.batches,
