@@ -106,7 +106,7 @@ def load_model(
 
     Args:
         checkpoint: file or folder of this package, an original repository or transformers.
-        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        model: name of the detector, for checkpoints without it (this package stores it).
         num_classes: the same, for the number of classes; by default that of the original model (91 with COCO's ids as
             labels, and 80 for Mask2Former).
         num_groups: groups of queries to keep; inference uses the first.

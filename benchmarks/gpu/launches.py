@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
-from groupdetr_fast.ops.grouped_attention import triton_kernels as attention
+from groupdetr_fast.ops.grouped_attention import triton_launch as attention
 from groupdetr_fast.ops.matching_cost import triton_kernels as matching
 from groupdetr_fast.ops.sigmoid_focal_loss import triton_kernels as focal
 

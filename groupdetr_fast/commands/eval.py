@@ -19,16 +19,16 @@ class EvalCommand:
 
     Attributes:
         load: checkpoint of this package (file or folder), an original repository or transformers.
-        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        model: name of the detector, for checkpoints without it (this package stores it).
         data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
         val_images: folder of images.
         val_annotations: COCO json.
-        labels: "contiguous" or "category_id", for checkpoints that do not say it; "category_id" is what the original
-            repositories do.
-        eval_short_side: short side of the images in pixels; None for that of the checkpoint's training.
-        eval_max_size: limit of the long side, which goes before; None for that of the checkpoint's training.
-        image_mean: of the channels red, green, blue in [0, 1]; None for that of the checkpoint's training.
+        labels: "contiguous" or "category_id", for checkpoints without that setting; "category_id" is what the
+            original repositories use.
+        eval_short_side: short side of the images in pixels; None for the checkpoint's own.
+        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's own.
+        image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
         image_std: standard deviation of the same.
         batch_size: images per process and step.
         workers: processes that load images, per process.

@@ -23,7 +23,7 @@ class ExportCommand:
     Attributes:
         checkpoint: file or folder of this package, an original repository or transformers.
         output: file to write: ``.onnx`` (needs the extra export) or ``.pt2``.
-        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        model: name of the detector, for checkpoints without it (this package stores it).
         image_size: height and width of all images in pixels; None for a graph that takes any size.
         masks: whether the graph also takes masks of the images' padding, for batches of images of several sizes.
     """

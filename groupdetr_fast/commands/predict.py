@@ -41,14 +41,14 @@ class PredictCommand:
         checkpoint: file or folder of this package, an original repository or transformers.
         images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
         output: folder to write into.
-        model: name of the detector, for checkpoints that do not say it; those of this package do.
+        model: name of the detector, for checkpoints without it (this package stores it).
         categories: COCO json whose categories name the classes, for checkpoints that do not.
         labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
         score_threshold: detections with lower scores are left out.
         top_k: detections per image.
         batch_size: images at a time.
         eval_short_side: short side to which images are resized, in pixels; None for that of the checkpoint.
-        eval_max_size: limit of the long side, which goes before; None for that of the checkpoint.
+        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's.
         image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
         image_std: standard deviation of the same.
         device: such as cpu or cuda:1; None for a GPU if there is one.

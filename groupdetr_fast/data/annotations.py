@@ -104,12 +104,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
-    for category in categories.values():
-        if not (isinstance(category["name"], str) and _is_text(category["name"])):
-            raise DataError(
-                f"annotation file {path}: category {category['id']} has the name {category['name']!r}; it must be text"
-            )
-
+    _check_names(path, categories)
     position = {image_id: index for index, image_id in enumerate(images)}
     file_names = [_file_name(path, image) for image in images.values()]
     image_sizes = [_image_size(path, image) for image in images.values()]
@@ -123,11 +118,10 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         if not _is_crowd(path, annotation):
             boxes[len(kept)] = box
             kept.append(annotation)
-    boxes = boxes[: len(kept)]
 
     owners = np.array([position[annotation["image_id"]] for annotation in kept], dtype=np.int64)
     category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
-    boxes, valid = _clip(boxes, np.array(image_sizes)[owners])
+    boxes, valid = _clip(boxes[: len(kept)], np.array(image_sizes)[owners])
     _warn(path, kept, ~valid, "boxes that are empty, not finite or outside their image")
     if segmentations:
         parsed = [_segmentation(path, annotation, images) for annotation in kept]
@@ -150,6 +144,14 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         offsets=[0, *np.cumsum(counts).tolist()],
         segmentations=Segmentations.pack([parsed[index] for index in order]) if segmentations else None,
     )
+
+
+def _check_names(path: Path, categories: dict[int, dict]) -> None:
+    for category in categories.values():
+        if not (isinstance(category["name"], str) and _is_text(category["name"])):
+            raise DataError(
+                f"annotation file {path}: category {category['id']} has the name {category['name']!r}; it must be text"
+            )
 
 
 def _warn(path: Path, annotations: Sequence[dict], dropped: np.ndarray, what: str) -> None:

@@ -20,7 +20,7 @@ class AugmentationConfig:
 
     Attributes:
         short_sides: the short side of a training image is one of these, with equal probability.
-        max_size: limit of the long side, or None; it goes before the short side.
+        max_size: limit on the long side, or None; it takes precedence over the short side.
         crop_short_sides: short sides before a crop.
         crop_min: smallest side of a crop; a shorter image side is kept whole.
         crop_max: largest side of a crop.

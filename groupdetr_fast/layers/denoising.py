@@ -84,25 +84,18 @@ def make_denoising_queries(
 
     Returns:
         The queries; None if the batch has no objects or ``number`` is 0. Parameters that only denoising queries use
-        then get no gradient, which DistributedDataParallel minds.
+        then get no gradient, which DistributedDataParallel rejects.
     """
-    size = targets.max_targets
-    if size == 0 or number == 0:
+    if (size := targets.max_targets) == 0 or number == 0:
         return None
-    layout = replace(
-        groups,
-        denoising_groups=max(1, number // size),
-        queries_per_denoising_group=2 * size if contrastive else size,
-        denoising_scope=scope,
-    )
-    repeats = layout.denoising_length // size
+    layout = _layout(groups, max(1, number // size), 2 * size if contrastive else size, scope)
     index = torch.arange(layout.denoising_length, device=targets.device)
+    repeats = len(index) // size
     exists = targets.valid.repeat(1, repeats)
     boxes = targets.boxes.repeat(1, repeats, 1)
     if contrastive:
         second = index // size % 2 == 1  # [D], the negative half of each denoising group
-        positive = exists & ~second
-        negative = ~positive
+        positive, negative = exists & ~second, ~exists | second
         boxes = _move_sides(boxes, box_noise, second)
     else:
         positive, negative = exists, torch.zeros_like(exists)
@@ -118,6 +111,11 @@ def make_denoising_queries(
         negative=negative,
         groups=layout,
     )
+
+
+def _layout(groups: QueryGroups, denoising_groups: int, size: int, scope: str) -> QueryGroups:
+    """The groups with so many denoising groups of a size before them."""
+    return replace(groups, denoising_groups=denoising_groups, queries_per_denoising_group=size, denoising_scope=scope)
 
 
 def _move_and_resize(boxes: Tensor, noise: float) -> Tensor:

@@ -11,6 +11,7 @@ from ..build import build_criterion
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..evaluation.coco import format_table
 from ..files import write_whole
+from ..models import Detector
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
 from ..training.checkpoint import BEST
@@ -47,8 +48,7 @@ def train(
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
-    optimization = config.optimization.resolved()
-    accelerator = build_accelerator(optimization, config.output)
+    accelerator = build_accelerator(config.optimization.resolved(), config.output)
     val_set, train_set = evaluation_set(config), training_set(config)
     _check_categories(train_set, val_set)
     model = config.model.build(val_set.num_classes)
@@ -58,31 +58,14 @@ def train(
         return evaluate(accelerator, model, val_loader, val_set, config)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
-    header = CheckpointHeader(
-        model=config.model.model,
-        model_config=asdict(model.config),
-        categories=val_set.categories,
-        labels=config.data.labels,
-        evaluation={name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
-    )
     if accelerator.is_main_process:
         write_whole(config.output / CONFIG_FILE, config.as_yaml())
-    settings = TrainerSettings(
-        optimization,
-        config.output,
-        header.to_json(),
-        evaluate_every=config.evaluate_every,
-        early_stopping=config.early_stopping,
-        early_stopping_delta=config.early_stopping_delta,
-        checkpoint_every=config.checkpoint_every,
-        max_skipped_steps=0 if config.strict else config.max_skipped_steps,
-    )
     trainer = Trainer(
         accelerator,
         model,
         build_criterion(model, assignment=config.assignment, positives=config.positives),
         training_loader(readable_set, config),
-        settings,
+        _settings(config, _header(config, model, val_set)),
         evaluate=run_evaluation,
         observe=observe,
     )
@@ -95,6 +78,31 @@ def train(
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")
     return results
+
+
+def _header(config: CocoTrainingConfig, model: Detector, val_set: CocoDataset) -> CheckpointHeader:
+    """What the checkpoints of a run say of their detector."""
+    return CheckpointHeader(
+        model=config.model.model,
+        model_config=asdict(model.config),
+        categories=val_set.categories,
+        labels=config.data.labels,
+        evaluation={name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
+    )
+
+
+def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSettings:
+    """What the training loop needs to know of a run."""
+    return TrainerSettings(
+        config.optimization.resolved(),
+        config.output,
+        header.to_json(),
+        evaluate_every=config.evaluate_every,
+        early_stopping=config.early_stopping,
+        early_stopping_delta=config.early_stopping_delta,
+        checkpoint_every=config.checkpoint_every,
+        max_skipped_steps=0 if config.strict else config.max_skipped_steps,
+    )
 
 
 def _check_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from groupdetr_fast import QueryGroups
-from groupdetr_fast.ops.grouped_attention import triton_kernels
+from groupdetr_fast.ops.grouped_attention import triton_launch
 from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
 from groupdetr_fast.ops.grouped_attention.reference import (
     grouped_attention_backward_reference,
@@ -31,9 +31,9 @@ def settings(groups, dropout_p=0.0, scale=0.3, seed=123456789012345, device="cpu
 def run(inputs, arguments, grad=None):
     """``out, lse, grad_query, grad_key, grad_value`` and the gradient of ``out`` that the last three are for."""
     with poisoned_memory():
-        out, lse = triton_kernels.forward(*inputs, *arguments)
+        out, lse = triton_launch.forward(*inputs, *arguments)
         grad = torch.randn_like(out) if grad is None else grad
-        return out, lse, *triton_kernels.backward(grad, *inputs, out, lse, *arguments), grad
+        return out, lse, *triton_launch.backward(grad, *inputs, out, lse, *arguments), grad
 
 
 def check(inputs, arguments, grad=None):
@@ -176,7 +176,7 @@ def test_dropout_keeps_the_threshold_itself():
         low, high = (middle, high) if kept else (low, middle)
     ones = torch.ones(1, 1, 1, 16)
     for number, kept in ((low, True), (low + 1, False)):
-        out, _ = triton_kernels.forward(ones, ones, ones, arguments[0], number / 2**32, *arguments[2:])
+        out, _ = triton_launch.forward(ones, ones, ones, arguments[0], number / 2**32, *arguments[2:])
         assert (out != 0).all() if kept else (out == 0).all()
 
 
@@ -205,13 +205,13 @@ def test_a_segment_reads_and_writes_nothing_else(layout, dropout_p):
     mask = groups.attention_mask()
     inputs = make_inputs(groups)
     arguments = settings(groups, dropout_p)
-    clean, _ = triton_kernels.forward(*inputs, *arguments)
+    clean, _ = triton_launch.forward(*inputs, *arguments)
     for start, stop, _ in groups.segments:
         hidden = ~mask[start]
         polluted = [tensor.clone() for tensor in inputs]
         for tensor in polluted:
             tensor[:, hidden] = float("nan")
-        out, _ = triton_kernels.forward(*polluted, *arguments)
+        out, _ = triton_launch.forward(*polluted, *arguments)
         assert torch.equal(out[:, start:stop], clean[:, start:stop])
 
         grad = torch.zeros_like(clean)
@@ -261,6 +261,6 @@ def test_reference_runs_what_the_kernels_do_not_cover(dims, dtype, scale):
 @pytest.mark.parametrize(("precision", "dim"), [("tf32", 32), ("tf32", 64), ("tf32", 128), ("ieee", 128)])
 def test_tiles_of_other_precisions(precision, dim, monkeypatch):
     """The interpreter computes products in float32 whatever the precision."""
-    monkeypatch.setattr(triton_kernels, "_precision", lambda *_: precision)
+    monkeypatch.setattr(triton_launch, "_precision", lambda *_: precision)
     groups = QueryGroups(1, 50, 1, 20)
     check(make_inputs(groups, dim), settings(groups))

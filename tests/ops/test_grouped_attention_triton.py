@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from interpreted_grouped_attention import LAYOUTS, check, make_inputs, settings
 
 from groupdetr_fast import QueryGroups
-from groupdetr_fast.ops.grouped_attention import triton_cases, triton_kernels
+from groupdetr_fast.ops.grouped_attention import triton_cases, triton_launch
 
 OP = torch.ops.groupdetr_fast.grouped_attention
 OP_BACKWARD = torch.ops.groupdetr_fast.grouped_attention_backward
@@ -27,11 +27,11 @@ def tf32_allowed():
 
 
 def tiles_of_all_sizes():
-    for kernel in triton_kernels._TILES:
+    for kernel in triton_launch._TILES:
         for dtype in DTYPES:
             for dims in ((1, 128), (16, 8), (24, 32), (33, 1), (128, 100)):
                 for queries in (1, 300):
-                    yield triton_kernels._tile(kernel, triton_kernels._precision(dtype, *dims), *dims, queries)
+                    yield triton_launch._tile(kernel, triton_launch._precision(dtype, *dims), *dims, queries)
 
 
 def test_every_size_has_a_tile():
@@ -39,7 +39,7 @@ def test_every_size_has_a_tile():
 
 
 def test_every_size_has_a_tile_with_tf32(tf32_allowed):
-    assert triton_kernels._precision(torch.float32, 128, 128) == "tf32"
+    assert triton_launch._precision(torch.float32, 128, 128) == "tf32"
     assert {tile.block for tile in tiles_of_all_sizes()} == {16, 32, 64}
 
 
@@ -53,8 +53,8 @@ def test_compiles_for_unusual_arguments(precision, dim, architecture):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel in triton_kernels._TILES:
-        tile = triton_kernels._tile(kernel, precision, dim, dim, 300)
+    for kernel in triton_launch._TILES:
+        tile = triton_launch._tile(kernel, precision, dim, dim, 300)
         case = triton_cases.compile_case(kernel, precision, dim, tile, dropout=True)
         channels = {"stride_qd": "i32", "stride_kd": "i64", "stride_ql": "constexpr", "threshold": "i64"}
         constexprs = {name: value for name, value in case.constexprs.items() if name not in channels}

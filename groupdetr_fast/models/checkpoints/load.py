@@ -88,40 +88,41 @@ def load_checkpoint(
             does not fit. The message names it.
         ValueError: if the file cannot be read.
     """
-    file = read_checkpoint(path_or_state_dict)
+    file, target = read_checkpoint(path_or_state_dict), model.state_dict()
     layout = recognize_layout(file.state)
     converted = layout.convert(file.state, model)
-    target = model.state_dict()
     missing = _without_counters(name for name in target if name not in converted.tensors)
     unused = _without_counters(converted.unused)
     if not converted.tensors or (not partial and (missing or unused)):
         raise CheckpointMismatch(_difference(model, file.state, converted, missing))
 
     report = LoadReport(layout.name, missing=missing, dropped=unused, repeated=converted.repeated)
-    groups = _count_groups(converted.tensors, model, file, num_groups)
-    if groups is not None:
+    if (groups := _count_groups(converted.tensors, model, file, num_groups)) is not None:
         report.groups = (groups, model.config.num_groups)
     accepted: StateDict = {}
     for name, loaded in converted.tensors.items():
-        current = target[name]
         if name in model.group_parameters:
-            loaded = _regroup(name, loaded, current, groups or 1, model)
-        if loaded.shape == current.shape:
+            loaded = _regroup(name, loaded, target[name], groups or 1, model)
+        if loaded.shape == target[name].shape:
             accepted[name] = loaded
         elif partial or (new_class_head and name.startswith(CLASS_PARAMETERS)):
             report.missing.append(name)
             report.dropped.append(converted.keys[name])
         else:
-            hint = " (pass new_class_head=True to train a new one)" if name.startswith(CLASS_PARAMETERS) else ""
-            raise CheckpointMismatch(
-                f"{name} has shape {list(loaded.shape)} in the checkpoint and {list(current.shape)} in the model{hint}"
-            )
+            raise _misfit(name, loaded, target[name])
     if not accepted:
         raise CheckpointMismatch(f"no tensor of the checkpoint has the shape that {type(model).__name__} needs")
     model.load_state_dict(accepted, strict=False)
     report.matched = list(accepted)
     logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
     return report
+
+
+def _misfit(name: str, loaded: Tensor, current: Tensor) -> CheckpointMismatch:
+    hint = " (pass new_class_head=True to train a new one)" if name.startswith(CLASS_PARAMETERS) else ""
+    return CheckpointMismatch(
+        f"{name} has shape {list(loaded.shape)} in the checkpoint and {list(current.shape)} in the model{hint}"
+    )
 
 
 def _without_counters(names: Iterable[str]) -> list[str]:

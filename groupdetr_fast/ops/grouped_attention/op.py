@@ -138,4 +138,4 @@ register_autograd("grouped_attention", setup_context=_setup_context, backward=_b
 block_double_backward("grouped_attention_backward")
 cpu.register()
 for op, launcher in (("grouped_attention", "forward"), ("grouped_attention_backward", "backward")):
-    register_triton(op, f"{__package__}.triton_kernels", launcher)
+    register_triton(op, f"{__package__}.triton_launch", launcher)

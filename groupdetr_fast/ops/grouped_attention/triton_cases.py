@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import triton
 
 from .._triton import CompileCase, kernel_signature
-from .triton_kernels import _SMALL_GROUP, _TILES, _constexprs, _Tile, _tile
+from .triton_launch import _SMALL_GROUP, _TILES, _constexprs, _Tile, _tile
 
 __all__ = ["compile_case", "compile_cases"]
 

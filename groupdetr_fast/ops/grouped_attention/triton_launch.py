@@ -1,0 +1,192 @@
+"""How the Triton kernels of ``grouped_attention`` are launched: tiles, grids, and what is passed."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...groups import QueryGroups
+from .reference import grouped_attention_backward_reference, grouped_attention_reference
+from .triton_kernels import (
+    _grouped_attention_bwd_key_value_kernel,
+    _grouped_attention_bwd_query_kernel,
+    _grouped_attention_fwd_kernel,
+)
+
+
+class _Tile(NamedTuple):
+    """Rows that a program owns, rows that it meets at a time, warps of a program, and stages of its loads."""
+
+    block: int
+    step: int
+    num_warps: int
+    num_stages: int = 2
+
+
+# Tiles by precision and by the widest head, such that nothing spills and 99 KB of shared memory are enough, on every
+# GPU since Ampere. Those of half types and heads of 32 channels were the fastest of 48 on an H200, for groups of 300.
+# Measuring them at run time instead would stall the first steps of a training and could not be done while a CUDA graph
+# is captured; blocks of 64 waste little on groups of 100, 300 or 900.
+_TILES = {
+    _grouped_attention_fwd_kernel: {
+        "half": {32: _Tile(64, 64, 4, 3), 64: _Tile(64, 64, 4), 128: _Tile(64, 64, 4)},
+        "tf32": {32: _Tile(64, 64, 4), 64: _Tile(64, 32, 4), 128: _Tile(64, 16, 4)},
+        "tf32x3": {32: _Tile(64, 32, 4)},
+        "ieee": {64: _Tile(32, 32, 4), 128: _Tile(32, 32, 8)},
+    },
+    _grouped_attention_bwd_query_kernel: {
+        "half": {32: _Tile(64, 32, 4, 3), 64: _Tile(64, 64, 4), 128: _Tile(64, 32, 4)},
+        "tf32": {32: _Tile(64, 64, 4), 64: _Tile(64, 16, 4), 128: _Tile(32, 32, 8)},
+        "tf32x3": {32: _Tile(64, 32, 4)},
+        "ieee": {64: _Tile(32, 16, 4), 128: _Tile(32, 16, 8)},
+    },
+    _grouped_attention_bwd_key_value_kernel: {
+        "half": {32: _Tile(64, 32, 4, 3), 64: _Tile(64, 32, 4), 128: _Tile(64, 32, 4)},
+        "tf32": {32: _Tile(64, 16, 4), 64: _Tile(64, 16, 4), 128: _Tile(32, 32, 4)},
+        "tf32x3": {32: _Tile(64, 16, 4)},
+        "ieee": {64: _Tile(32, 16, 4), 128: _Tile(32, 16, 8)},
+    },
+}
+# For groups of at most so many queries, which would leave most of a larger tile empty.
+_SMALL_GROUP = 32
+_SMALL_TILE = _Tile(16, 16, 2)
+_MAX_DIM = 128
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: list[int], dropout_p: float, seed: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Launch; what the kernels do not cover runs on the reference."""
+    if not _is_covered(query, value, scale):
+        return grouped_attention_reference(query, key, value, layout, dropout_p, seed, scale)
+    batch, length, heads, _ = query.shape
+    out = value.new_empty(value.shape)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    tensors = (out, lse, query, key, value, seed)
+    _launch(_grouped_attention_fwd_kernel, tensors, (query, key, value), layout, dropout_p, scale)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: list[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; as :func:`forward`."""
+    if not _is_covered(query, value, scale):
+        return grouped_attention_backward_reference(
+            grad_out, query, key, value, out, lse, layout, dropout_p, seed, scale
+        )
+    out, lse = out.contiguous(), lse.contiguous()  # as forward returned them
+    grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    delta = lse.new_empty(lse.shape)
+    row_keys = None if seed is None else lse.new_empty(*lse.shape, 2, dtype=torch.int32)
+    strided = grad_out, query, key, value
+    common = strided, layout, dropout_p, scale
+    _launch(_grouped_attention_bwd_query_kernel, (grad_query, delta, row_keys, *strided, out, lse, seed), *common)
+    _launch(_grouped_attention_bwd_key_value_kernel, (grad_key, grad_value, *strided, lse, delta, row_keys), *common)
+    return grad_query, grad_key, grad_value
+
+
+def _is_covered(query: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether the kernels can do it. They find the largest score before scaling; hence the condition on ``scale``."""
+    dims = query.shape[3], value.shape[3]
+    return query.dtype in _DTYPES and all(1 <= dim <= _MAX_DIM for dim in dims) and scale > 0
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: tuple[Tensor | None, ...],
+    strided: tuple[Tensor, ...],
+    layout: Sequence[int],
+    dropout_p: float,
+    scale: float,
+) -> None:
+    """Launch a kernel that takes ``tensors``, the strides of ``strided`` (its end: query, key, value), and sizes."""
+    query, _, value = strided[-3:]
+    batch, _, heads, head_dim = query.shape
+    precision = _precision(query.dtype, head_dim, value.shape[3])
+    plan = _plan(kernel, precision, head_dim, value.shape[3], *layout)
+    strides = []
+    for tensor in strided:
+        strides += tensor.stride()
+    kernel[(batch * heads * plan.blocks,)](
+        *tensors,
+        *strides,
+        heads,
+        *plan.sizes,
+        scale,
+        int(dropout_p * 2**32),
+        1 / (1 - dropout_p),
+        **plan.options,
+    )
+
+
+class _Plan(NamedTuple):
+    """What a launch derives from its sizes: blocks of rows, the kernel's ``length`` to ``queries_per_denoising_group``,
+    and its compile-time arguments."""
+
+    blocks: int
+    sizes: tuple[int, ...]
+    options: dict[str, int | str]
+
+
+@functools.lru_cache(maxsize=256)  # the host has little time: small batches take the GPU some 20 microseconds
+def _plan(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, *layout: int) -> _Plan:
+    groups = QueryGroups.from_ints(layout)
+    tile = _tile(kernel, precision, head_dim, value_dim, groups.queries_per_group)
+    blocks = groups.num_groups * triton.cdiv(groups.queries_per_group, tile.block)
+    blocks_per_denoising_group = triton.cdiv(groups.queries_per_denoising_group, tile.block)
+    blocks += groups.denoising_sets * groups.denoising_groups * blocks_per_denoising_group
+    sizes = (groups.length, groups.num_groups, groups.queries_per_group)
+    sizes += (groups.denoising_sets, groups.denoising_groups, groups.queries_per_denoising_group)
+    options = _constexprs(precision, head_dim, value_dim, tile)
+    options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return _Plan(blocks, sizes, options)
+
+
+def _precision(dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
+    """How products are computed: the first key of ``_TILES``.
+
+    Products of float32 are those of TF32 where torch may use that for matrices. Otherwise three products of TF32 stand
+    for one: nearly as precise, and on tensor cores. They split each factor in two, which with wide heads does not fit
+    the registers; there, products are those of float32.
+    """
+    if dtype != torch.float32:
+        return "half"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if max(head_dim, value_dim) <= 32 else "ieee"
+
+
+def _tile(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, queries_per_group: int) -> _Tile:
+    if queries_per_group <= _SMALL_GROUP and precision != "ieee":
+        return _SMALL_TILE
+    return _TILES[kernel][precision][max(32, _block_dim(head_dim), _block_dim(value_dim))]
+
+
+def _block_dim(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))  # 16: the least that tensor cores multiply
+
+
+def _constexprs(precision: str, head_dim: int, value_dim: int, tile: _Tile) -> dict[str, int | str]:
+    return {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": _block_dim(head_dim),
+        "BLOCK_DV": _block_dim(value_dim),
+        "BLOCK": tile.block,
+        "STEP": tile.step,
+        "PRECISION": "ieee" if precision == "half" else precision,  # of no meaning to half types
+    }
