@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -46,3 +47,15 @@ def test_other_numbers_do():
     """Else the test above would prove nothing."""
     case = cases()["matching_cost_kernel"]
     assert len({compiled_for(case, classes=number) for number in (1, 15, 16)}) == 3
+
+
+@triton.jit(do_not_specialize=["layout"])
+def _takes_a_tuple(layout):
+    pass
+
+
+def test_a_tuple_is_compiled_again_for_other_numbers():
+    """Which is why kernels take the numbers of a layout one by one."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(_takes_a_tuple.signature, _takes_a_tuple.params, backend)
+    assert len({str(bind(layout)[1]) for layout in ((1, 3), (16, 3), (7, 3))}) == 3
