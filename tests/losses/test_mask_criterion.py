@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,12 +281,12 @@ def test_criterion_of_a_model_takes_its_settings():
     criterion = gd.build_criterion(config)
     assert criterion.weights == {"loss_ce": 2.0, "loss_mask": 3.0, "loss_dice": 5.0}
     assert (criterion.matcher.dice_cost, criterion.matcher.num_points, criterion.num_points) == (7.0, 99, 99)
-    assert isinstance(gd.build_criterion(SimpleNamespaceModule(config)), MaskCriterion)
+    assert isinstance(gd.build_criterion(Wrapper(config)), MaskCriterion)
 
 
-class SimpleNamespaceModule(torch.nn.Module):
+class Wrapper(torch.nn.Module):
     """A wrapper such as DistributedDataParallel."""
 
     def __init__(self, config):
         super().__init__()
-        self.module = SimpleNamespace(config=config)
+        self.module = gd.models.Detector(config)
