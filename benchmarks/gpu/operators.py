@@ -29,8 +29,10 @@ __all__ = [
     "attention",
     "deformable",
     "float32_products",
+    "largest_difference",
     "make_predictions",
     "matching",
+    "name_of",
     "per_group",
     "random_classes",
     "total_costs",
@@ -160,3 +162,15 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Of the largest value of each tensor."""
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,8 +14,8 @@ from harness import cases
 
 from . import works
 from .clock import Captured, Pool, capture, eager_times, interleaved
-from .operators import float32_products
-from .recorder import Recorder
+from .operators import float32_products, largest_difference
+from .recorder import Recorder, what_became
 from .works import Contender, Work
 
 # Largest difference between contenders, of the largest value: their sums have different orders, and peers may keep
@@ -153,7 +153,7 @@ def capture_all(
                     calls = [functools.partial(call, each) for each in inputs]
                     graphs[name, kind, state] = capture(calls, device, pool)
             except Exception as error:  # whatever a peer raises
-                notes[name, kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                notes[name, kind] = what_became(error)["note"]
     return graphs, notes
 
 
@@ -162,11 +162,3 @@ def calls_within(seconds: float, call: Callable[[], Any], device: torch.device, 
     call()
     once = eager_times(call, device, calls=1, rounds=1).wall
     return max(1, min(most, int(seconds / max(once, 1e-9))))
-
-
-def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Of the largest value of each tensor."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(found, expected, strict=True)
-    )

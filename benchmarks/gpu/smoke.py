@@ -24,7 +24,7 @@ from harness.interleave import in_one_line
 
 from . import operators
 from .clock import capture, count_host_syncs, interleaved
-from .operators import OPS, Operator, float32_products
+from .operators import OPS, Operator, float32_products, largest_difference, name_of
 from .recorder import Recorder
 
 # "tf32": float32, whose products torch may round to TF32; only attention multiplies matrices.
@@ -200,14 +200,6 @@ def ratio(error: float, allowed: float) -> float:
     return error / allowed if allowed > 0 else float(error > 0) * 1e9
 
 
-def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Of the largest value of each tensor."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(found, expected, strict=True)
-    )
-
-
 def dropout_masks(recorder: Recorder) -> None:
     """Which probabilities a kernel drops, told from its results, against the CPU's arithmetic, one by one."""
     groups = gd.QueryGroups(2, 64)
@@ -265,7 +257,3 @@ def criterion(recorder: Recorder, case: cases.Matching) -> None:
 
 def as_list(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

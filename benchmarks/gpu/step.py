@@ -17,7 +17,6 @@ parts    seconds of a step's parts by the GPU's clock, which goes on while the G
 """
 
 import contextlib
-import gc
 import itertools
 import math
 import signal
@@ -26,308 +25,39 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torchvision.ops import FrozenBatchNorm2d
 
-import groupdetr_fast as gd
-from groupdetr_fast import ops
-from groupdetr_fast.targets import StepTotals
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
-from groupdetr_fast.training.passes import GroupPasses, add_losses
-from harness import naive
-from harness.cases import Detection
 from harness.interleave import quartiles
 from harness.results import OURS
 
 from .clock import HostTimes, host_syncs, peak_bytes
 from .recorder import Recorder, what_became
+from .training_step import (
+    Batch,
+    Step,
+    Training,
+    criterion_of,
+    difference,
+    folded,
+    in_passes,
+    masked,
+)
 
 __all__ = ["run"]
 
 CONDITIONAL, DINO = "conditional_detr_r50", "dino_4scale_r50"
 GROUPS = {CONDITIONAL: (1, 11), DINO: (1, 3)}
 FEW, LARGE = 2, 16  # images
-CONFIG = OptimizationConfig(precision="bf16")
-TINY = {
-    "backbone": "conv:8-8-8-8",
-    "num_queries": 8,
-    "d_model": 32,
-    "num_heads": 4,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "dim_feedforward": 32,
-}
-TOLERANCE = 0.02  # of bf16, relative
 SAMPLE = 0.2  # seconds of a sample at least, since a synchronisation stands at its end
 ROUNDS = (3, 7)
 SECONDS = 1.5  # for a step's rounds, beyond the fewest
 PROFILED = 2  # steps
-
-
-class Training:
-    """A detector and what trains it."""
-
-    def __init__(self, name: str, num_groups: int, recorder: Recorder):
-        torch.manual_seed(0)
-        self.name, self.num_groups, self.device = name, num_groups, recorder.device
-        overrides = TINY if recorder.rehearsal else {}
-        model = gd.build_model(name, num_classes=91, num_groups=num_groups, backbone_weights=None, **overrides)
-        self.model = model.to(self.device)
-        normalize_like_trained(self.model.eval(), self.device)
-        self.model.train()
-        self.criterion = gd.build_criterion(self.model)
-        self.optimizer = build_optimizer(self.model, CONFIG)
-        self.scheduler = build_scheduler(self.optimizer, CONFIG, steps_per_epoch=1000)
-        self.sums: dict[str, Tensor] = {}
-
-    @property
-    def static_bytes(self) -> int:
-        """Weights and state of the optimiser."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *filter(torch.is_tensor, states)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def normalize_like_trained(model: nn.Module, device: torch.device) -> None:
-    """Give frozen batch norms the statistics of random images.
-
-    Those of an untrained ResNet normalise nothing: each block doubles the variance, the last one returns thousands, and
-    in bf16 the gradient of attention over such features grows from step to step.
-    """
-
-    def measure(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
-        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
-        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
-
-    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
-    images = torch.randn(2, 3, 256, 256, device=device)
-    with torch.no_grad():
-        model(images, torch.zeros(2, 256, 256, dtype=torch.bool, device=device))
-    for hook in hooks:
-        hook.remove()
-
-
-class Batch:
-    """Images on the device, and their targets on the host."""
-
-    def __init__(self, size: int, recorder: Recorder):
-        case = Detection(batch=size, height=800, width=1333)
-        images, masks, self.targets = (case.small() if recorder.rehearsal else case).make()
-        self.size, self.device = size, recorder.device
-        self.images, self.masks = images.to(self.device), masks.to(self.device)
-
-    def packed(self) -> gd.PackedTargets:
-        return gd.PackedTargets.from_list(self.targets).to(self.device, non_blocking=True)
-
-    def listed(self) -> list[dict[str, Tensor]]:
-        return [{name: value.to(self.device, non_blocking=True) for name, value in t.items()} for t in self.targets]
-
-
-class PeerCriterion:
-    """A criterion of bench_criterion.py for a batch of this file."""
-
-    def __init__(self, contender: str, num_groups: int):
-        self.contender = contender
-        self.num_groups = num_groups
-
-    @cached_property
-    def peer(self) -> Any:
-        import bench_criterion  # here, as a peer may be missing
-
-        return bench_criterion.CONTENDERS[self.contender](Detection(num_groups=self.num_groups))
-
-    def __call__(self, output: gd.DetectorOutput, batch: Batch) -> dict[str, Tensor]:
-        # Peers compute in the predictions' precision; matching costs in bf16 would not be comparable.
-        output = replace(output, logits=output.logits.float(), boxes=output.boxes.float())
-        return self.peer.loss(output, batch.listed())
-
-
-def _ignore(part: str) -> None:
-    """Marks nothing."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step, and whose parts it is made of.
-
-    Attributes:
-        contender: its name.
-        attention: in the place of ``ops.grouped_attention``.
-        criterion: in the place of the detector's own.
-        compiled: in the place of the detector's methods of these names.
-        groups_per_pass: as in OptimizationConfig.
-        checked: whether the loss is checked, as the training loop does. Without it the host never waits.
-        mark: called with the name of each part at its end.
-    """
-
-    training: Training
-    batch: Batch
-    contender: str = OURS
-    attention: Callable[..., Tensor] | None = None
-    criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
-    compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
-    groups_per_pass: int = 0
-    checked: bool = True
-    mark: Callable[[str], None] = _ignore
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        training = self.training
-        fields = {"model": training.name, "groups": training.num_groups, "batch": self.batch.size}
-        return {**fields, "contender": self.contender}
-
-    def __call__(self) -> Tensor:
-        """Returns the loss.
-
-        Raises:
-            AssertionError: if loss or gradient are not finite.
-        """
-        training = self.training
-        self.mark("start")
-        with self._patched():
-            losses = self._add_gradients()
-        norm = nn.utils.clip_grad_norm_(training.model.parameters(), CONFIG.clip_norm)
-        if self.checked:
-            assert bool((losses["loss"] + norm).isfinite()), "the loss or the gradient is not finite"
-        training.optimizer.step()
-        training.sums = add_losses(training.sums, losses)
-        training.scheduler.step()
-        training.optimizer.zero_grad()
-        self.mark("optimiser")
-        return losses["loss"]
-
-    def losses(self) -> dict[str, Tensor]:
-        """What it computes without dropout."""
-        training, batch = self.training, self.batch
-        training.model.eval()
-        torch.manual_seed(0)  # of denoising queries
-        try:
-            with self._patched():
-                if self.groups_per_pass:
-                    losses = self._add_gradients()
-                    training.optimizer.zero_grad()
-                    return losses
-                with torch.no_grad():
-                    targets = batch.packed()
-                    with self._autocast():
-                        output = training.model(batch.images, batch.masks, targets, num_groups=training.num_groups)
-                    return self._losses(output, targets)
-        finally:
-            training.model.train()
-
-    def criterion_alone(self) -> Callable[[], Any]:
-        """Loss and its gradient, for predictions that do not change."""
-        targets = self.batch.packed()
-        with torch.no_grad(), self._autocast():
-            output = self.training.model(self.batch.images, self.batch.masks, targets)
-        leaves = [tensor.detach().requires_grad_() for tensor in (output.logits, output.boxes)]
-        output = replace(output, logits=leaves[0], boxes=leaves[1])
-        return lambda: torch.autograd.grad(self._losses(output, targets)["loss"], leaves)
-
-    def forget(self) -> None:
-        """Free what a step that failed has left behind, as far as the device still answers."""
-        with contextlib.suppress(Exception):
-            self.training.optimizer.zero_grad()
-            gc.collect()
-            if self.batch.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _add_gradients(self) -> dict[str, Tensor]:
-        batch, model = self.batch, self.training.model
-        targets = batch.packed()
-        if self.groups_per_pass:
-            passes = GroupPasses(model, self.training.criterion, self.groups_per_pass)
-            totals = StepTotals.of([targets])
-            return passes(batch.images, batch.masks, targets, totals, autocast=self._autocast)
-        with self._autocast():
-            output = model(batch.images, batch.masks, targets)
-        self.mark("decoder")
-        losses = self._losses(output, targets)
-        self.mark("criterion")
-        losses["loss"].backward()
-        self.mark("backward")
-        return {name: value.detach() for name, value in losses.items()}
-
-    def _losses(self, output: gd.DetectorOutput, targets: gd.PackedTargets) -> dict[str, Tensor]:
-        if self.criterion is not None:
-            return self.criterion(output, self.batch)
-        return self.training.criterion(output, targets, StepTotals.of([targets]))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
-
-    @contextlib.contextmanager
-    def _patched(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self.attention is not None:
-                stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
-            for name, function in self.compiled:
-                stack.enter_context(mock.patch.object(self.training.model, name, function))
-            yield
-
-
-def masked(training: Training, batch: Batch) -> Step:
-    return Step(training, batch, "masked SDPA", attention=naive.masked_sdpa)
-
-
-def folded(training: Training, batch: Batch) -> Step:
-    return Step(training, batch, "folded SDPA", attention=naive.folded_sdpa)
-
-
-def criterion_of(contender: str, training: Training, batch: Batch) -> Step:
-    criterion = PeerCriterion(contender, training.num_groups)
-    return Step(training, batch, f"criterion of {contender}", criterion=criterion)
-
-
-def in_passes(training: Training, batch: Batch) -> Step:
-    return Step(training, batch, "groups_per_pass=1", groups_per_pass=1)
-
-
-def difference(step: Step) -> float:
-    """How far a step's losses, and its attention, are from this package's, relative to them.
-
-    Raises:
-        AssertionError: if that is too far.
-    """
-    if step.contender == OURS:
-        assert step.losses()["loss"].isfinite(), "the loss is not finite"
-        return 0.0
-    expected = Step(step.training, step.batch).losses()
-    losses, names, off = step.losses(), ["loss"], 0.0
-    if step.criterion is not None:  # peers have other class losses
-        names = [name for name in expected if name.startswith(("loss_bbox", "loss_giou"))]
-    if step.attention is not None:
-        off = difference_of_attention(step)
-        assert off <= TOLERANCE, f"attention differs by {off:.2g} of its norm"
-    for name in names:
-        off_loss = ((losses[name] - expected[name]).abs() / expected[name].abs()).item()
-        assert off_loss <= TOLERANCE, f"{name} differs by {off_loss:.2g} of its value"
-        off = max(off, off_loss)
-    return off
-
-
-def difference_of_attention(step: Step) -> float:
-    """Of random queries: those of an untrained detector are so much alike that its loss hardly knows of groups."""
-    calls = []
-
-    def spy(*arguments: Any, dropout_p: float) -> Tensor:
-        calls.append(arguments)
-        return step.attention(*arguments, dropout_p=dropout_p)
-
-    replace(step, attention=spy).losses()
-    *tensors, groups = calls[0]
-    tensors = [torch.randn_like(tensor) for tensor in tensors]
-    expected = ops.grouped_attention(*tensors, groups).float()
-    return ((step.attention(*tensors, groups).float() - expected).norm() / expected.norm()).item()
 
 
 def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:

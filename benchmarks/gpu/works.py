@@ -21,7 +21,7 @@ from harness import cases
 from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa
 from harness.results import OURS
 
-from .operators import COST, make_predictions, per_group, random_classes, total_costs
+from .operators import COST, make_predictions, name_of, per_group, random_classes, total_costs
 
 __all__ = [
     "Contender",
@@ -294,7 +294,3 @@ def ready(run: Callable[..., Any]) -> Contender:
 
 def as_is(result: Any) -> Any:
     return result
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

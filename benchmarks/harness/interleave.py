@@ -6,6 +6,7 @@ ratio of two runs. Nothing is timed whose result is wrong.
 
 import gc
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ __all__ = ["QUICK", "Effort", "Timing", "in_one_line", "measure", "quartiles"]
 Key = TypeVar("Key")
 LONG_CALL = 0.5  # seconds after which a call is its own warm-up
 MAX_CALLS = 10_000
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[\w.+@-]+/)+")  # of absolute paths; addresses of pages stay
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def _take_rounds(
 
 
 def in_one_line(error: Exception) -> str:
-    """A short note of what went wrong."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A short note of what went wrong; of files it has the names, not the folders of this machine."""
+    return _FOLDERS.sub("", " ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -6,18 +6,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..build import build_criterion
-from ..data import CocoDataset, EpochSampler, collate, train_transforms
 from ..files import read_json, write_json
 from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_plain
+from ..runs.loaders import training_loader, training_set
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.progress import peak_memory_mib
 from .json_files import to_json
@@ -87,21 +85,8 @@ def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
     config = settings.training
     optimization = config.optimization.resolved()
     accelerator = build_accelerator(optimization, folder)
-    dataset = CocoDataset(
-        *config.data.train_paths(),
-        train_transforms(config.augmentation),
-        labels=config.data.labels,
-        masks=config.model.predicts_masks,
-        seed=optimization.seed,
-        cache_images=config.data.cache_images,
-    )
-    loader = DataLoader(
-        dataset,
-        optimization.batch_size,
-        sampler=EpochSampler(dataset, seed=optimization.seed),
-        num_workers=config.data.workers,
-        collate_fn=partial(collate, min_size=config.augmentation.jitter_size or 0),
-    )
+    dataset = training_set(config)
+    loader = training_loader(dataset, config)
     model = config.model.build(dataset.num_classes)
     trainer = Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
     times = _seconds_of_steps(trainer, settings.warmup + settings.steps)[settings.warmup :]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from harness import interleave
-from harness.interleave import QUICK, Effort, measure, quartiles
+from harness.interleave import QUICK, Effort, in_one_line, measure, quartiles
 
 THREE_ROUNDS = Effort(seconds=0, rounds=(3, 3), sample=0)
 
@@ -77,3 +77,11 @@ def test_quartiles():
     values = [3.0, 1.0, 2.0, 10.0, 4.0]
     np.testing.assert_allclose(quartiles(values), np.percentile(values, [25, 50, 75]))
     assert quartiles([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_notes_name_files_without_the_folders_of_the_machine():
+    error = RuntimeError(
+        "failed at /home/me/.venv/lib/torch/ops.h, line 9; see https://pytorch.org/docs/stable/cuda.html"
+    )
+    assert in_one_line(error) == "failed at ops.h, line 9; see https://pytorch.org/docs/stable/cuda.html"
+    assert in_one_line(RuntimeError("1 / 2 of a/b is 0.5")) == "1 / 2 of a/b is 0.5"
