@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--minutes", type=float, help="time for the stage")
     parser.add_argument("--rehearse", action="store_true", help="the whole stage at tiny sizes, on the CPU")
+    parser.add_argument("--only", default="", help="regular expression: works of ops, models of step")
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             minutes=options.minutes or MINUTES[stage],
             rehearsal=options.rehearse,
             commit=options.commit,
+            only=options.only,
         )
         importlib.import_module(f"gpu.{stage}").run(recorder)
         wrong |= recorder.found_wrong

@@ -28,8 +28,10 @@ SECONDS = 0.03  # of one sample, a graph or calls one after another
 
 def run(recorder: Recorder) -> None:
     for seconds, make in planned(recorder):
-        name = make.func.__name__
-        if recorder.has_time("time", seconds, work=name, arguments=str(make.args)):
+        name, arguments = make.func.__name__, " ".join(map(str, make.args))
+        if not recorder.wants(f"{name} {arguments}"):
+            continue
+        if recorder.has_time("time", seconds, work=name, arguments=arguments):
             with recorder.row("work", of=name) as row:
                 start = time.monotonic()
                 measure(recorder, make())

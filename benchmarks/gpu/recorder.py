@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class Recorder:
     Attributes:
         device: where to measure.
         rehearsal: whether to do everything at tiny sizes; its times mean nothing.
+        only: of what a stage measures, that in whose name this regular expression is found.
     """
 
     def __init__(
@@ -44,16 +46,19 @@ class Recorder:
         minutes: float,
         rehearsal: bool = False,
         commit: str = "",
+        only: str = "",
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.device = device
         self.rehearsal = rehearsal
+        self.only = re.compile(only)
         self._file = folder / f"{stage}.jsonl"
         self._end = time.monotonic() + 60 * minutes
         self._run = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
         self._wrong = 0
-        self.add("environment", stage=stage, rehearsal=rehearsal, minutes=minutes, **describe(device, commit))
+        about = {"stage": stage, "rehearsal": rehearsal, "minutes": minutes, "only": only}
+        self.add("environment", **about, **describe(device, commit))
 
     def add(self, kind: str, **fields: Any) -> None:
         """Write a row. ``status`` says what became of it: ``"ok"`` (the default), ``"wrong"`` or ``"missing"``."""
@@ -94,6 +99,10 @@ class Recorder:
             kind, **fields, status="missing", note=f"no time: {self.seconds_left:.0f} s of {seconds:.0f} s were left"
         )
         return False
+
+    def wants(self, name: str) -> bool:
+        """Whether what has this name was asked for."""
+        return self.only.search(name) is not None
 
     def mark_wrong(self) -> None:
         """Take into account a wrong row that another process wrote."""

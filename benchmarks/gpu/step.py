@@ -367,20 +367,23 @@ def run(recorder: Recorder) -> None:
 
 
 def _run(recorder: Recorder) -> None:
-    trainings = {}
+    wanted = [name for name in GROUPS if recorder.wants(name) or (name == CONDITIONAL and recorder.wants("compile"))]
     few = Batch(FEW, recorder)
-    for name in GROUPS:
+    trainings = {}
+    for name in wanted:
         trainings[name] = build(recorder, name)
-        if trainings[name]:
+        if trainings[name] and recorder.wants(name):
             measure(recorder, trainings[name], few)
+    measured = [name for name in wanted if trainings[name] and recorder.wants(name)]
     many = None
-    with recorder.row("build", batch=LARGE):
-        many = Batch(3 if recorder.rehearsal else LARGE, recorder)
-    for name in GROUPS:
-        if trainings[name] and many is not None:
+    if measured:
+        with recorder.row("build", batch=LARGE):
+            many = Batch(3 if recorder.rehearsal else LARGE, recorder)
+    for name in measured:
+        if many is not None:
             measure_large(recorder, trainings[name], many)
     del many
-    if trainings[CONDITIONAL]:
+    if trainings.get(CONDITIONAL) and recorder.wants("compile"):
         step = Step(trainings[CONDITIONAL][-1], few)
         attempt(
             recorder, "step", 30, (replace(step, contender="torch.compile"),), lambda *_: compile_model(recorder, step)

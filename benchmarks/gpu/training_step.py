@@ -121,7 +121,7 @@ class PeerCriterion:
 
     @cached_property
     def peer(self) -> Any:
-        import bench_criterion  # here, as a peer may be missing
+        from cpu import bench_criterion  # here, as a peer may be missing
 
         return bench_criterion.CONTENDERS[self.contender](Detection(num_groups=self.num_groups))
 

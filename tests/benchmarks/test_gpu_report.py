@@ -172,6 +172,19 @@ def test_a_wrong_contender_is_not_timed_and_a_failing_one_is_missing(recorder):
     assert {row["contender"] for row in rows_of(recorder, "time")} == {OURS}
 
 
+def test_only_what_was_asked_for_is_measured(tmp_path):
+    asked = Recorder(
+        tmp_path, "stage", device=CPU, minutes=10, rehearsal=True, only="^matching_cost|attention .*K11xN16.*float32"
+    )
+    ops.run(asked)
+    assert [row["of"] for row in rows_of(asked, "work")] == ["matching_cost", "attention"]
+    times = rows_of(asked, "time")
+    assert {(row["work"], row["dtype"]) for row in times} == {
+        ("matching_cost", "float32"),
+        ("grouped_attention", "float32"),
+    }
+
+
 def test_what_is_planned_has_every_op_and_both_batches(recorder):
     recorder.rehearsal = False
     planned = list(ops.planned(recorder))
