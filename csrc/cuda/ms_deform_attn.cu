@@ -1,5 +1,6 @@
 // Checks and launches of ms_deform_attn and its backward on the GPU; registers key CUDA.
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
@@ -110,6 +111,46 @@ Tensor ms_deform_attn(const Tensor& value, std::vector<int64_t> spatial_shapes, 
   return out;
 }
 
+// Sorting takes time for each pixel, adding up in memory for each sample. Where there are twice as many samples as
+// pixels, an H200 is done sooner without sorting, at seven times as many with it (benchmarks/gpu_report.py).
+bool pays_to_sort(const DeformProblem& p) {
+  constexpr int64_t kSamplesOfPixel = 4;
+  return samples_of_map(p) >= kSamplesOfPixel * p.pixels;
+}
+
+// Scratch memory, and the problem of the images that share it at a time, which bounds it.
+template <typename A>
+struct Scratch {
+  static constexpr int64_t kBytes = int64_t{256} << 20;
+
+  DeformProblem part;
+  Tensor starts, ranks, samples, ordered;
+
+  Scratch(const DeformProblem& p, bool in_order, const Tensor& like)
+      : part(of_some_images(p, in_order)),
+        starts(bytes(like, starts_size(part) * sizeof(int32_t))),
+        ranks(bytes(like, maps_of(part) * samples_of_map(p) * sizeof(int32_t))),
+        samples(bytes(like, maps_of(part) * samples_of_map(p) * sizeof(SortedSample<A>))),
+        ordered(bytes(like, in_order ? maps_of(part) * samples_of_map(p) * sizeof(SortedSample<A>) : 0)) {}
+
+  DeformScratch<A> pointers() const {
+    return {mutable_data<int32_t>(starts), mutable_data<int32_t>(ranks), mutable_data<SortedSample<A>>(samples),
+            mutable_data<SortedSample<A>>(ordered)};
+  }
+
+ private:
+  static DeformProblem of_some_images(DeformProblem p, bool in_order) {
+    const int64_t sample = sizeof(SortedSample<A>) * (in_order ? 2 : 1) + sizeof(int32_t);
+    const int64_t image = std::max<int64_t>(samples_of_map(p) * p.heads * sample, 1);
+    p.images = static_cast<int32_t>(std::min<int64_t>(std::max<int64_t>(kBytes / image, 1), p.images));
+    return p;
+  }
+
+  static Tensor bytes(const Tensor& like, int64_t size) {
+    return torch::stable::new_empty(like, std::array<int64_t, 1>{size}, ScalarType::Byte);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_out, const Tensor& value,
                                                            std::vector<int64_t> spatial_shapes, const Tensor& locations,
                                                            const Tensor& weights, bool deterministic) {
@@ -122,19 +163,43 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
   const ScalarType dtype = arithmetic_type(value);
   const Tensor grads = in(value.scalar_type(), grad_out), values = torch::stable::contiguous(value);
   const Tensor places = in(dtype, locations), factors = in(dtype, weights);
-  const Tensor grad_value = deterministic ? torch::stable::new_empty(values, values.sizes())
-                                          : torch::stable::new_zeros(values, values.sizes(), dtype);
   const Tensor grad_locations = torch::stable::new_empty(places, places.sizes());
   const Tensor grad_weights = torch::stable::new_empty(factors, factors.sizes());
+  const Tensor grad_value = deterministic ? torch::stable::new_empty(values, values.sizes())
+                                          : torch::stable::new_zeros(values, values.sizes(), dtype);
+  const int64_t pixels = static_cast<int64_t>(p.pixels) * p.heads * p.channels;  // of an image, as below
+  const int64_t results = static_cast<int64_t>(p.queries) * p.heads * p.channels;
+  const int64_t samples = samples_of_map(p) * p.heads;
   for_type(value.scalar_type(), [&]<typename T>() {
     using A = DeformArithmetic<T>;
     const cudaStream_t stream = current_stream(value.get_device_index());
-    A* const sums = deterministic ? nullptr : mutable_data<A>(grad_value);
-    STD_CUDA_CHECK(launch_deform_backward(p, data<T>(values), data<A>(places), data<A>(factors), data<T>(grads), sums,
-                                          mutable_data<A>(grad_locations), mutable_data<A>(grad_weights), stream));
-    if (deterministic) {
-      STD_CUDA_CHECK(launch_deform_grad_value_in_order(p, data<A>(places), data<A>(factors), data<T>(grads),
-                                                       mutable_data<T>(grad_value), stream));
+    const auto backward = [&](A* sums) {
+      return launch_deform_backward(p, data<T>(values), data<A>(places), data<A>(factors), data<T>(grads), sums,
+                                    mutable_data<A>(grad_locations), mutable_data<A>(grad_weights), stream);
+    };
+    const bool sorted = pays_to_sort(p) && fits_sorted<T>(p, data<T>(values), data<T>(grads));
+    if (!deterministic && !sorted) {
+      STD_CUDA_CHECK(backward(mutable_data<A>(grad_value)));
+      return;
+    }
+    if (deterministic) STD_CUDA_CHECK(backward(nullptr));
+    const Scratch<A> scratch(p, deterministic, value);
+    DeformProblem part = scratch.part;
+    for (int64_t first = 0; first < p.images; first += scratch.part.images) {
+      part.images = static_cast<int32_t>(std::min<int64_t>(scratch.part.images, p.images - first));
+      const A* const part_places = data<A>(places) + first * samples * 2;
+      const A* const part_factors = data<A>(factors) + first * samples;
+      const T* const part_grads = data<T>(grads) + first * results;
+      if (deterministic) {
+        STD_CUDA_CHECK(launch_deform_grad_value_in_order(part, part_places, part_factors, part_grads,
+                                                         mutable_data<T>(grad_value) + first * pixels,
+                                                         scratch.pointers(), stream));
+      } else {
+        STD_CUDA_CHECK(launch_deform_backward_sorted(
+            part, data<T>(values) + first * pixels, part_places, part_factors, part_grads,
+            mutable_data<A>(grad_value) + first * pixels, mutable_data<A>(grad_locations) + first * samples * 2,
+            mutable_data<A>(grad_weights) + first * samples, scratch.pointers(), stream));
+      }
     }
   });
   return {in(value.scalar_type(), grad_value), in(locations.scalar_type(), grad_locations),

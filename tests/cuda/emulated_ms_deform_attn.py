@@ -13,6 +13,7 @@ from cuda_on_cpu.build import Library, build
 
 BINDING = Path(__file__).with_name("ms_deform_attn_binding.cpp")
 MAX_LEVELS = 16
+WAYS = ("atomics", "sorted", "in_order")
 
 
 class Level(ctypes.Structure):
@@ -41,15 +42,21 @@ class EmulatedDeformAttn:
         self._call("forward", value, flat, weights, (value, locations, weights, out), options)
         return out
 
-    def backward(self, grad, value, flat, locations, weights, in_order=False, **options):
-        grad_value = torch.zeros_like(value, dtype=locations.dtype)
+    def backward(self, grad, value, flat, locations, weights, way="atomics", **options):
+        """``way`` is one of :data:`WAYS`, by which the gradient of value is added up."""
         grads = torch.full_like(locations, torch.nan), torch.full_like(weights, torch.nan)
-        arguments = (value, locations, weights, grad, None if in_order else grad_value, *grads)
-        self._call("backward", value, flat, weights, arguments, options)
+        grad_value = torch.zeros_like(value, dtype=locations.dtype)
+        arguments = value, locations, weights, grad, None if way == "in_order" else grad_value, *grads
+        scratch = scratch_memory(flat, weights)
+        if way == "sorted":
+            self._call("backward_sorted", value, flat, weights, (*arguments, *scratch[:3]), options)
+        else:
+            self._call("backward", value, flat, weights, arguments, options)
         grad_value = grad_value.to(value.dtype)
-        if in_order:
+        if way == "in_order":
             grad_value = torch.full_like(value, torch.nan)
-            self._call("grad_value_in_order", value, flat, weights, (locations, weights, grad, grad_value), options)
+            arguments = locations, weights, grad, grad_value, *scratch
+            self._call("grad_value_in_order", value, flat, weights, arguments, options)
         return grad_value, *grads
 
     def _call(self, function, value, flat, weights, tensors, options):
@@ -62,6 +69,16 @@ class EmulatedDeformAttn:
         pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
         name = f"{function}_{value.dtype}".replace("torch.", "")
         self._library.call(name, ctypes.byref(problem), *pointers, **options)
+
+
+def scratch_memory(flat, weights):
+    """``DeformScratch``, full of bytes that mean nothing; a sorted sample takes the room of 4 numbers."""
+    images, queries, heads, levels, points = weights.shape
+    cells = sum((h + 1) * (w + 1) for h, w in zip(flat[::2], flat[1::2], strict=True) if h and w)
+    samples = torch.full((images * heads, queries * levels * points, 4), torch.nan, dtype=weights.dtype)
+    starts = torch.full((images * heads, cells + 1), -7, dtype=torch.int32)
+    ranks = torch.full(weights.shape, -7, dtype=torch.int32)
+    return starts, ranks, samples, samples.clone()
 
 
 def emulate(checks="races", **options):
@@ -88,7 +105,11 @@ def main():
         emulated._call("forward", value, flat, weights, (value, locations, weights, out), {})
         grads = [own_memory(torch.zeros_like(t, dtype=locations.dtype)) for t in (value, locations, weights)]
         emulated._call("backward", value, flat, weights, (value, locations, weights, out, *grads), {})
-        emulated._call("grad_value_in_order", value, flat, weights, (locations, weights, out, value), {})
+        scratch = [own_memory(tensor) for tensor in scratch_memory(flat, weights)]
+        sorting = (value, locations, weights, out, *grads, *scratch[:3])
+        if value.shape[3] <= 32:  # else the lanes of a warp may not have all channels at once
+            emulated._call("backward_sorted", value, flat, weights, sorting, {})
+        emulated._call("grad_value_in_order", value, flat, weights, (locations, weights, out, value, *scratch), {})
 
 
 if __name__ == "__main__":
