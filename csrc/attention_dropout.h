@@ -8,27 +8,29 @@
 
 namespace groupdetr {
 
-HOST_DEVICE uint32_t dropout_word(uint32_t x, uint32_t key = 0) {
+HOST_DEVICE uint32_t dropout_word(uint32_t x) {
   x ^= x >> 16;
   x *= 0x21F0AAADu;
-  x ^= (x >> 15) ^ key;
+  x ^= x >> 15;
   x *= 0xD35A2D97u;
   return x ^ (x >> 15);
 }
 
 struct DropoutRow {
-  uint32_t key0, key1;
+  uint32_t head_word0, slope, offset;
 };
 
 HOST_DEVICE DropoutRow dropout_row(uint64_t seed, uint32_t head, uint32_t row) {
   const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-  const uint32_t stream0 = dropout_word(dropout_word(low) ^ high);
-  const uint32_t stream1 = dropout_word(dropout_word(high + 0x9E3779B9u) ^ low);
-  return {dropout_word(dropout_word(stream0 ^ head) ^ row), dropout_word(dropout_word(stream1 ^ head) ^ row)};
+  const uint32_t head_word0 = dropout_word(dropout_word(dropout_word(low) ^ high) ^ head);
+  const uint32_t head_word1 = dropout_word(dropout_word(dropout_word(high + 0x9E3779B9u) ^ low) ^ head);
+  return {head_word0, dropout_word(head_word0 ^ row), dropout_word(head_word1 ^ row)};
 }
 
 HOST_DEVICE bool dropout_keep(DropoutRow row, uint32_t column, uint32_t threshold) {
-  return dropout_word(column ^ row.key0, row.key1) >= threshold;
+  const uint32_t place = column * 0x9E3779B9u + row.head_word0;
+  const uint32_t point = (place * place) ^ place;
+  return row.slope * point + row.offset >= threshold;
 }
 
 HOST_DEVICE uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }

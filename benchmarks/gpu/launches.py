@@ -87,7 +87,7 @@ class Problem:
         scale = self.channels**-0.5
         out = torch.zeros_like(value)
         lse, delta = (out.new_zeros(self.batch, self.heads, groups.length, dtype=torch.float32) for _ in range(2))
-        row_keys = lse.new_zeros(*lse.shape, 2, dtype=torch.int32) if self.dropout else None
+        row_words = lse.new_zeros(*lse.shape, 2, dtype=torch.int32) if self.dropout else None
         strided = grad, query, key, value
 
         def launch(kernel: str, tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -100,13 +100,14 @@ class Problem:
 
         def backward_query() -> tuple[Tensor, ...]:
             results = torch.empty_like(query), torch.empty_like(lse)
-            keys = None if row_keys is None else torch.empty_like(row_keys)
-            launch("attention_backward_query", (*results, keys, *strided, out, lse, seed), strided)
-            return results if keys is None else (*results, keys)
+            words = None if row_words is None else torch.empty_like(row_words)
+            launch("attention_backward_query", (*results, words, *strided, out, lse, seed), strided)
+            return results if words is None else (*results, words)
 
         def backward_key_value() -> tuple[Tensor, ...]:
             results = torch.empty_like(key), torch.empty_like(value)
-            return launch("attention_backward_key_value", (*results, *strided, lse, delta, row_keys), strided)[:2]
+            tensors = (*results, *strided, lse, delta, row_words, seed)
+            return launch("attention_backward_key_value", tensors, strided)[:2]
 
         if self.kernel == "attention_forward":
             return forward
@@ -115,8 +116,8 @@ class Problem:
         if self.kernel == "attention_backward_query":
             return backward_query
         if to_run:
-            _, delta, *keys = backward_query()
-            row_keys = keys[0] if keys else None
+            _, delta, *words = backward_query()
+            row_words = words[0] if words else None
         return backward_key_value
 
     def _prepare_criterion(self, device: torch.device, generator: torch.Generator) -> Launch:

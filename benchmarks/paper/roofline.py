@@ -185,23 +185,25 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 DROPOUT = 0.1
-DROPOUT_OPERATIONS = 9  # a score: the hash after its first step (is_kept in triton_blocks.py), comparison and choice
+DROPOUT_OPERATIONS = 3  # a score: multiply-add, comparison (is_kept in triton_blocks.py) and choice
 
 
 def attention(s: Setting, backward: bool, dropout: float = 0.0) -> Demand:
     """Forward: queries, keys, values in, result and log-sum-exps out; two products. Backward recomputes: five.
 
-    Both take one exponential a score. What dropout keeps is computed by each kernel: one of forward, two of backward.
+    Both take one exponential a score. What dropout keeps is computed by each kernel: one of forward, two of backward,
+    of which that of keys and values chooses twice. Hashes of rows and columns are few beside scores.
     """
     rows = s.batch * s.length * s.heads
     tensor = rows * s.channels * BFLOAT16
     scores = rows * s.num_queries
     product = 2 * scores * s.channels
-    decisions = DROPOUT_OPERATIONS * scores if dropout else 0
     if backward:  # in: query, key, value, result, its gradient, log-sum-exps; out: three gradients
         moved = 8 * tensor + rows * FLOAT32
-        return Demand(moved, 5 * product, TENSOR_PEAK, exponentials=scores, integers=2 * decisions)
-    return Demand(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK, exponentials=scores, integers=decisions)
+        integers = (2 * DROPOUT_OPERATIONS + 1) * scores if dropout else 0
+        return Demand(moved, 5 * product, TENSOR_PEAK, exponentials=scores, integers=integers)
+    integers = DROPOUT_OPERATIONS * scores if dropout else 0
+    return Demand(4 * tensor + rows * FLOAT32, 2 * product, TENSOR_PEAK, exponentials=scores, integers=integers)
 
 
 def plain_attention(s: Setting, backward: bool, dropout: float = 0.0) -> Demand:

@@ -3,16 +3,27 @@
 Whether the probability of (image b, head h, query row, key column) is kept depends on these and the seed alone, by
 32-bit integer arithmetic (all sums and products modulo 2**32)::
 
-    word(x)   = x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15;  x *= 0xD35A2D97;  x ^= x >> 15
-    key0      = word(word(word(word(seed_low) ^ seed_high) ^ head) ^ row)                  head = b * H + h
-    key1      = word(word(word(word(seed_high + 0x9E3779B9) ^ seed_low) ^ head) ^ row)
-    hash      = word(column ^ key0), with key1 added (xor) before its second product
-    keep      = hash >= floor(p * 2**32)
+    word(x)      = x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15;  x *= 0xD35A2D97;  x ^= x >> 15
+    head_word0   = word(word(word(seed_low) ^ seed_high) ^ head)                      head = b * H + h
+    head_word1   = word(word(word(seed_high + 0x9E3779B9) ^ seed_low) ^ head)
+    slope        = word(head_word0 ^ row)
+    offset       = word(head_word1 ^ row)
+    point        = (place * place) ^ place               place = column * 0x9E3779B9 + head_word0
+    keep         = slope * point + offset >= floor(p * 2**32)
+
+A hash of every probability would be most of the work of a GPU. Here heads, rows and columns are hashed, and a pair of
+row and column costs one multiply-add and one comparison: each row is a random line modulo 2**32, taken at points that
+the columns of a head share. Over random slopes and offsets, the values at two different points are as good as
+independent, and so are the four of any two rows and two columns.
+
+What no line hides is a small combination of points that vanishes, such as point1 - point2 - point3 + point4 = 0: it
+would tie these columns together in every row of the head. Points must therefore be far from linear in the column, and
+from any low degree; hence the xor with a square, whose own third differences are 0 too often. Some 40 of the 8e10 such
+sets among 900 columns satisfy that equation, as of random even numbers, and others in every head of every call.
 
 ``word`` is a bijection of 32-bit numbers with little bias (the constants are those of the hash-prospector project's
-"lowbias32"). Two keys per row make it unlikely that two rows, whose columns run through the same small numbers, share a
-pattern. The C++ and GPU kernels follow this definition bit for bit; row and column count along the full sequence of L
-queries.
+"lowbias32"). Two words per row make it unlikely that two rows, which run through the same points, share a pattern. The
+C++ and GPU kernels follow this definition bit for bit; row and column count along the full sequence of L queries.
 """
 
 import torch
@@ -43,16 +54,19 @@ def keep_mask(seed: Tensor, p: float, head: Tensor, row: Tensor, column: Tensor)
         bool of the broadcast shape.
     """
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    key0 = _word(_word(_word(_word(low) ^ high) ^ head) ^ row)
-    key1 = _word(_word(_word(_word((high + _GOLDEN) & _MASK) ^ low) ^ head) ^ row)
-    return _word(column ^ key0, key1) >= int(p * 2**32)
+    head_word0 = _word(_word(_word(low) ^ high) ^ head)
+    head_word1 = _word(_word(_word((high + _GOLDEN) & _MASK) ^ low) ^ head)
+    slope, offset = _word(head_word0 ^ row), _word(head_word1 ^ row)
+    place = (column * _GOLDEN + head_word0) & _MASK
+    point = (place * place) ^ place
+    # int64 products overflow, here and below, but their low 32 bits are right.
+    return (slope * (point & _MASK) + offset) & _MASK >= int(p * 2**32)
 
 
-def _word(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    # int64 products overflow, but their low 32 bits are right.
+def _word(x: Tensor) -> Tensor:
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _MASK
-    x = x ^ (x >> 15) ^ key
+    x = x ^ (x >> 15)
     x = (x * 0xD35A2D97) & _MASK
     return x ^ (x >> 15)
 

@@ -108,38 +108,39 @@ def store_rows(tensor, tile, first, count, stride_l, ROWS: tl.constexpr, DIM: tl
     tl.store(tensor + first.to(tl.int64) * stride_l + offsets, tile.to(tensor.dtype.element_ty), mask=mask)
 
 
-# Dropout, as dropout.py defines it. The first step of word(column ^ key0) distributes over the xor, so that it is done
-# once per row and once per column, not once per pair.
+# Dropout, as dropout.py defines it. What a head, a row and a column have of their own is computed apart, so that a pair
+# of row and column takes one multiply-add, one comparison and one choice. A thread of tensor cores has two rows of a
+# tile: every operation of dropout_points, on a column of it, costs half an operation a score.
 
 
 @triton.jit
-def _first_step(x):
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _other_steps(x, key):
+def _word(x):
+    x = x ^ (x >> 16)
     x = x * 0x21F0AAAD
-    x = x ^ (x >> 15) ^ key
+    x = x ^ (x >> 15)
     x = x * 0xD35A2D97
     return x ^ (x >> 15)
 
 
 @triton.jit
-def _word(x):
-    return _other_steps(_first_step(x), 0)
-
-
-@triton.jit
-def dropout_keys(seed, problem, rows):
-    """key0, after the first step, and key1 of each row."""
+def dropout_head_words(seed, problem):
+    """The two words of a problem."""
     bits = tl.load(seed)
     low, high, head = bits.to(tl.uint32), (bits >> 32).to(tl.uint32), problem.to(tl.uint32)
-    head_key0 = _word(_word(_word(low) ^ high) ^ head)
-    head_key1 = _word(_word(_word(high + 0x9E3779B9) ^ low) ^ head)
-    return _first_step(_word(head_key0 ^ rows.to(tl.uint32))), _word(head_key1 ^ rows.to(tl.uint32))
+    return _word(_word(_word(low) ^ high) ^ head), _word(_word(_word(high + 0x9E3779B9) ^ low) ^ head)
 
 
 @triton.jit
-def is_kept(row_key0, row_key1, columns, threshold):
-    return _other_steps(_first_step(columns.to(tl.uint32)) ^ row_key0, row_key1) >= threshold.to(tl.uint32)
+def dropout_slope_and_offset(head_word0, head_word1, rows):
+    return _word(head_word0 ^ rows.to(tl.uint32)), _word(head_word1 ^ rows.to(tl.uint32))
+
+
+@triton.jit
+def dropout_points(head_word0, columns):
+    place = columns.to(tl.uint32) * 0x9E3779B9 + head_word0
+    return (place * place) ^ place
+
+
+@triton.jit
+def is_kept(slope, offset, point, threshold):
+    return slope * point + offset >= threshold.to(tl.uint32)

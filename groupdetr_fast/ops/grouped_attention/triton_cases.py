@@ -24,7 +24,7 @@ def compile_cases() -> Iterator[CompileCase]:
 def compile_case(kernel: triton.JITFunction, precision: str, dim: int, tile: _Tile, dropout: bool) -> CompileCase:
     """One tile of a kernel, for heads of ``dim`` channels."""
     of_channels = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
-    of_dropout = {"seed": "*i64", "row_keys": "*i32"}
+    of_dropout = {"seed": "*i64", "row_words": "*i32"}
     types = dict.fromkeys(of_channels, "*bf16" if precision == "half" else "*fp32")
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     types |= of_dropout if dropout else {}

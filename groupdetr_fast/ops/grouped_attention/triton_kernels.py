@@ -15,7 +15,9 @@ import triton.language as tl
 
 from .triton_blocks import (
     count_steps,
-    dropout_keys,
+    dropout_head_words,
+    dropout_points,
+    dropout_slope_and_offset,
     is_kept,
     load_rows,
     load_rows_repeating_last,
@@ -96,7 +98,10 @@ def _grouped_attention_fwd_kernel(
     rows = first + tl.arange(0, BLOCK)
     q = load_rows(query, first, stop - first, stride_ql, stride_qd, BLOCK, HEAD_DIM, BLOCK_D)
     if seed is not None:
-        row_key0, row_key1 = dropout_keys(seed, problem, rows)
+        head_word0, head_word1 = dropout_head_words(seed, problem)
+        slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
+        # For a constant zero, the compiler would choose after rounding to half types, and unpack and pack these.
+        unknown_zero = keep_scale * 0.0
 
     scale *= _LOG2_E
     largest = tl.full([BLOCK], float("-inf"), tl.float32)  # scaled score
@@ -116,9 +121,9 @@ def _grouped_attention_fwd_kernel(
         correction = tl.exp2(largest - new_largest)
         total = total * correction + tl.sum(probabilities, 1)
         if seed is not None:
-            columns = column + tl.arange(0, STEP)
-            keep = is_kept(row_key0[:, None], row_key1[:, None], columns[None, :], threshold)
-            probabilities = tl.where(keep, probabilities, 0.0)
+            points = dropout_points(head_word0, column + tl.arange(0, STEP))
+            keep = is_kept(slope[:, None], offset[:, None], points[None, :], threshold)
+            probabilities = tl.where(keep, probabilities, unknown_zero)
         result = tl.dot(probabilities.to(v.dtype), v, result * correction[:, None], input_precision=PRECISION)
         largest = new_largest
 
@@ -130,8 +135,8 @@ def _grouped_attention_fwd_kernel(
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _grouped_attention_bwd_query_kernel(
     grad_query,  # [B, L, H, D], contiguous
-    delta,  # [B, H, L], contiguous: sum of out * grad_out over channels
-    row_keys,  # [B, H, L, 2], contiguous: what dropout derives from a row; None without dropout
+    delta,  # [B, H, L], contiguous: sum of out * grad_out over channels, divided by keep_scale
+    row_words,  # [B, H, L, 2], contiguous: slope and offset of dropout; None without dropout
     grad_out,
     query,
     key,
@@ -195,13 +200,15 @@ def _grouped_attention_bwd_query_kernel(
     o = load_rows(out, first, count, num_heads * VALUE_DIM, 1, BLOCK, VALUE_DIM, BLOCK_DV)
     rows = first + tl.arange(0, BLOCK)
     places = problem.to(tl.int64) * length + rows
-    row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
+    # The gradients of all scores have the factor keep_scale, which the results get at the end.
+    row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1) / keep_scale
     tl.store(delta + places, row_delta, mask=rows < stop)
     row_lse = tl.load(lse + places, mask=rows < stop, other=0.0) * _LOG2_E
     if seed is not None:
-        row_key0, row_key1 = dropout_keys(seed, problem, rows)
-        tl.store(row_keys + 2 * places, row_key0, mask=rows < stop)
-        tl.store(row_keys + 2 * places + 1, row_key1, mask=rows < stop)
+        head_word0, head_word1 = dropout_head_words(seed, problem)
+        slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
+        tl.store(row_words + 2 * places, slope, mask=rows < stop)
+        tl.store(row_words + 2 * places + 1, offset, mask=rows < stop)
 
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for index in range(count_steps(start, stop, more_start, more_stop, STEP)):
@@ -214,13 +221,14 @@ def _grouped_attention_bwd_query_kernel(
         probabilities = tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
         grad_probabilities = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
-            columns = column + tl.arange(0, STEP)
-            keep = is_kept(row_key0[:, None], row_key1[:, None], columns[None, :], threshold)
-            grad_probabilities = tl.where(keep, grad_probabilities, 0.0) * keep_scale
+            points = dropout_points(head_word0, column + tl.arange(0, STEP))
+            keep = is_kept(slope[:, None], offset[:, None], points[None, :], threshold)
+            grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
         grad_scores = probabilities * (grad_probabilities - row_delta[:, None] * is_key[None, :])
         result = tl.dot(grad_scores.to(k.dtype), k, result, input_precision=PRECISION)
 
-    store_rows(grad_query, result * scale, first, count, num_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)
+    result *= scale * keep_scale
+    store_rows(grad_query, result, first, count, num_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -233,7 +241,8 @@ def _grouped_attention_bwd_key_value_kernel(
     value,
     lse,  # [B, H, L], contiguous, as delta
     delta,
-    row_keys,  # [B, H, L, 2], contiguous; None without dropout
+    row_words,  # [B, H, L, 2], contiguous; None without dropout
+    seed,  # [1], None without dropout
     stride_gb,
     stride_gl,
     stride_gh,
@@ -287,7 +296,9 @@ def _grouped_attention_bwd_key_value_kernel(
     count = stop - first
     k = load_rows_repeating_last(key, first, count, stride_kl, stride_kd, BLOCK, HEAD_DIM, BLOCK_D)
     v = load_rows(value, first, count, stride_vl, stride_vd, BLOCK, VALUE_DIM, BLOCK_DV)
-    columns = first + tl.arange(0, BLOCK)
+    if seed is not None:
+        head_word0, _ = dropout_head_words(seed, problem)
+        points = dropout_points(head_word0, first + tl.arange(0, BLOCK))
 
     key_result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     value_result = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
@@ -304,15 +315,16 @@ def _grouped_attention_bwd_key_value_kernel(
         probabilities = tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
         grad_probabilities = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         dropped = probabilities
-        if row_keys is not None:
-            row_key0 = tl.load(row_keys + 2 * places, mask=is_row, other=0).to(tl.uint32)
-            row_key1 = tl.load(row_keys + 2 * places + 1, mask=is_row, other=0).to(tl.uint32)
-            keep = is_kept(row_key0[None, :], row_key1[None, :], columns[:, None], threshold)
+        if seed is not None:
+            slope = tl.load(row_words + 2 * places, mask=is_row, other=0).to(tl.uint32)
+            offset = tl.load(row_words + 2 * places + 1, mask=is_row, other=0).to(tl.uint32)
+            keep = is_kept(slope[None, :], offset[None, :], points[:, None], threshold)
             dropped = tl.where(keep, probabilities, 0.0)
-            grad_probabilities = tl.where(keep, grad_probabilities, 0.0) * keep_scale
+            grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
         value_result = tl.dot(dropped.to(grad.dtype), grad, value_result, input_precision=PRECISION)
         grad_scores = probabilities * (grad_probabilities - row_delta[None, :])
         key_result = tl.dot(grad_scores.to(q.dtype), q, key_result, input_precision=PRECISION)
 
-    store_rows(grad_key, key_result * scale, first, count, num_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)
+    key_result *= scale * keep_scale
+    store_rows(grad_key, key_result, first, count, num_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)
     store_rows(grad_value, value_result * keep_scale, first, count, num_heads * VALUE_DIM, BLOCK, VALUE_DIM, BLOCK_DV)

@@ -91,11 +91,13 @@ def backward(
     out, lse = out.contiguous(), lse.contiguous()  # as forward returned them
     grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     delta = lse.new_empty(lse.shape)
-    row_keys = None if seed is None else lse.new_empty(*lse.shape, 2, dtype=torch.int32)
+    row_words = None if seed is None else lse.new_empty(*lse.shape, 2, dtype=torch.int32)
     strided = grad_out, query, key, value
     common = strided, layout, dropout_p, scale
-    _launch(_grouped_attention_bwd_query_kernel, (grad_query, delta, row_keys, *strided, out, lse, seed), *common)
-    _launch(_grouped_attention_bwd_key_value_kernel, (grad_key, grad_value, *strided, lse, delta, row_keys), *common)
+    of_query = grad_query, delta, row_words, *strided, out, lse, seed
+    of_key_and_value = grad_key, grad_value, *strided, lse, delta, row_words, seed
+    _launch(_grouped_attention_bwd_query_kernel, of_query, *common)
+    _launch(_grouped_attention_bwd_key_value_kernel, of_key_and_value, *common)
     return grad_query, grad_key, grad_value
 
 
