@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--minutes", type=float, help="time for the stage")
     parser.add_argument("--rehearse", action="store_true", help="the whole stage at tiny sizes, on the CPU")
-    parser.add_argument("--only", default="", help="regular expression: works of ops, models of step")
+    parser.add_argument(
+        "--only", default="", help="regular expression: works of ops, models of step, compile, graph of MODEL"
+    )
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():

@@ -233,11 +233,15 @@ class StepGraphs:
     Args:
         step: what is captured.
         sizes: which sizes have graphs.
+
+    Attributes:
+        warm_up: steps of a size before its capture.
     """
 
     def __init__(self, step: DeviceStep, sizes: GraphSizes):
         self.step = step
         self.sizes = sizes
+        self.warm_up = WARM_UP
         self.device = step._rates[0].device
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -275,7 +279,7 @@ class StepGraphs:
         self.step.take_rates()
         if graph is None:
             inputs = [StepInputs.like(batch, sizes.height, sizes.width, sizes.targets) for batch in batches]
-            if self._met.get(sizes, 0) < WARM_UP:
+            if self._met.get(sizes, 0) < self.warm_up:
                 self._met[sizes] = self._met.get(sizes, 0) + 1
                 return self._run_uncaptured(inputs, batches), False
             graph = self._graphs[sizes] = self._capture(inputs)

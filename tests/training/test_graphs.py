@@ -1,7 +1,6 @@
-"""Steps as CUDA graphs: what is captured runs here without a capture; tests marked gpu capture it."""
+"""Steps as CUDA graphs: what is captured runs here without a capture, and tests marked gpu capture it."""
 
-import contextlib
-import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,11 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import groupdetr_fast as gd
 from groupdetr_fast.data import Batch
 from groupdetr_fast.targets import StepTotals
-from groupdetr_fast.training import graphs
-from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
 from groupdetr_fast.training.faults import TrainingError
-from groupdetr_fast.training.graphs import GraphSizes, StepGraphs, StepInputs
+from groupdetr_fast.training.graphs import WARM_UP, GraphSizes, StepInputs
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 CLASSES = 5
@@ -28,12 +25,13 @@ TINY = {
     "dim_feedforward": 32,
     "backbone": "conv:8-8-8-8",
     "backbone_weights": None,
+    "dropout": 0.0,
 }
+CONDITIONAL, DINO = "conditional_detr_r50", "dino_4scale_r50"
 # A rate that float32 has exactly: kernels read it as such from the device, and as float64 from the host.
-RATE = 2.0**-10
 CONFIG = OptimizationConfig(
-    lr=RATE,
-    backbone_lr=RATE,
+    lr=2.0**-10,
+    backbone_lr=2.0**-11,
     weight_decay=2.0**-10,
     lr_drop=(1000,),
     cuda_graphs=2,
@@ -42,17 +40,20 @@ CONFIG = OptimizationConfig(
 )
 
 
-def build(name="conditional_detr_r50", num_groups=2, **overrides):
+def build(name=CONDITIONAL, **overrides):
     torch.manual_seed(0)
-    return gd.build_model(name, num_classes=CLASSES, num_groups=num_groups, **{**TINY, "dropout": 0.0, **overrides})
+    return gd.build_model(name, num_classes=CLASSES, num_groups=2, **{**TINY, **overrides})
 
 
-def batch_of(*numbers, size=(64, 64), seed=0, device="cpu"):
-    """A batch with so many targets in each image, the last of which is padded."""
+def batch_of(*numbers, size=(64, 64), seed=0, device="cpu", spoilt=False):
+    """A batch with so many targets in each image; the last image is padded."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(numbers), 3, *size, generator=generator)
     masks = torch.zeros(len(numbers), *size, dtype=torch.bool)
     masks[-1, :, size[1] * 3 // 4 :] = True
+    images = images.masked_fill(masks[:, None], 0)
+    if spoilt:
+        images[0, 0, 0, 0] = math.nan
     targets = [
         {
             "labels": torch.randint(CLASSES, (number,), generator=generator),
@@ -61,23 +62,26 @@ def batch_of(*numbers, size=(64, 64), seed=0, device="cpu"):
         for number in numbers
     ]
     ids = [100 * seed + index for index in range(len(numbers))]
-    original_sizes = torch.tensor([size] * len(numbers))
-    return Batch(
-        images.masked_fill(masks[:, None], 0), masks, gd.PackedTargets.from_list(targets), ids, original_sizes
-    ).to(device)
+    batch = Batch(images, masks, gd.PackedTargets.from_list(targets), ids, torch.tensor([size] * len(numbers)))
+    return batch.to(device)
 
 
-class Images(torch.utils.data.Dataset):
-    """Numbers in the place of images."""
+def batches_of(steps, device="cpu", **options):
+    """Batches whose images have 0 to 4 targets."""
+    return [batch_of(step % 5, (3 * step + 1) % 4, seed=step, device=device, **options) for step in range(steps)]
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Batches by their number, the second of which is spoilt."""
 
     def __len__(self):
-        return 8
+        return 6
 
     def __getitem__(self, index):
-        return batch_of(1 + index % 3, index % 4, seed=index)
+        return batch_of(1 + index % 3, index % 4, seed=index, spoilt=index == 1)
 
 
-class Order(torch.utils.data.SequentialSampler):
+class InOrder(torch.utils.data.SequentialSampler):
     def set_epoch(self, epoch):
         pass
 
@@ -85,16 +89,14 @@ class Order(torch.utils.data.SequentialSampler):
 @pytest.fixture
 def trainer_in(tmp_path, monkeypatch):
     """Makes trainers in folders of these names; each begins with the same weights and random states."""
-    monkeypatch.setattr(Trainer, "_check_graphs", lambda self: None)  # these run on the CPU too
+    monkeypatch.setattr(Trainer, "_check_graphs", lambda trainer: None)  # these run on the CPU too
 
-    def make(name, device="cpu", model="conditional_detr_r50", overrides=None, max_skipped_steps=10, **options):
+    def make(name, device="cpu", model=CONDITIONAL, overrides=None, max_skipped_steps=10, **options):
         optimization = replace(CONFIG, **options)
         accelerator = build_accelerator(optimization, tmp_path / name, cpu=torch.device(device).type == "cpu")
         detector = build(model, **(overrides or {}))
-        dataset = Images()
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_size=None, sampler=Order(dataset), collate_fn=lambda batch: batch
-        )
+        dataset = Numbers()
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=InOrder(dataset))
         settings = TrainerSettings(optimization, tmp_path / name, max_skipped_steps=max_skipped_steps)
         trainer = Trainer(accelerator, detector, gd.build_criterion(detector), loader, settings)
         trainer.state.model.train()
@@ -104,14 +106,14 @@ def trainer_in(tmp_path, monkeypatch):
 
 
 def tensors_of(trainer):
-    """All that a step may change, by name."""
+    """Copies of all that a step may change, by name."""
     state = trainer.state
     found = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     optimizer = state.optimizer.state_dict()["state"]
     found |= {f"adam.{key}.{name}": value for key, values in optimizer.items() for name, value in values.items()}
     if state.average is not None:
         found |= {f"average.{name}": tensor for name, tensor in state.average.average.items()}
-        found["updates"] = state.average.updates
+        found["average.updates"] = state.average.updates
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
@@ -120,17 +122,332 @@ def differing(first, second):
     return [name for name in first if not torch.equal(first[name], second[name])]
 
 
+def assert_close(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(
+            first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
 def run(trainer, steps):
-    losses = [trainer.run_step(step if isinstance(step, list) else [step])["loss"] for step in steps]
+    """The losses of steps of one batch each."""
+    losses = torch.stack([trainer.run_step([batch])["loss"] for batch in steps])
     trainer._settle()
-    return torch.stack(losses).cpu()
+    return losses.cpu()
 
 
-def test_quick(trainer_in):
-    a = trainer_in("a", cuda_graphs=0, ema_decay=0.9)
-    b = trainer_in("b", ema_decay=0.9)
-    batches = [batch_of(2, 3, seed=seed) for seed in range(6)]
-    print(run(a, batches), run(b, batches))
-    x, y = tensors_of(a), tensors_of(b)
-    for n in x:
-        torch.testing.assert_close(x[n], y[n], rtol=1e-3, atol=1e-5, msg=n)
+def uncaptured(trainer):
+    """The same trainer, whose steps are padded and run on the device alone, and which captures none of them."""
+    trainer.graphs.warm_up = 10**9
+    return trainer
+
+
+# --- What is captured ---
+
+
+class Operators(TorchDispatchMode):
+    """Names and sizes of all operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        sizes = [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        self.seen.append((str(function), sizes))
+        return function(*args, **(kwargs or {}))
+
+
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [(CONDITIONAL, {"dropout": 0.1}), (DINO, {}), ("dn_detr_r50", {"dropout": 0.1}), ("dab_deformable_detr_r50", {})],
+)
+def test_operators_do_not_depend_on_the_batch(trainer_in, model, overrides):
+    trainer = trainer_in("run", model=model, overrides=overrides, ema_decay=0.9, precision="bf16", accumulate=2)
+    trainer.run_step(batches_of(2))  # makes the optimiser's state
+    logs = []
+    for numbers, size, spoilt in [((4, 1), (64, 64), False), ((0, 0), (40, 56), False), ((2, 3), (64, 33), True)]:
+        inputs = [StepInputs.like(batch_of(*numbers, size=size), 64, 64, 4) for _ in range(2)]
+        for index, room in enumerate(inputs):
+            room.fill(batch_of(*numbers, size=size, seed=index, spoilt=spoilt))
+        trainer.graphs.step.take_rates()
+        with Operators() as log:
+            trainer.graphs.step(inputs)
+        logs.append(log.seen)
+    first, *others = logs
+    assert len(first) > 1000
+    for other in others:
+        assert other == first
+    assert not [name for name, _ in first if any(part in name for part in SYNCHRONISING)]
+
+
+@pytest.mark.parametrize("model", [CONDITIONAL, DINO, "dab_deformable_detr_r50"])
+def test_padding_changes_neither_losses_nor_gradients(model):
+    detector = build(model, **({"denoising_queries": 0} if model == DINO else {}))
+    criterion = gd.build_criterion(detector)
+    results = []
+    for padded in (False, True):
+        inputs = batch_of(3, 1)
+        if padded:
+            room = StepInputs.like(inputs, 64, 64, 16)
+            room.fill(batch_of(7, 9, seed=5))  # nothing of an earlier batch may be left
+            room.fill(inputs)
+            inputs = room
+        detector.train().zero_grad()
+        output = detector(inputs.images, inputs.masks, inputs.targets)
+        losses = criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
+        losses["loss"].backward()
+        gradients = {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+        results.append(({name: value.detach() for name, value in losses.items()}, gradients))
+    assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (64, 33)])
+def test_inputs_hold_a_smaller_batch(size):
+    room = StepInputs.like(batch_of(1, 2), 64, 128, 4)
+    room.fill(batch_of(4, 4, size=(64, 128), seed=1))
+    batch = batch_of(1, 2, size=size)
+    room.fill(batch)
+    height, width = size
+    assert torch.equal(room.images[..., :height, :width], batch.images)
+    assert torch.equal(room.masks[..., :height, :width], batch.masks)
+    assert not room.images[..., height:, :].any()
+    assert not room.images[..., width:].any()
+    assert room.masks[:, height:].all()
+    assert room.masks[..., width:].all()
+    assert torch.equal(room.targets.boxes[:, :2], batch.targets.boxes)
+    assert torch.equal(room.targets.labels[:, :2], batch.targets.labels)
+    assert not room.targets.boxes[:, 2:].any()
+    assert room.targets.num_targets.tolist() == [1, 2]
+
+
+def test_sizes_are_padded_to_few():
+    sizes = GraphSizes(4, image_multiple=32, targets=(4, 8))
+    assert sizes.padded([batch_of(4, 1, size=(33, 64))]) == ((2,), 64, 64, 4)
+    assert sizes.padded([batch_of(5, 1, size=(8, 8)), batch_of(0, size=(8, 40))]) == ((2, 1), 32, 64, 8)
+    assert sizes.padded([batch_of(9, 1)]) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"number": 0}, "number and image_multiple must be at least 1"),
+        ({"number": 1, "image_multiple": 0}, "number and image_multiple must be at least 1"),
+        ({"number": 1, "targets": ()}, "targets must be positive and rise"),
+        ({"number": 1, "targets": (8, 4)}, "targets must be positive and rise"),
+    ],
+)
+def test_wrong_sizes_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GraphSizes(**settings)
+
+
+# --- In the training loop ---
+
+
+def test_steps_are_those_without_graphs(trainer_in, device):
+    """Up to rounding: sums over padded targets have more terms."""
+    options = {"device": device, "ema_decay": 0.9}
+    batches = batches_of(2 * WARM_UP, device)
+    expected, found = trainer_in("eager", **options, cuda_graphs=0), trainer_in("graphs", **options)
+    torch.testing.assert_close(run(found, batches), run(expected, batches), rtol=1e-3, atol=1e-3)
+    assert found.state.current.steps == expected.state.current.steps == 2 * WARM_UP
+    assert found.state.current.without_graph == WARM_UP
+    sums = [trainer.state.current.sums for trainer in (expected, found)]
+    assert_close(*sums, rtol=1e-3, atol=1e-3)
+    assert found.state.scheduler.state_dict() == expected.state.scheduler.state_dict()
+    assert found.state.average.updates == 2 * WARM_UP
+
+
+def test_a_broken_step_changes_nothing_and_is_counted(trainer_in, device, caplog):
+    trainer = trainer_in("run", device=device, ema_decay=0.9)
+    batches = batches_of(WARM_UP + 1, device)
+    run(trainer, batches)
+    before = tensors_of(trainer)
+    assert not trainer.run_step([batch_of(2, 1, seed=7, device=device, spoilt=True)])["loss"].isfinite()
+    assert differing(tensors_of(trainer), before) == []
+    assert trainer.state.current.skipped == 0  # the host has not looked yet
+    run(trainer, batches[:1])
+    assert "the loss is not finite: step skipped; image ids [700, 701]" in caplog.text
+    assert f"epoch 1, batches {WARM_UP + 2} to {WARM_UP + 2}" in caplog.text
+    current = trainer.state.current
+    assert (current.steps, current.skipped, current.batches) == (WARM_UP + 2, 1, WARM_UP + 3)
+    assert trainer.state.average.updates == WARM_UP + 2
+    assert all(total.isfinite() for total in current.sums.values())
+    assert len(differing(tensors_of(trainer), before)) > 100
+
+
+def test_too_many_broken_steps_end_the_training(trainer_in):
+    trainer = trainer_in("run", max_skipped_steps=0)
+    trainer.run_step([batch_of(2, 1, spoilt=True)])
+    with pytest.raises(TrainingError, match="1 steps of epoch 1 had a loss"):
+        trainer.run_step([batch_of(2, 1)])
+
+
+def test_an_epoch_counts_its_last_step(trainer_in):
+    trainer = trainer_in("run", epochs=1, accumulate=2)
+    (row,) = trainer.fit()["epochs"]
+    assert (row["skipped_steps"], row["steps_without_graph"]) == (1, 3)
+    assert all(math.isfinite(value) for value in row["train"].values())
+
+
+def test_sizes_beyond_the_graphs_run_without(trainer_in, device, caplog):
+    trainer = trainer_in("run", device=device, cuda_graphs=1)
+    run(trainer, batches_of(WARM_UP + 2, device))
+    current = trainer.state.current
+    assert current.without_graph == WARM_UP
+    run(trainer, batches_of(2, device, size=(96, 64)))
+    assert caplog.text.count("all 1 graphs are taken, none is of") == 1
+    run(trainer, [batch_of(9, 1, device=device)])
+    assert "an image has 9 targets" in caplog.text
+    assert (current.steps, current.without_graph) == (WARM_UP + 5, WARM_UP + 3)
+    run(trainer, batches_of(2, device))
+    assert (current.steps, current.without_graph) == (WARM_UP + 7, WARM_UP + 3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
+def test_checkpoints_serve_runs_with_and_without_graphs(trainer_in, before, after):
+    first = trainer_in("run", cuda_graphs=before, ema_decay=0.9)
+    run(first, batches_of(WARM_UP + 2))
+    first.save()
+    second = trainer_in("run", cuda_graphs=after, ema_decay=0.9)
+    assert second.resume()
+    assert differing(tensors_of(first), tensors_of(second)) == []
+    batches = batches_of(WARM_UP + 4)[WARM_UP + 2 :]
+    torch.testing.assert_close(run(first, batches), run(second, batches), rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_that_is_loaded_later_is_heeded(trainer_in, device):
+    """Loading gives the optimiser other tensors, of which graphs that were captured before know nothing."""
+    trainer = trainer_in("run", device=device)
+    batches = batches_of(WARM_UP + 4, device)
+    run(trainer, batches[: WARM_UP + 1])
+    trainer.save()
+    expected = run(trainer, batches[WARM_UP + 1 :]), tensors_of(trainer)
+    assert trainer.resume()
+    found = run(trainer, batches[WARM_UP + 1 :]), tensors_of(trainer)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert_close(found[1], expected[1], rtol=1e-2, atol=1e-3)
+    assert trainer.state.current.without_graph == 2 * WARM_UP
+
+
+def test_masks_of_targets_are_refused(trainer_in):
+    batch = batch_of(1)
+    masks = (torch.zeros(1, 64, 64, dtype=torch.bool),)
+    with pytest.raises(ValueError, match="cuda_graphs are for detectors of boxes"):
+        trainer_in("run").run_step([replace(batch, targets=replace(batch.targets, masks=masks))])
+
+
+def test_without_a_gpu_graphs_are_refused(tmp_path):
+    accelerator = build_accelerator(CONFIG, tmp_path, cpu=True)
+    detector = build()
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=None, sampler=InOrder(Numbers()))
+    with pytest.raises(ValueError, match="cuda_graphs need a CUDA GPU, and this training runs on cpu"):
+        Trainer(accelerator, detector, gd.build_criterion(detector), loader, TrainerSettings(CONFIG, tmp_path))
+
+
+# --- On a GPU ---
+
+
+@pytest.fixture
+def deterministic():
+    """Operators that give the same result each time, as far as torch has them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+STEPS = 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="float32"),
+        pytest.param({"precision": "bf16", "ema_decay": 0.9}, id="bf16"),
+        pytest.param({"overrides": {"dropout": 0.1}, "decay": "cosine", "warmup_steps": 4}, id="dropout"),
+    ],
+)
+def test_captured_steps_are_bit_for_bit_those_uncaptured(trainer_in, deterministic, options):
+    batches = batches_of(STEPS, "cuda")
+    expected = uncaptured(trainer_in("uncaptured", device="cuda", **options))
+    losses = run(expected, batches)
+    found = trainer_in("captured", device="cuda", **options)
+    assert torch.equal(run(found, batches), losses)
+    assert differing(tensors_of(found), tensors_of(expected)) == []
+    assert (found.state.current.without_graph, expected.state.current.without_graph) == (WARM_UP, STEPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("denoising_queries", [0, 12])
+def test_captured_steps_of_dino_are_those_uncaptured(trainer_in, denoising_queries):
+    """Up to the order of the sums of deformable attention, which differs from run to run."""
+    options = {"device": "cuda", "model": DINO, "overrides": {"denoising_queries": denoising_queries}}
+    batches = batches_of(STEPS, "cuda")
+    expected = run(uncaptured(trainer_in("uncaptured", **options)), batches)
+    found = trainer_in("captured", **options)
+    losses = run(found, batches)
+    assert found.state.current.without_graph == WARM_UP
+    torch.testing.assert_close(losses[: WARM_UP + 4], expected[: WARM_UP + 4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(losses, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "overrides"), [(CONDITIONAL, {"dropout": 0.3}), (DINO, {"denoising_queries": 12})])
+def test_replays_draw_new_numbers(trainer_in, model, overrides):
+    """Dropout and denoising noise, with weights that do not change."""
+    trainer = trainer_in("run", device="cuda", model=model, overrides=overrides, lr=0.0, backbone_lr=0.0)
+    losses = run(trainer, [batch_of(2, 3, device="cuda")] * (WARM_UP + 6))
+    assert trainer.state.current.without_graph == WARM_UP
+    assert len(set(losses[WARM_UP:].tolist())) == 6
+    trainer.graphs.step.take_rates()
+    torch.manual_seed(1)
+    first = run(trainer, [batch_of(2, 3, device="cuda")])
+    torch.manual_seed(1)
+    torch.testing.assert_close(run(trainer, [batch_of(2, 3, device="cuda")]), first, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_graphs_of_two_sizes_take_turns(trainer_in, deterministic):
+    """They share memory, and each goes on from what the other has done."""
+    small, large = batches_of(STEPS, "cuda"), batches_of(STEPS, "cuda", size=(128, 96))
+    batches = [batch for pair in zip(small, large, strict=True) for batch in pair]
+    expected = uncaptured(trainer_in("uncaptured", device="cuda", ema_decay=0.9))
+    losses = run(expected, batches)
+    found = trainer_in("captured", device="cuda", ema_decay=0.9)
+    assert torch.equal(run(found, batches), losses)
+    assert differing(tensors_of(found), tensors_of(expected)) == []
+    assert found.state.current.without_graph == 2 * WARM_UP
+
+
+@pytest.mark.gpu
+def test_accumulated_steps_are_one_graph(trainer_in, deterministic):
+    batches = batches_of(2 * STEPS, "cuda")
+    steps = list(zip(batches[::2], batches[1::2], strict=True))
+    trainers = [uncaptured(trainer_in("uncaptured", device="cuda", accumulate=2))]
+    trainers.append(trainer_in("captured", device="cuda", accumulate=2))
+    for trainer in trainers:
+        for step in steps:
+            trainer.run_step(list(step))
+        trainer._settle()
+    assert differing(tensors_of(trainers[1]), tensors_of(trainers[0])) == []
+    assert trainers[1].state.current.without_graph == WARM_UP
+
+
+@pytest.mark.gpu
+def test_a_replay_does_not_wait(trainer_in):
+    trainer = trainer_in("run", device="cuda", model=DINO, overrides={"dropout": 0.1}, ema_decay=0.9)
+    batches = batches_of(WARM_UP + 6, "cuda")
+    run(trainer, batches[: WARM_UP + 1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[WARM_UP + 1 :]:
+            assert trainer.graphs.run([batch])[1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
