@@ -24,7 +24,7 @@ from ..targets import StepTotals
 from .checkpoint import mark_best
 from .ema import AveragedWeights
 from .faults import StopRequest, TrainingError, TrainingStopped, deaths_of_workers_explained
-from .graphs import DeviceStep, Flag, StepGraphs, StepOutcome, running_statistics
+from .graphs import DeviceStep, Flag, StepGraphs, StepOutcome, check_graphs, running_statistics
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler
 from .passes import GroupPasses, add_losses, average_gradients
 from .processes import anywhere, mean_losses
@@ -148,7 +148,7 @@ class Trainer:
             self._check_passes()
         check_sharding(accelerator)
         if self.config.cuda_graphs:
-            self._check_graphs()
+            check_graphs(accelerator, self.config, observing=observe is not None)
         self.state = self._begin(model, loader)
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
         self._enqueued: _EnqueuedStep | None = None
@@ -334,24 +334,6 @@ class Trainer:
             raise ValueError(f"groups_per_pass needs all gradients in every process, which {kind.value} does not keep")
         if self.observe is not None:
             raise ValueError("observe needs the output of all groups at once: leave groups_per_pass at 0")
-
-    def _check_graphs(self) -> None:
-        accelerator, config = self.accelerator, self.config
-        reason = None
-        if accelerator.device.type != "cuda":
-            reason = f"need a CUDA GPU, and this training runs on {accelerator.device.type}"
-        elif accelerator.distributed_type != DistributedType.NO:
-            reason = f"are for one process, and this training is {accelerator.distributed_type.value}"
-        elif accelerator.scaler is not None:
-            reason = "do not work with precision fp16, whose loss scale the host decides on: use bf16 or no"
-        elif self.observe is not None:
-            reason = "do not work with observe, which looks at every batch on the host"
-        else:
-            for name in ("groups_per_pass", "recompute_layers", "compile"):
-                if getattr(config, name):
-                    reason = f"do not work with {name}={getattr(config, name)}"
-        if reason is not None:
-            raise ValueError(f"cuda_graphs {reason}")
 
     def _note_skipped_step(self, first: int, image_ids: list[list[int]], losses: Iterable[Tensor]) -> None:
         """Count and report a step, given the batches of the epoch before it, and the ids and the loss of each batch."""

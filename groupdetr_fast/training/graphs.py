@@ -13,16 +13,31 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..targets import PackedTargets
 from .ema import AveragedWeights
 from .passes import add_losses
 
-__all__ = ["DeviceStep", "Flag", "GraphSizes", "StepGraphs", "StepInputs", "StepOutcome", "running_statistics"]
+if TYPE_CHECKING:
+    from .optimization import OptimizationConfig
+
+__all__ = [
+    "WARM_UP",
+    "DeviceStep",
+    "Flag",
+    "GraphSizes",
+    "StepGraphs",
+    "StepInputs",
+    "StepOutcome",
+    "check_graphs",
+    "running_statistics",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +345,29 @@ class _Graph(NamedTuple):
 
     inputs: list[StepInputs]
     replay: Callable[[], StepOutcome]
+
+
+def check_graphs(accelerator: Accelerator, config: "OptimizationConfig", *, observing: bool) -> None:
+    """Refuse trainings whose steps the host has a part in.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = None
+    if accelerator.device.type != "cuda":
+        reason = f"need a CUDA GPU, and this training runs on {accelerator.device.type}"
+    elif accelerator.distributed_type != DistributedType.NO:
+        reason = f"are for one process without DDP or FSDP, and this training is {accelerator.distributed_type.value}"
+    elif accelerator.scaler is not None:
+        reason = "do not work with precision fp16, whose loss scale is the host's: use bf16 or no"
+    elif observing:
+        reason = "do not work with observe, which looks at every batch on the host"
+    else:
+        for name in ("groups_per_pass", "recompute_layers", "compile"):
+            if getattr(config, name):
+                reason = f"do not work with {name}={getattr(config, name)}"
+    if reason is not None:
+        raise ValueError(f"cuda_graphs {reason}")
 
 
 class Flag:

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 import groupdetr_fast as gd
 from groupdetr_fast.data import Batch
 from groupdetr_fast.targets import StepTotals
+from groupdetr_fast.training import engine
 from groupdetr_fast.training.ema import AveragedWeights
 from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
 from groupdetr_fast.training.faults import TrainingError
-from groupdetr_fast.training.graphs import WARM_UP, DeviceStep, GraphSizes, StepInputs
+from groupdetr_fast.training.graphs import WARM_UP, DeviceStep, GraphSizes, StepInputs, check_graphs
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
 
 CLASSES = 5
@@ -93,7 +96,7 @@ class InOrder(torch.utils.data.SequentialSampler):
 @pytest.fixture
 def trainer_in(tmp_path, monkeypatch):
     """Makes trainers in folders of these names; each begins with the same weights and random states."""
-    monkeypatch.setattr(Trainer, "_check_graphs", lambda trainer: None)  # these run on the CPU too
+    monkeypatch.setattr(engine, "check_graphs", lambda *arguments, observing: None)  # these run on the CPU too
 
     def make(name, device="cpu", model=CONDITIONAL, overrides=None, max_skipped_steps=10, **options):
         optimization = replace(CONFIG, **options)
@@ -392,6 +395,24 @@ def test_without_a_gpu_graphs_are_refused(tmp_path):
     loader = torch.utils.data.DataLoader(Numbers(), batch_size=None, sampler=InOrder(Numbers()))
     with pytest.raises(ValueError, match="cuda_graphs need a CUDA GPU, and this training runs on cpu"):
         Trainer(accelerator, detector, gd.build_criterion(detector), loader, TrainerSettings(CONFIG, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "observing", "message"),
+    [
+        ({"distributed_type": DistributedType.MULTI_GPU}, {}, False, "are for one process without DDP or FSDP"),
+        ({"scaler": object()}, {}, False, "do not work with precision fp16"),
+        ({}, {}, True, "do not work with observe"),
+        ({}, {"groups_per_pass": 1}, False, "do not work with groups_per_pass=1"),
+        ({}, {"recompute_layers": True}, False, "do not work with recompute_layers=True"),
+        ({}, {"compile": True}, False, "do not work with compile=True"),
+    ],
+)
+def test_what_the_host_has_a_part_in_is_refused(changes, options, observing, message):
+    fitting = {"device": torch.device("cuda"), "distributed_type": DistributedType.NO, "scaler": None}
+    check_graphs(SimpleNamespace(**fitting), CONFIG, observing=False)
+    with pytest.raises(ValueError, match=f"cuda_graphs {message}"):
+        check_graphs(SimpleNamespace(**fitting | changes), replace(CONFIG, **options), observing=observing)
 
 
 # --- On a GPU ---
