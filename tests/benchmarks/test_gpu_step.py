@@ -76,6 +76,8 @@ def test_steps_as_graphs(recorder, conditional):
         (11, graph, f"{OURS}, K = 11", "ok"),
         (1, graph, None, "ok"),
         (11, graph, f"{graph}, K = 1", "ok"),
+        (1, f"{graph} without the check", None, "ok"),
+        (11, f"{graph} without the check", f"{graph} without the check, K = 1", "ok"),
     ]
     kernels = rows_of(recorder, "kernels")
     assert [(row["groups"], row["contender"], row["status"]) for row in kernels] == [
