@@ -284,9 +284,9 @@ class GraphedStep(Step):
         return outcome.losses["loss"]
 
     def _launch(self) -> StepOutcome:
-        result = self.graphs.run([StepInputs(self.batch.images, self.batch.masks, self.batch.packed())])
-        assert result is not None, "the batch has no graph"
-        return result[0]
+        outcome = self.graphs.run([StepInputs(self.batch.images, self.batch.masks, self.batch.packed())])
+        assert outcome is not None, "the batch has no graph"
+        return outcome
 
     def difference(self) -> float:
         """How far the loss of a graph is from that of the same step without one, relative to it.
@@ -303,6 +303,7 @@ class GraphedStep(Step):
             expected = self._losses(output, targets)["loss"].item()
         torch.manual_seed(0)
         outcome = self._launch()
+        assert outcome.replayed, "the step was no graph"
         assert not outcome.broken, "the loss or the gradient is not finite"
         off = abs(outcome.losses["loss"].item() - expected) / abs(expected)
         assert off <= 10 * TOLERANCE, f"the loss differs by {off:.2g} of its value"

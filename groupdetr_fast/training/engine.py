@@ -241,18 +241,17 @@ class Trainer:
         Raises:
             TrainingError: if too many steps had to be skipped.
         """
-        result = None if self.graphs is None else self.graphs.run(batches)
+        outcome = None if self.graphs is None else self.graphs.run(batches)
         self._settle()
         state = self.state
-        if result is None:
+        if outcome is None:
             losses = self._run_eager_step(batches)
         else:
-            outcome, _ = result
             ids = [batch.image_ids for batch in batches]
             self._enqueued = _EnqueuedStep(state.current.batches, ids, outcome, Flag(outcome.broken))
             losses = outcome.losses
             state.scheduler.step()
-        if self.graphs is not None and (result is None or not result[1]):
+        if self.graphs is not None and (outcome is None or not outcome.replayed):
             state.current.without_graph += 1
         state.current.batches += len(batches)
         return losses

@@ -154,19 +154,22 @@ class StepOutcome:
         values: ``[losses]``, summed over the batches of the step.
         of_batches: ``[batches]``, the loss of each batch.
         broken: scalar bool: the loss or the gradient was not finite, and the step has changed nothing.
+        replayed: whether it was a graph.
     """
 
     names: tuple[str, ...]
     values: Tensor
     of_batches: Tensor
     broken: Tensor
+    replayed: bool = False
 
     @property
     def losses(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.values.unbind(), strict=True))
 
-    def clone(self) -> "StepOutcome":
-        return StepOutcome(self.names, self.values.clone(), self.of_batches.clone(), self.broken.clone())
+    def of_replay(self) -> "StepOutcome":
+        """A copy, which the next replay does not overwrite."""
+        return StepOutcome(self.names, self.values.clone(), self.of_batches.clone(), self.broken.clone(), replayed=True)
 
 
 class DeviceStep:
@@ -196,8 +199,8 @@ class DeviceStep:
         self.model = model
         self.optimizer = optimizer
         self.average = average
-        device = optimizer.param_groups[0]["params"][0].device
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
 
     def take_rates(self) -> None:
         """Let the next step have the optimiser's learning rates of now."""
@@ -257,9 +260,8 @@ class StepGraphs:
         self.step = step
         self.sizes = sizes
         self.warm_up = WARM_UP
-        self.device = step._rates[0].device
-        on_gpu = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        on_gpu = step.device.type == "cuda"
+        self._stream = torch.cuda.Stream(step.device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._refused: set[PaddedSizes | None] = set()
         self._forget()
@@ -269,15 +271,15 @@ class StepGraphs:
         self._met: dict[PaddedSizes, int] = {}
         self._graphs: dict[PaddedSizes, _Graph] = {}
 
-    def run(self, batches: Sequence[Batch]) -> "tuple[StepOutcome, bool] | None":
+    def run(self, batches: Sequence[Batch]) -> StepOutcome | None:
         """Enqueue a step; the host does not wait for it.
 
         Args:
             batches: of the step, on the device.
 
         Returns:
-            What becomes of the step, in tensors of its own, and whether it was a graph; None if it has not been done,
-            as it would need a graph too many.
+            What becomes of the step, in tensors of its own; None if it has not been done, as it would need a graph too
+            many.
 
         Raises:
             ValueError: for targets with masks, whose sizes are those of images.
@@ -296,18 +298,18 @@ class StepGraphs:
             inputs = [StepInputs.like(batch, sizes.height, sizes.width, sizes.targets) for batch in batches]
             if self._met.get(sizes, 0) < self.warm_up:
                 self._met[sizes] = self._met.get(sizes, 0) + 1
-                return self._run_uncaptured(inputs, batches), False
+                return self._run_uncaptured(inputs, batches)
             graph = self._graphs[sizes] = self._capture(inputs)
         for room, batch in zip(graph.inputs, batches, strict=True):
             room.fill(batch)
-        return graph.replay().clone(), True
+        return graph.replay().of_replay()
 
     def _run_uncaptured(self, inputs: list[StepInputs], batches: Sequence[Batch]) -> StepOutcome:
         for room, batch in zip(inputs, batches, strict=True):
             room.fill(batch)
         if self._stream is None:
             return self.step(inputs)
-        current = torch.cuda.current_stream(self.device)
+        current = torch.cuda.current_stream(self.step.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outcome = self.step(inputs)

@@ -511,6 +511,6 @@ def test_a_replay_does_not_wait(trainer_in):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches[WARM_UP + 1 :]:
-            assert trainer.graphs.run([batch])[1]
+            assert trainer.graphs.run([batch]).replayed
     finally:
         torch.cuda.set_sync_debug_mode("default")
