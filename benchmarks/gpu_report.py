@@ -27,7 +27,7 @@ from gpu.recorder import Recorder
 from harness.places import RESULTS
 
 ROWS = RESULTS / "gpu"
-MINUTES = {"smoke": 100 / 60, "ops": 200 / 60, "step": 3.0, "tests": 2.5, "tune": 2.0}
+MINUTES = {"smoke": 100 / 60, "ops": 200 / 60, "step": 4.0, "tests": 2.5, "tune": 2.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     parser.add_argument("--minutes", type=float, help="time for the stage")
     parser.add_argument("--rehearse", action="store_true", help="the whole stage at tiny sizes, on the CPU")
-    parser.add_argument("--only", default="", help="regular expression: works of ops, models of step")
+    parser.add_argument(
+        "--only", default="", help="regular expression: works of ops, models of step, compile, graph of MODEL"
+    )
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():

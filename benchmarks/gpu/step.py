@@ -3,6 +3,7 @@
 A step is what training/engine.py does for a batch on one GPU in bf16: pack the targets and copy them to the device,
 forward pass, loss, backward pass, clip the gradient, see that loss and gradient are finite (for which the host waits),
 AdamW, schedule. The images are on the device already, where a data loader would have put them during the step before.
+A step as a CUDA graph is that of training/graphs.py, whose host sees a step later whether it was finite.
 
 Kinds of rows, each with ``model``, ``groups``, ``batch`` and ``contender``:
 
@@ -34,7 +35,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from harness.interleave import quartiles
-from harness.results import OURS
 
 from .clock import HostTimes, host_syncs, peak_bytes
 from .recorder import Recorder, what_became
@@ -45,6 +45,7 @@ from .training_step import (
     criterion_of,
     difference,
     folded,
+    in_graph,
     in_passes,
     masked,
 )
@@ -64,7 +65,7 @@ def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
     """Check steps, then time them round by round; ratios are to the first one.
 
     Returns:
-        Median seconds of each number of groups, of this package's steps.
+        Median seconds of each number of groups, of steps by the contender of the first one.
     """
     samples: dict[int, list[HostTimes]] = {}
     calls, differences = {}, {}
@@ -103,7 +104,7 @@ def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
             row["ratio"] = statistics.median(own.wall / of_base.wall for own, of_base in zip(values, base, strict=True))
             row["ratio_to"] = f"{steps[0].contender}, K = {steps[0].training.num_groups}"
         recorder.add("step", **step.fields, **row)
-        if step.contender == OURS:
+        if step.contender == steps[0].contender:
             walls[step.training.num_groups] = row["wall"]
     return walls
 
@@ -332,6 +333,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
         passes = [in_passes(training, batch)]
         theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
     walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
+    measure_graphs(recorder, trainings, batch)
     attempt(recorder, "memory", 5, (one, many, *passes), measure_memory)
     attempt(recorder, "step", 20, (many, *contenders, *theirs, *passes), time_steps)
     for step in (many, *theirs[:1]):
@@ -345,12 +347,28 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
         attempt(recorder, "parts", 3, (step,), time_parts)
 
 
+def measure_graphs(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
+    """Steps as CUDA graphs, each beside the same step without one; then what the GPU does in them."""
+    eager = [Step(training, batch) for training in trainings]
+    graphed = [in_graph(step) for step in eager]
+    for pair in zip(eager, graphed, strict=True):
+        attempt(recorder, "step", 8, pair, time_steps)
+    walls = attempt(recorder, "step", 5, graphed, time_steps) or {}
+    for step in reversed(graphed):
+        attempt(recorder, "kernels", 4, (step,), partial(profile_kernels, walls=walls))
+    unchecked = [replace(step, contender="CUDA graph without the check", checked=False) for step in graphed]
+    attempt(recorder, "step", 5, unchecked, time_steps)
+    del graphed, unchecked, pair, step  # whose graphs keep the memory of a whole step
+    eager[0].forget()
+
+
 def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
     """The same for many images, where the host matters less: times and memory."""
     one, many = (Step(training, batch) for training in trainings)
     contenders = (masked(many.training, batch), folded(many.training, batch))
     seconds = 10 if many.training.name == CONDITIONAL else 20
     attempt(recorder, "step", seconds, (one, many), time_steps)
+    measure_graphs(recorder, trainings, batch)
     attempt(recorder, "memory", seconds / 2, (one, many), measure_memory)
     attempt(recorder, "step", seconds, (many, *contenders), time_steps)
 
@@ -367,23 +385,29 @@ def run(recorder: Recorder) -> None:
 
 
 def _run(recorder: Recorder) -> None:
-    wanted = [name for name in GROUPS if recorder.wants(name) or (name == CONDITIONAL and recorder.wants("compile"))]
+    whole = [name for name in GROUPS if recorder.wants(name)]
+    graphs = [name for name in GROUPS if name not in whole and recorder.wants(f"graph of {name}")]
+    compiled = [CONDITIONAL] if recorder.wants("compile") else []
     few = Batch(FEW, recorder)
     trainings = {}
-    for name in wanted:
+    for name in GROUPS:
+        if name not in (*whole, *graphs, *compiled):
+            continue
         trainings[name] = build(recorder, name)
-        if trainings[name] and recorder.wants(name):
+        if trainings[name] and name in whole:
             measure(recorder, trainings[name], few)
-    measured = [name for name in wanted if trainings[name] and recorder.wants(name)]
+        elif trainings[name] and name in graphs:
+            measure_graphs(recorder, trainings[name], few)
+    measured = [name for name in (*whole, *graphs) if trainings[name]]
     many = None
     if measured:
         with recorder.row("build", batch=LARGE):
             many = Batch(3 if recorder.rehearsal else LARGE, recorder)
     for name in measured:
         if many is not None:
-            measure_large(recorder, trainings[name], many)
+            (measure_large if name in whole else measure_graphs)(recorder, trainings[name], many)
     del many
-    if trainings.get(CONDITIONAL) and recorder.wants("compile"):
+    if compiled and trainings[CONDITIONAL]:
         step = Step(trainings[CONDITIONAL][-1], few)
         attempt(
             recorder, "step", 30, (replace(step, contender="torch.compile"),), lambda *_: compile_model(recorder, step)

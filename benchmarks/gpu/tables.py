@@ -327,15 +327,16 @@ def busy_table(run: Run) -> str:
     """What the GPU does in a step, and how often the host waits for it."""
     lines = []
     for row in run.of("kernels"):
-        waits = run.of("syncs", model=row["model"], groups=row["groups"], contender=OURS, work="step")
+        waits = run.of("syncs", model=row["model"], groups=row["groups"], contender=row["contender"], work="step")
         count = str(waits[0]["count"]) if waits else "-"
         share = f"{100 * row['gpu_busy_unprofiled']:.0f} %" if "gpu_busy_unprofiled" in row else "-"
         first = row["most"][0]
-        line = [row["model"], str(row["batch"]), str(row["groups"]), f"{1e3 * row['seconds']:.1f}", share]
+        line = [row["model"], str(row["batch"]), str(row["groups"]), row["contender"]]
+        line += [f"{1e3 * row['seconds']:.1f}", share]
         line += [f"{row['launches']:.0f}", count, f"{short_name(first['name'])}: {1e3 * first['seconds']:.2f} ms"]
         lines.append(line)
-    header = ["detector", "batch", "K", "GPU at work, ms", "of the step", "kernels", "host waits", "costliest kernel"]
-    return table(header, lines)
+    header = ["detector", "batch", "K", "contender", "GPU at work, ms", "of the step", "kernels", "host waits"]
+    return table([*header, "costliest kernel"], lines)
 
 
 def short_name(kernel: str) -> str:

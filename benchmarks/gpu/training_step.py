@@ -5,8 +5,8 @@ What a step is, step.py says, which times these.
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import groupdetr_fast as gd
 from groupdetr_fast import ops
 from groupdetr_fast.targets import StepTotals
+from groupdetr_fast.training.graphs import WARM_UP, DeviceStep, Flag, GraphSizes, StepGraphs, StepInputs, StepOutcome
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses, add_losses
 from harness import naive
@@ -29,12 +30,14 @@ from .recorder import Recorder
 __all__ = [
     "TOLERANCE",
     "Batch",
+    "GraphedStep",
     "PeerCriterion",
     "Step",
     "Training",
     "criterion_of",
     "difference",
     "folded",
+    "in_graph",
     "in_passes",
     "masked",
 ]
@@ -255,6 +258,76 @@ class Step:
             yield
 
 
+@dataclass(frozen=True)
+class GraphedStep(Step):
+    """A step that the host launches as one CUDA graph, as the training loop does; on the CPU nothing is captured.
+
+    Images and targets have the sizes of the batch, so that the GPU does the work of a step without a graph.
+
+    Attributes:
+        graphs: the one graph.
+        flags: of the last step, whether it had to be skipped, at which the next one looks.
+    """
+
+    graphs: StepGraphs = field(kw_only=True)
+    flags: list[Flag] = field(default_factory=list)
+
+    def __call__(self) -> Tensor:
+        """See :meth:`Step.__call__`; the error is that of the step before."""
+        training = self.training
+        outcome = self._launch()
+        if self.checked:
+            assert not (self.flags and self.flags.pop()), "the loss or the gradient is not finite"
+            self.flags.append(Flag(outcome.broken))
+        training.sums = add_losses(training.sums, outcome.losses)
+        training.scheduler.step()
+        return outcome.losses["loss"]
+
+    def _launch(self) -> StepOutcome:
+        outcome = self.graphs.run([StepInputs(self.batch.images, self.batch.masks, self.batch.packed())])
+        assert outcome is not None, "the batch has no graph"
+        return outcome
+
+    def difference(self) -> float:
+        """How far the loss of a graph is from that of the same step without one, relative to it.
+
+        Raises:
+            AssertionError: if that is too far, or the last step was skipped.
+        """
+        for _ in range(WARM_UP + 1):
+            self()
+        torch.manual_seed(0)  # graphs draw the numbers that the generator would give without them
+        with torch.no_grad(), self._autocast():
+            targets = self.batch.packed()
+            output = self.training.model(self.batch.images, self.batch.masks, targets)
+            expected = self._losses(output, targets)["loss"].item()
+        torch.manual_seed(0)
+        outcome = self._launch()
+        assert outcome.replayed, "the step was no graph"
+        assert not outcome.broken, "the loss or the gradient is not finite"
+        off = abs(outcome.losses["loss"].item() - expected) / abs(expected)
+        assert off <= 10 * TOLERANCE, f"the loss differs by {off:.2g} of its value"
+        return off
+
+
+def in_graph(step: Step) -> GraphedStep:
+    """The same step as a graph."""
+    training, batch = step.training, step.batch
+
+    def add_gradients(batches: Sequence[StepInputs]) -> tuple[list[dict[str, Tensor]], Tensor]:
+        (inputs,) = batches
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            output = training.model(inputs.images, inputs.masks, inputs.targets)
+        losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(training.model.parameters(), CONFIG.clip_norm)
+        return [{name: value.detach() for name, value in losses.items()}], norm
+
+    sizes = GraphSizes(1, image_multiple=1, targets=(batch.packed().max_targets,))
+    graphs = StepGraphs(DeviceStep(add_gradients, training.model, training.optimizer), sizes)
+    return GraphedStep(training, batch, "CUDA graph", graphs=graphs)
+
+
 def masked(training: Training, batch: Batch) -> Step:
     return Step(training, batch, "masked SDPA", attention=naive.masked_sdpa)
 
@@ -281,6 +354,8 @@ def difference(step: Step) -> float:
     if step.contender == OURS:
         assert step.losses()["loss"].isfinite(), "the loss is not finite"
         return 0.0
+    if isinstance(step, GraphedStep):
+        return step.difference()
     expected = Step(step.training, step.batch).losses()
     losses, names, off = step.losses(), ["loss"], 0.0
     if step.criterion is not None:  # peers have other class losses

@@ -75,7 +75,8 @@ def make_denoising_queries(
         groups: how the matching queries fall into groups.
         num_classes: C; random labels are drawn from 0 ... C - 1.
         number: positive denoising queries of one set (both repositories' ``dn_number``): a set has as many denoising
-            groups as fit for the fullest image of the batch, and at least one. 0 for no denoising.
+            groups as fit for the fullest image of the batch (or for the room that targets padded further have, as
+            with CUDA graphs), and at least one. 0 for no denoising.
         label_noise: probability that a label is replaced by a random one, which may be the same.
         box_noise: amount of noise on the boxes.
         contrastive: in each denoising group, follow the positives by as many negatives. As in DINO's repository,

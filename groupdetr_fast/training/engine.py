@@ -5,16 +5,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +24,7 @@ from ..targets import StepTotals
 from .checkpoint import mark_best
 from .ema import AveragedWeights
 from .faults import StopRequest, TrainingError, TrainingStopped, deaths_of_workers_explained
+from .graphs import DeviceStep, Flag, StepGraphs, StepOutcome, check_graphs, running_statistics
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler
 from .passes import GroupPasses, add_losses, average_gradients
 from .processes import anywhere, mean_losses
@@ -56,6 +57,8 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
         step_scheduler_with_optimizer=False,
+        # A copy of a batch that the host waits for would wait for the step before it, which graphs leave running.
+        dataloader_config=DataLoaderConfiguration(non_blocking=config.cuda_graphs > 0),
     )
     set_seed(config.seed)
     return accelerator
@@ -144,7 +147,11 @@ class Trainer:
             self.passes = GroupPasses(model, criterion, self.config.groups_per_pass)
             self._check_passes()
         check_sharding(accelerator)
+        if self.config.cuda_graphs:
+            check_graphs(accelerator, self.config, observing=observe is not None)
         self.state = self._begin(model, loader)
+        self.graphs = self._build_graphs() if self.config.cuda_graphs else None
+        self._enqueued: _EnqueuedStep | None = None
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
         self.stop = StopRequest()
 
@@ -157,6 +164,12 @@ class Trainer:
         scheduler = build_scheduler(optimizer, config, steps_per_epoch=-(-len(loader) // config.accumulate))
         average = AveragedWeights(bare, config.ema_decay) if config.ema_decay else None
         return TrainingState(accelerator, model, optimizer, scheduler, average, loader)
+
+    def _build_graphs(self) -> StepGraphs:
+        state = self.state
+        bare = self.accelerator.unwrap_model(state.model)
+        step = DeviceStep(self._add_gradients, bare, state.optimizer, state.average)
+        return StepGraphs(step, self.config.graph_sizes)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run that can be used, if there is any.
@@ -217,14 +230,47 @@ class Trainer:
     def run_step(self, batches: list[Any]) -> dict[str, Tensor] | None:
         """One optimiser step; the model must be in training mode.
 
+        With ``cuda_graphs`` the host does not wait for the step: it sees whether the step was skipped, counts it and
+        warns when the next step is enqueued, or an epoch ends or a checkpoint is written. On the device a skipped step
+        has changed nothing from the beginning.
+
         Returns:
-            Its detached losses, of this process; None if the step had to be skipped.
+            Its detached losses, of this process; None if the step had to be skipped. With ``cuda_graphs`` the losses
+            of a skipped step are returned too, and are not finite or have a gradient that is not.
 
         Raises:
             TrainingError: if too many steps had to be skipped.
         """
+        outcome = None if self.graphs is None else self.graphs.run(batches)
+        self._settle()
         state = self.state
-        statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(state.model)]
+        if outcome is None:
+            losses = self._run_eager_step(batches)
+        else:
+            ids = [batch.image_ids for batch in batches]
+            self._enqueued = _EnqueuedStep(state.current.batches, ids, outcome, Flag(outcome.broken))
+            losses = outcome.losses
+            state.scheduler.step()
+        if self.graphs is not None and (outcome is None or not outcome.replayed):
+            state.current.without_graph += 1
+        state.current.batches += len(batches)
+        return losses
+
+    def _settle(self) -> None:
+        """Count the step that was enqueued last, if it has not been yet; the host waits for its end."""
+        step, self._enqueued = self._enqueued, None
+        if step is None:
+            return
+        if step.broken:
+            self._note_skipped_step(step.first, step.image_ids, step.outcome.of_batches)
+        else:
+            self.state.current.steps += 1
+            self.state.current.sums = add_losses(self.state.current.sums, step.outcome.losses)
+
+    def _run_eager_step(self, batches: list[Any]) -> dict[str, Tensor] | None:
+        """A step that the host launches kernel by kernel, and that it decides to skip. See :meth:`run_step`."""
+        state = self.state
+        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(state.model)]
         parts, norm = self._add_gradients(batches)
         losses = add_losses(*parts)
         scaler = self.accelerator.scaler
@@ -245,8 +291,8 @@ class Trainer:
         state.scheduler.step()
         state.optimizer.zero_grad()
         if broken:
-            self._note_skipped_step(batches, parts)
-        state.current.batches += len(batches)
+            image_ids = [batch.image_ids for batch in batches]
+            self._note_skipped_step(state.current.batches, image_ids, [part["loss"] for part in parts])
         return None if broken else losses
 
     def _add_gradients(self, batches: list[Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
@@ -288,13 +334,14 @@ class Trainer:
         if self.observe is not None:
             raise ValueError("observe needs the output of all groups at once: leave groups_per_pass at 0")
 
-    def _note_skipped_step(self, batches: list[Any], parts: list[dict[str, Tensor]]) -> None:
+    def _note_skipped_step(self, first: int, image_ids: list[list[int]], losses: Iterable[Tensor]) -> None:
+        """Count and report a step, given the batches of the epoch before it, and the ids and the loss of each batch."""
         current, epoch, allowed = self.state.current, self.state.epoch + 1, self.settings.max_skipped_steps
         current.skipped += 1
-        guilty = [batch for batch, part in zip(batches, parts, strict=True) if not part["loss"].isfinite()]
+        guilty = [ids for ids, loss in zip(image_ids, losses, strict=True) if not loss.isfinite()]
         what = "loss" if guilty else "gradient"
-        ids = [image_id for batch in guilty or batches for image_id in batch.image_ids]
-        where = f"epoch {epoch}, batches {current.batches + 1} to {current.batches + len(batches)}"
+        ids = [image_id for of_batch in guilty or image_ids for image_id in of_batch]
+        where = f"epoch {epoch}, batches {first + 1} to {first + len(image_ids)}"
         logger.warning("%s: the %s is not finite: step skipped; image ids %s", where, what, ids)
         if current.skipped > allowed:
             raise TrainingError(
@@ -307,7 +354,7 @@ class Trainer:
         """Write a checkpoint within the epoch if it is time for one, or if the training is to stop."""
         current, every = self.state.current, self.settings.checkpoint_every
         stop = self._asked_to_stop()
-        due = every and (current.steps + current.skipped) % every == 0
+        due = every and (current.steps + current.skipped + (self._enqueued is not None)) % every == 0
         if stop or due:
             self.save()
         if stop:
@@ -331,6 +378,7 @@ class Trainer:
             CheckpointError: if the checkpoint cannot be written.
         """
         state = self.state
+        self._settle()
         row = self._row_of_epoch()
         if self.evaluate is not None and (
             row["epoch"] % self.settings.evaluate_every == 0 or row["epoch"] == self.config.epochs
@@ -351,11 +399,13 @@ class Trainer:
     def _row_of_epoch(self) -> dict[str, Any]:
         """What the history says of the current epoch."""
         current = self.state.current
+        graphs = {} if self.graphs is None else {"steps_without_graph": current.without_graph}
         return {
             "epoch": self.state.epoch + 1,
             "seconds": round(current.seconds, 2),
             "peak_memory_mib": peak_memory_mib(),
             "skipped_steps": current.skipped,
+            **graphs,
             "unreadable_images": len(self.state.unreadable()),
             "train": {name: (total / current.steps).item() for name, total in mean_losses(current.sums).items()},
         }
@@ -382,6 +432,7 @@ class Trainer:
         Raises:
             CheckpointError: if the checkpoint cannot be written.
         """
+        self._settle()
         run = self.settings.run
         self.state.save(run, self.settings.metadata)
         if self.accelerator.is_main_process:
@@ -401,7 +452,10 @@ class Trainer:
         }
 
 
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """What a forward pass changes in a model that trains: the statistics of its batch norms."""
-    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False)]
+class _EnqueuedStep(NamedTuple):
+    """A step that the host has not looked at since it launched it."""
+
+    first: int  # batches of the epoch before it
+    image_ids: list[list[int]]  # of each batch
+    outcome: StepOutcome
+    broken: Flag

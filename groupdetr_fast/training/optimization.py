@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .graphs import GraphSizes
+
 __all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler"]
 
 SCHEDULES = {"12e": (12, (11,)), "50e": (50, (40,))}  # name: (epochs, epochs after which the rates drop)
@@ -35,6 +37,10 @@ class OptimizationConfig:
             with the number of groups; 0 for all at once. The gradients are the same.
         recompute_layers: compute decoder layers again in the backward pass, which takes time and saves memory.
         compile: compile the model with torch.compile.
+        cuda_graphs: launch whole optimiser steps as CUDA graphs, of at most so many sizes of images and targets; 0 to
+            launch every kernel. Steps of other sizes run without a graph.
+        graph_image_multiple: with ``cuda_graphs``: pad heights and widths of images to multiples of this.
+        graph_targets: with ``cuda_graphs``: numbers of targets per image to pad to, rising.
         seed: of weights, data order, augmentation and dropout.
     """
 
@@ -55,21 +61,39 @@ class OptimizationConfig:
     groups_per_pass: int = 0
     recompute_layers: bool = False
     compile: bool = False
+    cuda_graphs: int = 0
+    graph_image_multiple: int = 128
+    graph_targets: tuple[int, ...] = (16, 32, 64, 128)
     seed: int = 42
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lr", "backbone_lr", "weight_decay", "clip_norm", "groups_per_pass"):
+        for name in (
+            "warmup_steps",
+            "lr",
+            "backbone_lr",
+            "weight_decay",
+            "clip_norm",
+            "groups_per_pass",
+            "cuda_graphs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.cuda_graphs:
+            _ = self.graph_sizes  # which checks them
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
+
+    @property
+    def graph_sizes(self) -> GraphSizes:
+        """Which sizes of steps have graphs; only with ``cuda_graphs``."""
+        return GraphSizes(self.cuda_graphs, self.graph_image_multiple, self.graph_targets)
 
     def resolved(self) -> "OptimizationConfig":
         """The same settings with ``epochs`` and ``lr_drop`` taken from the named schedule, if there is one."""

@@ -31,6 +31,7 @@ class EpochState:
         batches: that have ended, of this process.
         steps: optimiser steps that were taken.
         skipped: optimiser steps that were not, since the loss or the gradient was not finite.
+        without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
     """
@@ -38,6 +39,7 @@ class EpochState:
     batches: int = 0
     steps: int = 0
     skipped: int = 0
+    without_graph: int = 0
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -114,7 +116,7 @@ class TrainingState:
         }
         if average is not None:
             # The averaged weights are those to evaluate; the trained ones are then part of the state.
-            state |= {"weights": weights, "ema_updates": self.average.updates}
+            state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
         save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata))
 

@@ -65,6 +65,53 @@ def test_a_step_trains(conditional):
     assert weight.grad is None
 
 
+def test_steps_as_graphs(recorder, conditional):
+    step.measure_graphs(recorder, [one.training for one in conditional], conditional[0].batch)
+    graph = "CUDA graph"
+    rows = [(row["groups"], row["contender"], row.get("ratio_to"), row["status"]) for row in rows_of(recorder, "step")]
+    assert rows == [
+        (1, OURS, None, "ok"),
+        (1, graph, f"{OURS}, K = 1", "ok"),
+        (11, OURS, None, "ok"),
+        (11, graph, f"{OURS}, K = 11", "ok"),
+        (1, graph, None, "ok"),
+        (11, graph, f"{graph}, K = 1", "ok"),
+        (1, f"{graph} without the check", None, "ok"),
+        (11, f"{graph} without the check", f"{graph} without the check, K = 1", "ok"),
+    ]
+    kernels = rows_of(recorder, "kernels")
+    assert [(row["groups"], row["contender"], row["status"]) for row in kernels] == [
+        (11, graph, "ok"),
+        (1, graph, "ok"),
+    ]
+    assert all(row["gpu_busy_unprofiled"] > 0 for row in kernels)
+
+
+def test_a_graph_with_another_loss_is_wrong(recorder, conditional):
+    graphed = training_step.in_graph(conditional[0])
+    add_gradients = graphed.graphs.step.add_gradients
+
+    def doubled(batches):
+        (losses,), norm = add_gradients(batches)
+        return [{name: 2 * value for name, value in losses.items()}], norm
+
+    graphed.graphs.step.add_gradients = doubled
+    step.time_steps(recorder, (graphed,))
+    (row,) = rows_of(recorder, "step")
+    assert row["status"] == "wrong"
+    assert row["note"].startswith("the loss differs")
+
+
+@pytest.mark.parametrize(("only", "models"), [("graph", list(step.GROUPS)), ("graph of dino", [step.DINO])])
+def test_graphs_alone_can_be_measured(tmp_path, one_thread, monkeypatch, only, models):
+    recorder = Recorder(tmp_path, "step", device=CPU, minutes=10, rehearsal=True, only=only)
+    measured = []
+    monkeypatch.setattr(step, "measure_graphs", lambda recorder, trainings, batch: measured.append(trainings[0].name))
+    step.run(recorder)
+    assert measured == models * 2  # with few images and with many
+    assert rows_of(recorder, "step") == []
+
+
 def test_attention_across_groups_is_wrong(recorder, conditional):
     def across_groups(query, key, value, groups, *, dropout_p=0.0):
         return naive.masked_sdpa(query, key, value, QueryGroups(1, query.shape[1]), dropout_p=dropout_p)

@@ -1,0 +1,394 @@
+"""Whole optimiser steps as CUDA graphs: what the host launches once, the GPU does again for other images.
+
+A step of a detector launches thousands of short kernels, and on a fast GPU their launches take longer than they do. A
+graph has the kernels of a whole step: forward pass, matching, losses, backward pass, clipping, AdamW and averaged
+weights. The host copies a batch into the tensors that the graph reads, and launches the graph.
+
+A graph repeats kernels and their sizes, so that nothing may depend on a batch but through tensors. Images are padded to
+multiples of a size, and targets to one of a few numbers per image; each combination is a graph of its own. What
+denoising queries there are follows from the padded number. Whether a step is skipped is decided on the device.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from ..targets import PackedTargets
+from .ema import AveragedWeights
+from .passes import add_losses
+
+if TYPE_CHECKING:
+    from .optimization import OptimizationConfig
+
+__all__ = [
+    "WARM_UP",
+    "DeviceStep",
+    "Flag",
+    "GraphSizes",
+    "StepGraphs",
+    "StepInputs",
+    "StepOutcome",
+    "check_graphs",
+    "running_statistics",
+]
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 3  # steps before a capture: the first ones compile kernels, choose algorithms and make the optimiser's state
+
+
+class Batch(Protocol):
+    """What a step reads of a batch; see ``data.Batch``."""
+
+    images: Tensor  # [B, 3, H, W]
+    masks: Tensor  # [B, H, W] bool
+    targets: PackedTargets
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Which sizes have graphs.
+
+    Attributes:
+        number: graphs at most.
+        image_multiple: heights and widths of images are padded to multiples of this.
+        targets: numbers of targets per image to pad to, rising.
+
+    Raises:
+        ValueError: if a number is not positive, or ``targets`` do not rise.
+    """
+
+    number: int
+    image_multiple: int = 128
+    targets: tuple[int, ...] = (16, 32, 64, 128)
+
+    def __post_init__(self) -> None:
+        if self.number < 1 or self.image_multiple < 1:
+            raise ValueError(
+                f"number and image_multiple must be at least 1, got {self.number} and {self.image_multiple}"
+            )
+        if not self.targets or self.targets[0] < 1 or list(self.targets) != sorted(set(self.targets)):
+            raise ValueError(f"targets must be positive and rise, got {self.targets}")
+
+    def padded(self, batches: Sequence[Batch]) -> "PaddedSizes | None":
+        """Those of the graph for the batches of a step; None if an image has more targets than any graph."""
+        most = max(batch.targets.max_targets for batch in batches)
+        targets = next((number for number in self.targets if number >= most), None)
+        if targets is None:
+            return None
+        height, width = (
+            -(-max(batch.images.shape[dim] for batch in batches) // self.image_multiple) * self.image_multiple
+            for dim in (2, 3)
+        )
+        return PaddedSizes(tuple(len(batch.images) for batch in batches), height, width, targets)
+
+
+class PaddedSizes(NamedTuple):
+    """Sizes of all tensors that a step reads: one graph."""
+
+    images: tuple[int, ...]  # of each batch
+    height: int
+    width: int
+    targets: int  # per image
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A batch in tensors whose sizes do not depend on it.
+
+    Attributes:
+        images: ``[B, 3, H, W]``, 0 on padding.
+        masks: ``[B, H, W]`` bool, True on padding.
+        targets: of B images, padded; ``sizes`` has the padded number for every image.
+    """
+
+    images: Tensor
+    masks: Tensor
+    targets: PackedTargets
+
+    @classmethod
+    def like(cls, batch: Batch, height: int, width: int, max_targets: int) -> "StepInputs":
+        """Room for batches such as this one."""
+        count, channels = batch.images.shape[:2]
+        targets = batch.targets
+        return cls(
+            batch.images.new_zeros(count, channels, height, width),
+            batch.masks.new_ones(count, height, width),
+            PackedTargets(
+                targets.labels.new_zeros(count, max_targets),
+                targets.boxes.new_zeros(count, max_targets, 4),
+                targets.num_targets.new_zeros(count),
+                (max_targets,) * count,
+            ),
+        )
+
+    def fill(self, batch: Batch) -> None:
+        """Take over a batch that is no larger."""
+        height, width = batch.images.shape[2:]
+        if (height, width) != self.images.shape[2:]:
+            self.images.zero_()
+            self.masks.fill_(True)
+        self.images[:, :, :height, :width].copy_(batch.images, non_blocking=True)
+        self.masks[:, :height, :width].copy_(batch.masks, non_blocking=True)
+        most = batch.targets.max_targets
+        for name in ("labels", "boxes"):
+            room = getattr(self.targets, name)
+            room.zero_()
+            room[:, :most].copy_(getattr(batch.targets, name), non_blocking=True)
+        self.targets.num_targets.copy_(batch.targets.num_targets, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step says of itself; nothing of it is on the host yet.
+
+    Attributes:
+        names: of the losses.
+        values: ``[losses]``, summed over the batches of the step.
+        of_batches: ``[batches]``, the loss of each batch.
+        broken: scalar bool: the loss or the gradient was not finite, and the step has changed nothing.
+        replayed: whether it was a graph.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    of_batches: Tensor
+    broken: Tensor
+    replayed: bool = False
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values.unbind(), strict=True))
+
+    def of_replay(self) -> "StepOutcome":
+        """A copy, which the next replay does not overwrite."""
+        return StepOutcome(self.names, self.values.clone(), self.of_batches.clone(), self.broken.clone(), replayed=True)
+
+
+class DeviceStep:
+    """An optimiser step that the host does not decide anything in: the function that is captured.
+
+    A step whose loss or gradient is not finite leaves weights, state of the optimiser, averaged weights and statistics
+    of batch norms as they were, by operations that every step does.
+
+    Args:
+        add_gradients: called with the inputs of a step; adds the gradients of its losses to those of the parameters,
+            clips them, and returns each batch's detached losses and the gradient's norm.
+        model: the bare model.
+        optimizer: AdamW with ``fused=True``, which leaves out a step on the device if its ``found_inf`` is 1; or
+            Accelerate's wrapper of it. Its learning rates stay numbers, as schedulers and checkpoints have them; see
+            :meth:`take_rates`.
+        average: moving average of the weights, if one is kept.
+    """
+
+    def __init__(
+        self,
+        add_gradients: Callable[[Sequence[StepInputs]], tuple[list[dict[str, Tensor]], Tensor]],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedWeights | None = None,
+    ):
+        self.add_gradients = add_gradients
+        self.model = model
+        self.optimizer = optimizer
+        self.average = average
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+
+    def take_rates(self) -> None:
+        """Let the next step have the optimiser's learning rates of now."""
+        for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+    def __call__(self, batches: Sequence[StepInputs]) -> StepOutcome:
+        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(self.model)]
+        parts, norm = self.add_gradients(batches)
+        losses = add_losses(*parts)
+        broken = ~(losses["loss"] + norm).isfinite()
+        with self._on_device(broken):
+            self.optimizer.step()
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(broken, before, buffer))
+        if self.average is not None:
+            self.average.update(unless=broken)
+        self.optimizer.zero_grad()
+        of_batches = torch.stack([part["loss"] for part in parts])
+        return StepOutcome(tuple(losses), torch.stack(list(losses.values())), of_batches, broken)
+
+    @contextmanager
+    def _on_device(self, broken: Tensor) -> Iterator[None]:
+        """Inside, the optimiser reads its learning rates, and whether to step, from the device."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        adam = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
+        adam.found_inf = broken.float()
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"], group["capturable"] = rate, capturing
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"], group["capturable"] = rate, False
+            del adam.found_inf
+
+
+class StepGraphs:
+    """Steps as graphs, one for each padded size that is met often enough, as many as are allowed.
+
+    The first steps of a size run as they are, padded: they are the warm-up that a capture needs, and train like all
+    others. On a CPU nothing is captured and every step runs so.
+
+    All graphs share the memory of what they compute on the way, as no two of them run at once.
+
+    Args:
+        step: what is captured.
+        sizes: which sizes have graphs.
+
+    Attributes:
+        warm_up: steps of a size before its capture.
+    """
+
+    def __init__(self, step: DeviceStep, sizes: GraphSizes):
+        self.step = step
+        self.sizes = sizes
+        self.warm_up = WARM_UP
+        on_gpu = step.device.type == "cuda"
+        self._stream = torch.cuda.Stream(step.device) if on_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._refused: set[PaddedSizes | None] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._optimizer_state = self.step.optimizer.state
+        self._met: dict[PaddedSizes, int] = {}
+        self._graphs: dict[PaddedSizes, _Graph] = {}
+
+    def run(self, batches: Sequence[Batch]) -> StepOutcome | None:
+        """Enqueue a step; the host does not wait for it.
+
+        Args:
+            batches: of the step, on the device.
+
+        Returns:
+            What becomes of the step, in tensors of its own; None if it has not been done, as it would need a graph too
+            many.
+
+        Raises:
+            ValueError: for targets with masks, whose sizes are those of images.
+        """
+        if any(batch.targets.masks is not None for batch in batches):
+            raise ValueError("cuda_graphs are for detectors of boxes: masks of targets have sizes of their own")
+        if self.step.optimizer.state is not self._optimizer_state:  # a checkpoint was loaded, into other tensors
+            self._forget()
+        sizes = self.sizes.padded(batches)
+        graph = self._graphs.get(sizes) if sizes is not None else None
+        if graph is None and (sizes is None or len(self._graphs) >= self.sizes.number):
+            self._say_refused(sizes, batches)
+            return None
+        self.step.take_rates()
+        if graph is None:
+            inputs = [StepInputs.like(batch, sizes.height, sizes.width, sizes.targets) for batch in batches]
+            if self._met.get(sizes, 0) < self.warm_up:
+                self._met[sizes] = self._met.get(sizes, 0) + 1
+                return self._run_uncaptured(inputs, batches)
+            graph = self._graphs[sizes] = self._capture(inputs)
+        for room, batch in zip(graph.inputs, batches, strict=True):
+            room.fill(batch)
+        return graph.replay().of_replay()
+
+    def _run_uncaptured(self, inputs: list[StepInputs], batches: Sequence[Batch]) -> StepOutcome:
+        for room, batch in zip(inputs, batches, strict=True):
+            room.fill(batch)
+        if self._stream is None:
+            return self.step(inputs)
+        current = torch.cuda.current_stream(self.step.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outcome = self.step(inputs)
+        current.wait_stream(self._stream)
+        return outcome
+
+    def _capture(self, inputs: list[StepInputs]) -> "_Graph":
+        if self._stream is None:
+            return _Graph(inputs, lambda: self.step(inputs))
+        graph = torch.cuda.CUDAGraph()
+        # A thread that pins the memory of batches to come may allocate meanwhile.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with capture:
+            outcome = self.step(inputs)
+
+        def replay() -> StepOutcome:
+            graph.replay()
+            return outcome
+
+        return _Graph(inputs, replay)
+
+    def _say_refused(self, sizes: PaddedSizes | None, batches: Sequence[Batch]) -> None:
+        if sizes in self._refused:
+            return
+        self._refused.add(sizes)
+        if sizes is None:
+            most = max(batch.targets.max_targets for batch in batches)
+            logger.warning("steps without a graph: an image has %d targets, and graphs end at %s", most, self.sizes)
+        else:
+            logger.warning("steps without a graph: all %d graphs are taken, none is of %s", self.sizes.number, sizes)
+
+
+class _Graph(NamedTuple):
+    """A step to do again: with what is in the inputs then, to an outcome that the next replay overwrites."""
+
+    inputs: list[StepInputs]
+    replay: Callable[[], StepOutcome]
+
+
+def check_graphs(accelerator: Accelerator, config: "OptimizationConfig", *, observing: bool) -> None:
+    """Refuse trainings whose steps the host has a part in.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = None
+    if accelerator.device.type != "cuda":
+        reason = f"need a CUDA GPU, and this training runs on {accelerator.device.type}"
+    elif accelerator.distributed_type != DistributedType.NO:
+        reason = f"are for one process without DDP or FSDP, and this training is {accelerator.distributed_type.value}"
+    elif accelerator.scaler is not None:
+        reason = "do not work with precision fp16, whose loss scale is the host's: use bf16 or no"
+    elif observing:
+        reason = "do not work with observe, which looks at every batch on the host"
+    else:
+        for name in ("groups_per_pass", "recompute_layers", "compile"):
+            if getattr(config, name):
+                reason = f"do not work with {name}={getattr(config, name)}"
+    if reason is not None:
+        raise ValueError(f"cuda_graphs {reason}")
+
+
+class Flag:
+    """A bool on its way from the device to the host."""
+
+    def __init__(self, value: Tensor):
+        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrived = torch.cuda.Event() if value.device.type == "cuda" else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def __bool__(self) -> bool:
+        """Waits for it, and for nothing that was enqueued later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """What a forward pass changes in a model that trains: the statistics of its batch norms."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False)]
