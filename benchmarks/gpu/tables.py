@@ -1,4 +1,4 @@
-"""What the rows of gpu_report.py say, as tables: of a folder's newest run of each stage.
+"""What the rows of gpu_report.py say, as tables: of a folder's newest run of each stage, and of parts measured since.
 
 python benchmarks gpu_tables [--results DIR]     print the tables
 python benchmarks gpu_tables --write             write DIR/report.md, and the short ones into docs/performance.md
@@ -8,7 +8,7 @@ python benchmarks gpu_tables --check             fail if docs/performance.md has
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,19 +40,27 @@ class Run(NamedTuple):
         ]
 
 
-def newest_run(folder: Path, stage: str) -> Run | None:
-    """The last one that is no rehearsal and has rows of the stage's kind."""
+def runs_of(folder: Path, stage: str) -> list[Run]:
+    """The newest whole run of a stage, then what was measured again since in part: of each part the newest run.
+
+    Rehearsals and runs without a row of the stage's kind do not count.
+    """
     file = folder / f"{stage}.jsonl"
     if not file.exists():
-        return None
-    runs: dict[str, list[Row]] = {}
+        return []
+    by_name: dict[str, list[Row]] = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        runs.setdefault(row["run"], []).append(row)
-    for environment, *rows in reversed(runs.values()):
-        if not environment["rehearsal"] and any(row["kind"] == STAGES[stage] for row in rows):
-            return Run(environment, rows)
-    return None
+        by_name.setdefault(row["run"], []).append(row)
+    parts: dict[str, Run] = {}
+    for environment, *rows in by_name.values():
+        if environment["rehearsal"] or not any(row["kind"] == STAGES[stage] for row in rows):
+            continue
+        part = environment.get("only", "")
+        parts = parts if part else {}  # a whole run has everything anew
+        parts.pop(part, None)  # so that the newest is the last
+        parts[part] = Run(environment, rows)
+    return list(parts.values())
 
 
 def origin(run: Run) -> str:
@@ -81,10 +89,28 @@ def works(run: Run) -> Iterator[tuple[Row, dict[str, Times]]]:
     """Every work that was timed, and its contenders' times."""
     found: dict[tuple, dict[str, dict[str, Row]]] = {}
     for row in run.of("time"):
-        key = tuple((name, row.get(name)) for name in ("work", "case", "batch", "dtype", "dropout"))
-        found.setdefault(key, {}).setdefault(row["contender"], {})[row["pass"]] = row
+        found.setdefault(key_of(row), {}).setdefault(row["contender"], {})[row["pass"]] = row
     for key, contenders in found.items():
         yield dict(key), {name: times_of(passes) for name, passes in contenders.items()}
+
+
+def key_of(row: Row) -> tuple:
+    return tuple((name, row.get(name)) for name in ("work", "case", "batch", "dtype", "dropout"))
+
+
+def newest_works(runs: Sequence[Run]) -> list[Run]:
+    """The runs without the times of what a later one has timed, for as many contenders, again."""
+    kept: list[Run] = []
+    seen: dict[tuple, set[str]] = {}
+    for run in reversed(runs):
+        own: dict[tuple, set[str]] = {}
+        for row in run.of("time"):
+            own.setdefault(key_of(row), set()).add(row["contender"])
+        again = {key for key, contenders in own.items() if contenders <= seen.get(key, set())}
+        kept.append(run._replace(rows=[row for row in run.rows if row["kind"] != "time" or key_of(row) not in again]))
+        for key, contenders in own.items():
+            seen.setdefault(key, set()).update(contenders)
+    return kept[::-1]
 
 
 def times_of(passes: dict[str, Row]) -> Times:
@@ -187,11 +213,13 @@ def full_tables(run: Run) -> Iterator[str]:
 # --- Goals ---
 
 
-def find(run: Run, name: str, **fields: Any) -> dict[str, Times]:
-    """The contenders of a work; nothing if it was not timed."""
-    for work, contenders in works(run):
-        if work["work"] == name and all(work[field] == value for field, value in fields.items()):
-            return contenders
+def find(runs: Sequence[Run], name: str, peer: str, **fields: Any) -> dict[str, Times]:
+    """The newest contenders of a work, this peer among them; nothing if it was not timed."""
+    for run in reversed(runs):
+        for work, contenders in works(run):
+            fits = work["work"] == name and all(work[field] == value for field, value in fields.items())
+            if fits and any(contender.startswith(peer) for contender in contenders):
+                return contenders
     return {}
 
 
@@ -204,24 +232,17 @@ def compare(contenders: dict[str, Times], part: str, like: str = "") -> float | 
     return fastest[1] / own if fastest and own else None
 
 
-def goals_table(smoke: Run, ops: Run, step: Run) -> str:
+def goals_table(smoke: Run, ops: Sequence[Run], steps: Sequence[Run]) -> str:
     """The goals of the package on a GPU, and what was measured."""
     attention = {"case": "K11xN300", "batch": 2, "dtype": "bfloat16"}
-    plain, dropped = (find(ops, "grouped_attention", **attention, dropout=p) for p in (0.0, 0.1))
-    encoder = find(ops, "ms_deform_attn", case="encoder near", batch=2, dtype="bfloat16")
+    plain, dropped = (find(ops, "grouped_attention", "folded", **attention, dropout=p) for p in (0.0, 0.1))
+    flex = find(ops, "grouped_attention", "FlexAttention", **attention, dropout=0.0)
+    encoder = find(ops, "ms_deform_attn", "deformops", case="encoder near", batch=2, dtype="bfloat16")
     compiled = {name: times for name, times in encoder.items() if name != "grid_sample"}
-    assignment = find(ops, "linear_assignment", case="132x300x20")
-    criterion = find(ops, "criterion", case="132x300x20")
-    both = {name: whole(times) for name, times in compiled.items()}
-    dropped_both = {name: whole(times) for name, times in dropped.items()}
+    assignment = find(ops, "linear_assignment", "torch-linear-assignment", case="132x300x20")
+    criterion = find(ops, "criterion", "", case="132x300x20")
     wrong = [row for row in smoke.rows if row["status"] == "wrong"]
     errors = [max(row["error_over_allowed"].values()) for row in smoke.of("operator")]
-    conditional = {"model": "conditional_detr_r50", "groups": 11, "batch": 2}
-    (ratio_of_groups,) = (
-        row["ratio"] for row in step.of("step", **conditional, ratio_to=f"{OURS}, K = 1", contender=OURS)
-    )
-    (ratio_of_passes,) = (row["ratio"] for row in step.of("memory", **conditional, contender="groups_per_pass=1"))
-    (syncs,) = (row["count"] for row in step.of("syncs", **conditional, contender=OURS, work="criterion"))
     at_least = [
         (
             "grouped attention 11 x 300 forward, GPU, over the best folded SDPA",
@@ -229,9 +250,13 @@ def goals_table(smoke: Run, ops: Run, step: Run) -> str:
             1.2,
         ),
         ("its backward", compare(plain, "backward", "folded"), 1.0),
-        ("both, over FlexAttention's mask", compare({k: whole(v) for k, v in flex(ops).items()}, "forward", "Flex"), 5),
-        ("with dropout 0.1, both, over folded SDPA", compare(dropped_both, "forward", "folded"), 1.2),
-        ("deformable attention, encoder, both, GPU, over the best compiled peer", compare(both, "forward"), 1.5),
+        ("both, over FlexAttention's mask", compare(wholes(flex), "forward", "Flex"), 5),
+        ("with dropout 0.1, both, over folded SDPA", compare(wholes(dropped), "forward", "folded"), 1.2),
+        (
+            "deformable attention, encoder, both, GPU, over the best compiled peer",
+            compare(wholes(compiled), "forward"),
+            1.5,
+        ),
         (
             "assignment, 132 problems of 300 x 20, eager, over torch-linear-assignment",
             compare({k: v for k, v in assignment.items() if "no checks" not in k}, "wall", "torch-linear-assignment"),
@@ -240,29 +265,49 @@ def goals_table(smoke: Run, ops: Run, step: Run) -> str:
         ("criterion with backward, eager, over transformers", compare(criterion, "wall", "transformers"), 8),
         ("the same, over RF-DETR", compare(criterion, "wall", "rfdetr"), 4),
     ]
-    lines = [["largest error of an op over what is allowed", "at most 1", f"{max(errors):.2f}", met(not wrong)]]
-    for name, value, goal in at_least:
-        shown = "not measured" if value is None else f"{value:.2f}"
-        lines.append([name, f"at least {goal:g}", shown, "-" if value is None else met(value >= goal)])
-    lines += [
-        ["host synchronisations of the criterion", "0", str(syncs), met(syncs == 0)],
-        ["step of K = 11 over K = 1, batch 2", "at most 1.22", f"{ratio_of_groups:.2f}", met(ratio_of_groups <= 1.22)],
-        [
-            "peak memory of K = 11, one group a pass, over K = 1",
-            "at most 1.15",
-            f"{ratio_of_passes:.2f}",
-            met(ratio_of_passes <= 1.15),
-        ],
+    many = {"model": "conditional_detr_r50", "groups": 11, "batch": 2}
+    over_eager = value_of(steps, "step", "ratio", **many, contender="CUDA graph", ratio_to=f"{OURS}, K = 11")
+    busy = value_of(steps, "kernels", "gpu_busy_unprofiled", **many, contender="CUDA graph")
+    at_least += [
+        ("step of K = 11 as a CUDA graph, batch 2, over the eager step", 1 / over_eager if over_eager else None, 1.5),
+        ("share of time in which the GPU works in it", busy, 0.95),
     ]
+    lines = [["largest error of an op over what is allowed", "at most 1", f"{max(errors):.2f}", met(not wrong)]]
+    lines += [goal_line(name, f"at least {goal:g}", value, lambda v, g=goal: v >= g) for name, value, goal in at_least]
+    syncs = value_of(steps, "syncs", "count", **many, contender=OURS, work="criterion")
+    lines.append(["host synchronisations of the criterion", "0", str(syncs), met(syncs == 0)])
+    to_one = {"contender": OURS, "ratio_to": f"{OURS}, K = 1"}
+    graph_to_one = {"contender": "CUDA graph", "ratio_to": "CUDA graph, K = 1"}
+    at_most = [
+        ("eager step of K = 11 over K = 1, batch 2", value_of(steps, "step", "ratio", **many, **to_one), 1.22),
+        ("the same as CUDA graphs", value_of(steps, "step", "ratio", **many, **graph_to_one), 1.22),
+        (
+            "peak memory of K = 11, one group a pass, over K = 1",
+            value_of(steps, "memory", "ratio", **many, contender="groups_per_pass=1"),
+            1.15,
+        ),
+    ]
+    lines += [goal_line(name, f"at most {goal:g}", value, lambda v, g=goal: v <= g) for name, value, goal in at_most]
     return table(["goal", "", "measured", ""], lines)
 
 
-def flex(ops: Run) -> dict[str, Times]:
-    """The contenders of the work that has FlexAttention."""
-    for _, contenders in works(ops):
-        if "FlexAttention" in contenders:
-            return contenders
-    return {}
+def goal_line(name: str, goal: str, value: float | None, is_met: Callable[[float], bool]) -> list[str]:
+    if value is None:
+        return [name, goal, "not measured", "-"]
+    return [name, goal, f"{value:.2f}", met(is_met(value))]
+
+
+def value_of(runs: Sequence[Run], kind: str, value: str, **fields: Any) -> Any:
+    """A value of the newest row of a kind with these fields; None if there is none."""
+    for run in reversed(runs):
+        for row in run.of(kind, **fields):
+            if value in row:
+                return row[value]
+    return None
+
+
+def wholes(contenders: dict[str, Times]) -> dict[str, Times]:
+    return {name: whole(times) for name, times in contenders.items()}
 
 
 def whole(times: Times) -> Times:
@@ -376,24 +421,29 @@ def sanitizer_sentence(run: Run) -> str:
 
 def parts(folder: Path, full: bool) -> Iterable[str]:
     """The tables in order; those of stages without a run are left out."""
-    smoke, ops, step, tests, tune = (newest_run(folder, stage) for stage in STAGES)
-    if smoke and ops and step:
-        yield f"### Goals\n\n{goals_table(smoke, ops, step)}"
-    if smoke:
+    smokes, ops, steps, tests, tunes = (runs_of(folder, stage) for stage in STAGES)
+    if smokes and ops and steps:
+        yield f"### Goals\n\n{goals_table(smokes[-1], ops, steps)}"
+    for smoke in smokes[-1:]:
         ceilings = [f"{row['of']} {significant(row['value'] / 1e12)}e12 {row['unit']}" for row in smoke.of("ceiling")]
         found = f"{origin(smoke)} Ceilings: {'; '.join(ceilings)}."
         yield f"### Every op against float64\n\n{found}\n\n{smoke_table(smoke)}"
-    if tests:
-        yield f"### Tests marked gpu\n\n{origin(tests)} {tests_sentence(tests)}"
+    for test in tests[-1:]:
+        yield f"### Tests marked gpu\n\n{origin(test)} {tests_sentence(test)}"
     if ops:
-        yield f"### Ops against the best peer\n\n{origin(ops)}\n\n{short_table(ops)}"
+        yield "### Ops against the best peer"
+    for run in newest_works(ops):
+        yield f"{origin(run)}\n\n{short_table(run)}"
         if full:
-            yield from full_tables(ops)
-    if step:
-        yield f"### Training steps, 800 x 1333, bf16\n\n{origin(step)}\n\n{step_table(step)}"
-        yield busy_table(step)
-        yield memory_table(step)
-    if tune:
+            yield from full_tables(run)
+    if steps:
+        yield "### Training steps, 800 x 1333, bf16"
+    for run in steps:
+        yield f"{origin(run)}\n\n{step_table(run)}"
+        for kind, tabulate in (("kernels", busy_table), ("memory", memory_table)):
+            if run.of(kind):
+                yield tabulate(run)
+    for tune in tunes[-1:]:
         yield f"### Tiles\n\n{origin(tune)} {sanitizer_sentence(tune)}\n\n{tiles_table(tune)}"
 
 

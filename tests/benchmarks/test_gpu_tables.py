@@ -41,13 +41,47 @@ def test_document_has_the_tables_of_the_rows():
 def test_the_newest_run_that_got_somewhere_counts(tmp_path):
     rehearsal = [{"kind": "time", "rehearsal": True}]
     write(tmp_path, "ops", [time(OURS, "forward", 1, 1)], [time(OURS, "forward", 2, 2)], [])
-    assert tables.newest_run(tmp_path, "ops").rows[0]["wall"] == 2e-6
+    (run,) = tables.runs_of(tmp_path, "ops")
+    assert run.rows[0]["wall"] == 2e-6
     write(tmp_path, "ops", [])
-    assert tables.newest_run(tmp_path, "ops") is None
-    assert tables.newest_run(tmp_path, "smoke") is None
+    assert tables.runs_of(tmp_path, "ops") == []
+    assert tables.runs_of(tmp_path, "smoke") == []
     environment = json.dumps(ENVIRONMENT | {"run": "x", "rehearsal": True})
     (tmp_path / "ops.jsonl").write_text(f"{environment}\n{json.dumps({'run': 'x', 'status': 'ok'} | rehearsal[0])}\n")
-    assert tables.newest_run(tmp_path, "ops") is None
+    assert tables.runs_of(tmp_path, "ops") == []
+
+
+def write_parts(folder, *parts):
+    """``parts`` are pairs of what was asked for and rows, oldest first."""
+    write(folder, "ops", *(rows for _, rows in parts))
+    lines = [json.loads(line) for line in (folder / "ops.jsonl").read_text().splitlines()]
+    asked = iter(only for only, _ in parts)
+    lines = [line | {"only": next(asked)} if line["kind"] == "environment" else line for line in lines]
+    (folder / "ops.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_parts_that_were_measured_again_follow_the_whole(tmp_path):
+    def pair(wall, **fields):
+        return [time(name, "forward", 1, wall, **fields) for name in (OURS, "peer")]
+
+    first, other = pair(1) + pair(1, case="b"), pair(9, case="b")
+    write_parts(tmp_path, ("", first), ("b", pair(2, case="b")), ("c", pair(3, case="c")), ("b", other))
+    runs = tables.runs_of(tmp_path, "ops")
+    assert [run.environment["only"] for run in runs] == ["", "c", "b"]
+    assert runs[-1].rows[0]["wall"] == pytest.approx(9e-6)
+    kept = tables.newest_works(runs)
+    assert [[row["case"] for row in run.of("time")] for run in kept] == [["a", "a"], ["c", "c"], ["b", "b"]]
+    assert tables.find(runs, "op", "peer", case="b")[OURS].wall == pytest.approx(9e-6)
+    assert tables.find(runs, "op", "nobody", case="b") == {}
+    write_parts(tmp_path, ("b", other), ("", first))
+    assert [run.environment["only"] for run in tables.runs_of(tmp_path, "ops")] == [""]
+
+
+def test_a_part_with_fewer_contenders_replaces_nothing(tmp_path):
+    all_peers = [time(name, "forward", 1, 1) for name in (OURS, "peer")]
+    write_parts(tmp_path, ("", all_peers), ("other", [time(name, "forward", 1, 1) for name in (OURS, "other")]))
+    whole, part = tables.newest_works(tables.runs_of(tmp_path, "ops"))
+    assert len(whole.of("time")) == len(part.of("time")) == 2
 
 
 def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
@@ -56,7 +90,7 @@ def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
     rows += [time("second", "forward", 30, 1), time("second", "both", 60, 200)]
     rows += [time("host", "forward", None, 1), time("host", "both", None, 25)]
     write(tmp_path, "ops", rows)
-    run = tables.newest_run(tmp_path, "ops")
+    (run,) = tables.runs_of(tmp_path, "ops")
     *_, line = tables.short_table(run).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:5] == ["10.0", "-", "first", "1.50"]
@@ -79,7 +113,8 @@ def test_without_rows_it_says_so(tmp_path):
 
 
 def test_a_goal_that_was_not_measured_is_neither_met_nor_missed():
-    table = tables.goals_table(*(tables.newest_run(ROWS, stage) for stage in ("smoke", "ops", "step")))
+    smokes, *others = (tables.runs_of(ROWS, stage) for stage in ("smoke", "ops", "step"))
+    table = tables.goals_table(smokes[-1], *others)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert {line[3] for line in lines} <= {"met", "missed", "-"}
     assert all((line[2] == "not measured") == (line[3] == "-") for line in lines)
