@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+
+from .frozen_batch_norm import FrozenBatchNorm2d
 
 __all__ = ["Backbone"]
 
