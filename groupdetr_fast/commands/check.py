@@ -112,6 +112,10 @@ def _print_statistics(part: Findings) -> None:
     if numbers.smallest_image and numbers.largest_image:
         sizes = [f"{width} x {height}" for width, height in (numbers.smallest_image, numbers.largest_image)]
         print(f"  images from {sizes[0]} to {sizes[1]} pixels")
+    if numbers.turned:
+        print(
+            f"  {numbers.turned} of them are turned upright by their EXIF orientation, and so must be their annotations"
+        )
     if numbers.objects:
         mean = numbers.objects / numbers.images
         small, medium, large = (f"{100 * count / numbers.objects:.0f} %" for count in numbers.sizes)

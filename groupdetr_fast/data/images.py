@@ -1,28 +1,90 @@
-"""Images of any kind as 8-bit RGB."""
+"""Images of any kind as 8-bit RGB, the right way up.
+
+Cameras store pixels as the sensor lay and say in an EXIF tag how to turn them. That orientation is applied here,
+wherever an image is read, so that training, evaluation and prediction see what a person sees and annotates.
+"""
 
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from .annotations import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageLike", "as_rgb", "decode_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "ImageLike", "as_rgb", "decode_rgb", "is_turned", "size_fault", "upright_size"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
+# By EXIF orientation: what makes the stored pixels upright; from 5 on, width and height change places.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the parser raises anything on damaged tags, beside which the pixels may be whole
+        return 1
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an opened file, whose pixels are not loaded yet, is stored otherwise than upright."""
+    return _orientation(image) in _TURNS
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """``(width, height)`` that :func:`decode_rgb` gives for an opened file whose pixels are not loaded yet."""
+    width, height = image.size
+    if image.format == "TIFF":  # of which some versions of Pillow give the upright size, and some the stored one
+        width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def size_fault(size: tuple[int, int], stated: tuple[int, int], turned: bool, source: str) -> str | None:
+    """What is wrong with the size of an image; the sentence continues after the name of the file.
+
+    Args:
+        size: ``(width, height)`` of the upright image.
+        stated: the same in its annotations.
+        turned: whether the file is stored otherwise than upright.
+        source: whose size is ``stated``.
+
+    Returns:
+        None if the sizes are equal.
+    """
+    if size == stated:
+        return None
+    fault = f"is {size[0]} x {size[1]} pixels, but {source} says {stated[0]} x {stated[1]}"
+    if turned and size == stated[::-1]:
+        fault += (
+            ", which fits the pixels as they are stored: their EXIF orientation is applied, so annotate the upright "
+            "image, or remove the orientation from the file"
+        )
+    return fault
+
 
 def decode_rgb(image: Image.Image) -> Tensor:
-    """Pixels as stored: uint8 RGB ``[3, H, W]``.
+    """Pixels, the right way up: uint8 RGB ``[3, H, W]``.
 
-    Grey images and palettes become colours, transparency is dropped, and 16 bits of grey are scaled to 8, where
-    Pillow's own conversion would turn everything above 255 white.
+    The EXIF orientation is applied. Grey images and palettes become colours, transparency is dropped, and 16 bits of
+    grey are scaled to 8, where Pillow's own conversion would turn everything above 255 white.
     """
+    image.load()  # which turns TIFFs already
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -47,7 +109,7 @@ def as_rgb(image: ImageLike) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, Image.Image):
-        return decode_rgb(ImageOps.exif_transpose(image))
+        return decode_rgb(image)
     if isinstance(image, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(image))
         return _check_pixels(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "an array [H, W(, C)]")
@@ -59,7 +121,7 @@ def as_rgb(image: ImageLike) -> Tensor:
 def _read(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
-            return decode_rgb(ImageOps.exif_transpose(file))
+            return decode_rgb(file)
     except FileNotFoundError:
         raise DataError(f"image file {path} does not exist") from None
     except Exception as error:  # decoders raise anything on damaged files

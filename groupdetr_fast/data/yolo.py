@@ -19,24 +19,12 @@ from PIL import Image
 
 from .annotations import DataError
 from .cache import cache_root, made_once
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, upright_size
 
 __all__ = ["YoloPart", "read_yolo", "yolo_as_coco"]
 
 # Part of the cache folder's name: raise it whenever the same files give another json.
-_VERSION = 1
-_ORIENTATION = 0x0112  # EXIF tag
-# Labels refer to the image the right way up, and training decodes images as stored. EXIF orientation: where a point
-# (x, y) of the upright image, normalised, lies in the stored one.
-_TO_STORED = {
-    2: lambda x, y: (1 - x, y),
-    3: lambda x, y: (1 - x, 1 - y),
-    4: lambda x, y: (x, 1 - y),
-    5: lambda x, y: (y, x),
-    6: lambda x, y: (y, 1 - x),
-    7: lambda x, y: (1 - y, 1 - x),
-    8: lambda x, y: (1 - y, x),
-}
+_VERSION = 2
 
 Point = tuple[float, float]
 
@@ -98,16 +86,13 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
     for image_id, path in enumerate(files, start=1):
         try:
             with Image.open(path) as image:
-                width, height = image.size
-                orientation = image.getexif().get(_ORIENTATION, 1)
+                width, height = upright_size(image)
         except Exception as error:  # decoders raise anything on damaged files
             result.faults.append(f"image file {path} cannot be read ({error}); replace or remove it")
             continue
         name = path.relative_to(result.image_folder).as_posix()
         content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
         for category, points in _objects(_label_file(path), names, result.faults):
-            if orientation in _TO_STORED:
-                points = [_TO_STORED[orientation](*point) for point in points]
             points = [(x * width, y * height) for x, y in points]
             entry = {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": category}
             content["annotations"].append(entry | _shape(points))

@@ -71,6 +71,22 @@ def test_damaged_images_are_found_by_decoding(check, content, write):
     assert not check_part("train", folder, read_json(path), decode=False).errors["image"]
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_images_turned_by_exif_are_counted_and_measured_upright(content, write, decode):
+    folder, path = write(content)
+    for image_id, orientation in ((7, 6), (5, 3)):
+        with Image.open(folder / "sub" / f"{image_id}.png") as image:
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(folder / "sub" / f"{image_id}.png", exif=exif)
+    findings = check_part("train", folder, read_json(path), decode=decode)
+    assert findings.statistics.turned == 2
+    assert len(findings.errors["size"]) == 1
+    assert re.search(
+        "image 7: .* is 40 x 60 pixels, but .* fits the pixels as they are stored", *findings.errors["size"]
+    )
+
+
 def test_classes_without_objects_and_images_with_many(check, content):
     content["categories"].append({"id": 99, "name": "nothing"})
     findings = check(content, num_queries=1)

@@ -17,6 +17,7 @@ from groupdetr_fast.data import (
     eval_transforms,
     train_transforms,
 )
+from groupdetr_fast.data.images import as_rgb
 
 SMALL = AugmentationConfig(
     short_sides=(32, 40, 48),
@@ -53,6 +54,39 @@ def test_pixels_are_those_of_the_file(content, write):
     image, _ = CocoDataset(folder, path)[1]
     expected = np.array(Image.open(folder / "sub" / "5.png"))
     np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+
+
+def turn(path, orientation):
+    """Store an image so that its EXIF orientation makes what it shows."""
+    with Image.open(path) as upright:
+        stored = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
+        exif = stored.getexif()
+        exif[0x0112] = orientation
+        stored.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photos_that_are_stored_turned_are_seen_upright(content, write, orientation):
+    folder, path = write(content)
+    upright, target = CocoDataset(folder, path)[0]
+    turn(folder / "sub" / "7.png", orientation)
+    dataset = CocoDataset(folder, path)
+    assert torch.equal(dataset[0][0], upright)
+    assert torch.equal(dataset[0][1]["boxes"], target["boxes"])
+    assert torch.equal(dataset.image(0), as_rgb(folder / "sub" / "7.png"))  # as prediction reads it
+
+
+def test_annotations_of_the_stored_pixels_are_called_that(content, write):
+    folder, path = write(content)
+    with Image.open(folder / "sub" / "7.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(folder / "sub" / "7.png", exif=exif)
+    message = (
+        r"7\.png .* is 40 x 60 pixels, but .*json says 60 x 40, which fits the pixels as they are stored: .*upright"
+    )
+    with pytest.raises(DataError, match=message):
+        CocoDataset(folder, path)[0]
 
 
 def test_labels_can_be_category_ids(content, write):

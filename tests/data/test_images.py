@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from groupdetr_fast.data import DataError
-from groupdetr_fast.data.images import as_rgb, decode_rgb
+from groupdetr_fast.data.images import as_rgb, decode_rgb, is_turned, upright_size
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -41,8 +41,9 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path):
         assert decode_rgb(image)[0].tolist() == [[0, 0, 1, 255]]
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied(tmp_path, orientation):
+def test_the_exif_orientation_is_applied(tmp_path, orientation, kind):
     # The upright image has one bright quarter, in its upper left corner.
     stored = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
     size = (8, 16) if orientation < 5 else (16, 8)  # height, width of the stored image
@@ -52,11 +53,21 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
     image = Image.fromarray(pixels)
     exif = image.getexif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "a.png", exif=exif)
-    upright = as_rgb(tmp_path / "a.png")
+    # Pillow 13 misreads grey TIFFs that are turned and not compressed.
+    settings = {"webp": {"lossless": True}, "tiff": {"compression": "tiff_lzw"}}.get(kind, {})
+    image.save(tmp_path / f"a.{kind}", exif=exif, **settings)
+    with Image.open(tmp_path / f"a.{kind}") as file:
+        assert is_turned(file) == (orientation > 1)
+        assert upright_size(file) == (16, 8)
+    upright = as_rgb(tmp_path / f"a.{kind}")
     assert upright.shape == (3, 8, 16)
     assert (upright[:, :4, :8] == 255).all()
     assert upright.sum() == 3 * 255 * 4 * 8
+
+
+def test_a_damaged_orientation_is_none(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff")
+    assert torch.equal(as_rgb(tmp_path / "a.png"), EXPECTED)
 
 
 @pytest.mark.parametrize(
