@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
-from .data.images import ImageLike, as_rgb
+from .data.images import ChannelOrder, ImageLike, as_rgb
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
 
@@ -135,6 +135,7 @@ def predict(
     score_threshold: float = 0.3,
     top_k: int = 100,
     batch_size: int = 4,
+    channel_order: ChannelOrder = "rgb",
     settings: InferenceSettings | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Detect objects in images.
@@ -144,10 +145,12 @@ def predict(
     Args:
         model: a detector, as :func:`load_model` or ``build_model`` make it, on any device.
         images: one image or several: paths, PIL images, arrays ``[H, W(, C)]`` or tensors ``[(C, )H, W]`` of uint8 or
-            of floats in [0, 1]; grey, RGB or RGBA. The EXIF orientation of files and PIL images is applied.
+            of floats in [0, 1]; grey, RGB or RGBA. Arrays and tensors must have their colours in this order, which is
+            not that of ``cv2.imread``: see ``channel_order``. The EXIF orientation of files and PIL images is applied.
         score_threshold: detections with lower scores are left out.
         top_k: detections per image.
         batch_size: images at a time, padded to the largest of them.
+        channel_order: "bgr" for arrays and tensors whose colours are blue, green, red, as OpenCV reads them.
         settings: names of the classes, sizes and normalisation; by default the model's ``inference_settings``, or those
             of :class:`InferenceSettings` for a model without.
 
@@ -158,7 +161,8 @@ def predict(
 
     Raises:
         DataError: for an image file that cannot be read.
-        TypeError, ValueError: for anything else that is no image, and for a ``batch_size`` below 1.
+        TypeError, ValueError: for anything else that is no image, for a ``batch_size`` below 1, and for another
+            ``channel_order``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -170,7 +174,7 @@ def predict(
     remaining, detections = iter([images] if single else images), []
     with _in_eval_mode(model):
         while part := list(itertools.islice(remaining, batch_size)):
-            batch = collate([_sample(as_rgb(image), transform) for image in part])
+            batch = collate([_sample(as_rgb(image, channel_order=channel_order), transform) for image in part])
             output = model(batch.images.to(device), batch.masks.to(device))
             detections += postprocess(output, batch.original_sizes, top_k=top_k, score_threshold=score_threshold)
     named = [_named(detection, settings) for detection in detections]

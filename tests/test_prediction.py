@@ -101,6 +101,9 @@ def test_one_image_or_several_in_every_form(model, digits):
     for images in [*several, (str(path) for path in paths), [arrays[0], paths[1], tensor[2]]]:
         for found, other in zip(gd.predict(model, images, score_threshold=0.0), expected, strict=True):
             assert_same(found, other)
+    blue_first = gd.predict(model, [array[..., ::-1] for array in arrays], score_threshold=0.0, channel_order="bgr")
+    for found, other in zip(blue_first, expected, strict=True):
+        assert_same(found, other)
     assert gd.predict(model, []) == []
     assert gd.predict(model, arrays[0], score_threshold=1.0)["class_names"] == []
 

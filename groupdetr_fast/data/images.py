@@ -6,6 +6,7 @@ wherever an image is read, so that training, evaluation and prediction see what 
 
 import os
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,10 +15,20 @@ from torch import Tensor
 
 from .annotations import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageLike", "as_rgb", "decode_rgb", "is_turned", "size_fault", "upright_size"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ChannelOrder",
+    "ImageLike",
+    "as_rgb",
+    "decode_rgb",
+    "is_turned",
+    "size_fault",
+    "upright_size",
+]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+ChannelOrder = Literal["rgb", "bgr"]
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 # By EXIF orientation: what makes the stored pixels upright; from 5 on, width and height change places.
@@ -79,7 +90,11 @@ def decode_rgb(image: Image.Image) -> Tensor:
     """Pixels, the right way up: uint8 RGB ``[3, H, W]``.
 
     The EXIF orientation is applied. Grey images and palettes become colours, transparency is dropped, and 16 bits of
-    grey are scaled to 8, where Pillow's own conversion would turn everything above 255 white.
+    grey are scaled to 8, where Pillow's own conversion would turn everything above 255 white. So are floats in [0, 1],
+    which it would turn black; other floats in [0, 255] are rounded.
+
+    Raises:
+        ValueError: for floats beyond [0, 255].
     """
     image.load()  # which turns TIFFs already
     turn = _TURNS.get(_orientation(image))
@@ -87,34 +102,49 @@ def decode_rgb(image: Image.Image) -> Tensor:
         image = image.transpose(turn)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(_floats_to_bytes(np.asarray(image)))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def as_rgb(image: ImageLike) -> Tensor:
+def _floats_to_bytes(values: np.ndarray) -> np.ndarray:
+    # written so that it also refuses what is not a number
+    if not ((values >= 0) & (values <= 255)).all():
+        raise ValueError("its pixels are floats beyond [0, 255]; store it with 8 or 16 bits, or with floats in [0, 1]")
+    return (values * (255 if values.max() <= 1 else 1)).round().astype(np.uint8)
+
+
+def as_rgb(image: ImageLike, *, channel_order: ChannelOrder = "rgb") -> Tensor:
     """An image in any of the usual forms, the right way up.
 
     Args:
         image: a path; a PIL image; an array ``[H, W]`` or ``[H, W, C]``; a tensor ``[H, W]`` or ``[C, H, W]``; with 1,
             3 (RGB) or 4 (RGBA) channels, of uint8 or of floats in [0, 1]. The EXIF orientation of files and PIL images
             is applied.
+        channel_order: of the colours in arrays and tensors; "bgr" for those that OpenCV reads. Files and PIL images
+            know theirs.
 
     Returns:
         uint8 RGB ``[3, H, W]``.
 
     Raises:
         DataError: for a file that is missing or damaged; the message names it.
-        ValueError: for an array or a tensor of another shape, type or range.
+        ValueError: for an array or a tensor of another shape, type or range, and for another ``channel_order``.
         TypeError: for anything else.
     """
+    if channel_order not in get_args(ChannelOrder):
+        raise ValueError(f'channel_order must be "rgb" or "bgr", got {channel_order!r}')
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, Image.Image):
         return decode_rgb(image)
     if isinstance(image, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(image))
-        return _check_pixels(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "an array [H, W(, C)]")
+        pixels = _check_pixels(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "an array [H, W(, C)]")
+        return pixels.flip(0) if channel_order == "bgr" else pixels
     if isinstance(image, Tensor):
-        return _check_pixels(image.detach().cpu(), "a tensor [(C, )H, W]")
+        pixels = _check_pixels(image.detach().cpu(), "a tensor [(C, )H, W]")
+        return pixels.flip(0) if channel_order == "bgr" else pixels
     raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
 
 

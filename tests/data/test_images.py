@@ -41,6 +41,28 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path):
         assert decode_rgb(image)[0].tolist() == [[0, 0, 1, 255]]
 
 
+@pytest.mark.parametrize(("values", "expected"), [([0, 0.5, 1], [0, 128, 255]), ([0, 99.6, 255], [0, 100, 255])])
+def test_floats_are_not_black(tmp_path, values, expected):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
+    assert as_rgb(tmp_path / "a.tif")[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize("value", [-1, 256, float("nan")])
+def test_floats_of_other_ranges_are_refused(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value]], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif cannot be read \(its pixels are floats beyond \[0, 255\]; store"):
+        as_rgb(tmp_path / "a.tif")
+
+
+def test_arrays_of_opencv_are_read_by_their_order(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    reversed_rgba = np.dstack((PIXELS[..., ::-1], np.full((5, 7), 9, dtype=np.uint8)))
+    for form in (PIXELS[..., ::-1], reversed_rgba, EXPECTED.flip(0), tmp_path / "a.png", Image.fromarray(PIXELS)):
+        assert torch.equal(as_rgb(form, channel_order="bgr"), EXPECTED)
+    with pytest.raises(ValueError, match='channel_order must be "rgb" or "bgr", got \'brg\''):
+        as_rgb(PIXELS, channel_order="brg")
+
+
 @pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path, orientation, kind):
