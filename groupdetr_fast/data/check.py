@@ -10,9 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from .images import decode_rgb, is_turned, size_fault, upright_size
+from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
 
@@ -180,7 +178,7 @@ def _read(folder: Path, decode: bool, image: Entry) -> _ImageFile | str:
     if not path.is_file():
         return f"{path} does not exist"
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             size, turned = upright_size(file), is_turned(file)
             if decode:
                 decode_rgb(file)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotations import DataError, read_annotations, read_json
-from .images import decode_rgb, is_turned, size_fault
+from .images import decode_rgb, is_turned, open_image, size_fault
 from .sampling import seeded
 
 __all__ = ["CocoDataset"]
@@ -206,7 +205,7 @@ class CocoDataset(Dataset):
         name = f"image file {path} (image id {self.image_ids[index]})"
         height, width = self._annotations.image_sizes[index]
         try:
-            with Image.open(path) as file:
+            with open_image(path) as file:
                 size, turned = file.size, False
                 # Of another size nothing is decoded: a small file may hold a huge image.
                 if size in ((width, height), (height, width)):

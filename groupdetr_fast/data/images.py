@@ -5,12 +5,13 @@ wherever an image is read, so that training, evaluation and prediction see what 
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .annotations import DataError
@@ -22,11 +23,17 @@ __all__ = [
     "as_rgb",
     "decode_rgb",
     "is_turned",
+    "open_image",
     "size_fault",
     "upright_size",
 ]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+# What files are read as, whatever they are called. Pillow knows more formats, of which some (EPS) run other programs.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # MPO, of two cameras, is read as JPEG
+if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    _FORMATS += ("AVIF",)
 
 ChannelOrder = Literal["rgb", "bgr"]
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -41,6 +48,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open a raster image; every image file is opened here.
+
+    Raises:
+        OSError: if the file cannot be opened or is of no known format. Decoders raise anything else on damaged files.
+    """
+    try:
+        return Image.open(path, formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"it is none of {', '.join(_FORMATS)}") from None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -150,7 +169,7 @@ def as_rgb(image: ImageLike, *, channel_order: ChannelOrder = "rgb") -> Tensor:
 
 def _read(path: Path) -> Tensor:
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             return decode_rgb(file)
     except FileNotFoundError:
         raise DataError(f"image file {path} does not exist") from None

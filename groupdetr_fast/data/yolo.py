@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from .annotations import DataError
 from .cache import cache_root, made_once
-from .images import IMAGE_SUFFIXES, upright_size
+from .images import IMAGE_SUFFIXES, open_image, upright_size
 
 __all__ = ["YoloPart", "read_yolo", "yolo_as_coco"]
 
@@ -85,7 +84,7 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
     result = YoloPart(_common_folder(files), content)
     for image_id, path in enumerate(files, start=1):
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 width, height = upright_size(image)
         except Exception as error:  # decoders raise anything on damaged files
             result.faults.append(f"image file {path} cannot be read ({error}); replace or remove it")

@@ -20,6 +20,12 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path):
         assert torch.equal(as_rgb(form), EXPECTED)
 
 
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_raster_formats_are_read_whatever_the_file_is_called(tmp_path, kind):
+    Image.new("RGB", (7, 5), "white").save(tmp_path / "a.jpg", kind)
+    assert torch.equal(as_rgb(tmp_path / "a.jpg"), torch.full((3, 5, 7), 255, dtype=torch.uint8))
+
+
 def test_grey_images_and_palettes_become_rgb():
     grey = PIXELS[..., 0]
     expected = torch.from_numpy(grey).expand(3, -1, -1)
