@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def predict(
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Detect objects in images.
 
-    The model runs in eval mode, and is afterwards as it was. Images are read batch by batch.
+    The model runs in eval mode, and is afterwards as it was. Images are read one by one, and of each batch only the
+    reduced ones are kept.
 
     Args:
         model: a detector, as :func:`load_model` or ``build_model`` make it, on any device.
@@ -171,18 +173,21 @@ def predict(
     single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     transform = eval_transforms(settings.augmentation)
     device = next(model.parameters()).device
-    remaining, detections = iter([images] if single else images), []
+    remaining, detections = [images] if single else images, []
     with _in_eval_mode(model):
-        while part := list(itertools.islice(remaining, batch_size)):
-            batch = collate([_sample(as_rgb(image, channel_order=channel_order), transform) for image in part])
+        # One image after another, and by map, which keeps none: a large one is gone before the next is read.
+        samples = map(partial(_sample, transform=transform, channel_order=channel_order), remaining)
+        while part := list(itertools.islice(samples, batch_size)):
+            batch = collate(part)
             output = model(batch.images.to(device), batch.masks.to(device))
             detections += postprocess(output, batch.original_sizes, top_k=top_k, score_threshold=score_threshold)
     named = [_named(detection, settings) for detection in detections]
     return named[0] if single else named
 
 
-def _sample(pixels: Tensor, transform: Any) -> tuple[Tensor, dict[str, Any]]:
+def _sample(image: ImageLike, transform: Any, channel_order: ChannelOrder) -> tuple[Tensor, dict[str, Any]]:
     """An image as ``CocoDataset`` gives them, without objects."""
+    pixels = as_rgb(image, channel_order=channel_order)
     target = {
         "labels": torch.empty(0, dtype=torch.int64),
         "boxes": torch.empty(0, 4),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_one_image_or_several_in_every_form(model, digits):
         assert_same(found, other)
     assert gd.predict(model, []) == []
     assert gd.predict(model, arrays[0], score_threshold=1.0)["class_names"] == []
+
+
+def test_one_image_is_in_memory_at_a_time(model):
+    given = []
+
+    def images():
+        for _ in range(5):
+            assert all(image() is None for image in given)
+            image = np.zeros((48, 48, 3), np.uint8)
+            given.append(weakref.ref(image))
+            yield image
+            del image
+
+    assert len(gd.predict(model, images(), batch_size=3)) == 5
 
 
 def test_images_of_different_sizes_share_a_batch(model):

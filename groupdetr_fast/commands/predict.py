@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from ..data import DataError
 from ..data.annotations import read_json
 from ..data.images import IMAGE_SUFFIXES, as_rgb
 from ..evaluation.coco import to_coco_results
-from ..evaluation.visualize import draw_detections, draw_image
+from ..evaluation.visualize import (
+    CELL_PIXELS,
+    PICTURE_PIXELS,
+    draw_detections,
+    draw_image,
+    reduce_image,
+    scale_objects,
+)
 from ..files import write_whole
 from ..prediction import InferenceSettings, load_model, predict
 
@@ -26,7 +31,6 @@ __all__ = ["PredictCommand", "find_images"]
 logger = logging.getLogger(__name__)
 
 JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
-THUMBNAIL = 600  # pixels of the long side in the contact sheet, of which many are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +83,18 @@ class PredictCommand:
         settings = self._settings(model.inference_settings)
         writer = _Writer(self, settings)
         unreadable: list[Path] = []
-        for part in _readable(paths, self.batch_size, unreadable):
+        for start in range(0, len(paths), self.batch_size):
+            images: list[_Image] = []
             detections = predict(
                 model,
-                [pixels for _, pixels in part],
+                _read(paths[start : start + self.batch_size], images, unreadable),
                 score_threshold=self.score_threshold,
                 top_k=self.top_k,
                 batch_size=self.batch_size,
                 settings=settings,
             )
-            for (path, pixels), detection in zip(part, detections, strict=True):
-                writer.add(path, pixels, detection)
+            for image, detection in zip(images, detections, strict=True):
+                writer.add(image, detection)
         writer.finish()
         if unreadable:
             names = ", ".join(map(str, unreadable))
@@ -147,20 +152,28 @@ def find_images(names: Sequence[str], *, besides: Path | None = None) -> list[Pa
     return list(found)
 
 
-def _readable(paths: Sequence[Path], size: int, unreadable: list[Path]) -> Iterator[list[tuple[Path, Tensor]]]:
-    """Batches of images with their pixels; files that cannot be read are logged and added to ``unreadable``."""
-    part: list[tuple[Path, Tensor]] = []
+@dataclass(frozen=True)
+class _Image:
+    path: Path
+    size: tuple[int, int]  # (height, width)
+    picture: Tensor  # reduced to what is drawn
+
+
+def _read(paths: Sequence[Path], images: list[_Image], unreadable: list[Path]) -> Iterator[Tensor]:
+    """The pixels of images, which are also added to ``images``.
+
+    Files that cannot be read are logged and added to ``unreadable``.
+    """
     for path in paths:
         try:
-            part.append((path, as_rgb(path)))
+            pixels = as_rgb(path)
         except DataError as error:
             logger.warning("%s", error)
             unreadable.append(path)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+            continue
+        images.append(_Image(path, tuple(pixels.shape[1:]), reduce_image(pixels, PICTURE_PIXELS)))
+        yield pixels
+        del pixels  # before the next image is read
 
 
 class _Writer:
@@ -174,11 +187,11 @@ class _Writer:
         self.file_names: set[str] = set()
         command.output.mkdir(parents=True, exist_ok=True)
 
-    def add(self, path: Path, pixels: Tensor, detection: dict[str, Any]) -> None:
+    def add(self, image: _Image, detection: dict[str, Any]) -> None:
         detection = {name: value for name, value in detection.items() if name != "class_names"}
         image_id = len(self.content["images"]) + 1
-        height, width = pixels.shape[1:]
-        self.content["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
+        height, width = image.size
+        self.content["images"].append({"id": image_id, "file_name": str(image.path), "width": width, "height": height})
         results = to_coco_results([image_id], [detection], self.settings.category_ids)
         for index, result in enumerate(results):
             area = result["bbox"][2] * result["bbox"][3]
@@ -187,10 +200,12 @@ class _Writer:
             entry = {"id": len(self.content["annotations"]) + 1, **result, "area": area, "iscrowd": 0}
             self.content["annotations"].append(entry)
         if self.command.annotated:
-            target = self.command.output / PICTURES / self._file_name(path)
-            draw_image(pixels, detection, self.settings.class_names, target, self.command.score_threshold)
+            target = self.command.output / PICTURES / self._file_name(image.path)
+            shown = scale_objects(detection, image.size, tuple(image.picture.shape[1:]))
+            draw_image(image.picture, shown, self.settings.class_names, target, self.command.score_threshold)
         if len(self.thumbnails) < self.command.contact_sheet:
-            self.thumbnails.append(_thumbnail(pixels, detection))
+            thumbnail = reduce_image(image.picture, CELL_PIXELS)
+            self.thumbnails.append((thumbnail, scale_objects(detection, image.size, tuple(thumbnail.shape[1:]))))
 
     def finish(self) -> None:
         self.content["categories"] = self._categories()
@@ -217,15 +232,3 @@ class _Writer:
             name = f"{path.stem}_{number}.jpg"
         self.file_names.add(name)
         return name
-
-
-def _thumbnail(pixels: Tensor, detection: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    height, width = pixels.shape[1:]
-    scale = min(1.0, THUMBNAIL / max(height, width))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-    reduced = {**detection, "boxes": detection["boxes"] * factors}
-    if "masks" in detection:
-        masks = F.resize(detection["masks"].to(torch.uint8), size, interpolation=F.InterpolationMode.NEAREST)
-        reduced["masks"] = masks.bool()
-    return F.resize(pixels, size), reduced

@@ -123,7 +123,9 @@ def decode_rgb(image: Image.Image) -> Tensor:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         image = Image.fromarray(_floats_to_bytes(np.asarray(image)))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if image.mode != "RGB":  # the conversion would copy
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _floats_to_bytes(values: np.ndarray) -> np.ndarray:

@@ -1,17 +1,26 @@
-"""Pictures of predictions, also beside the ground truth."""
+"""Pictures of predictions, also beside the ground truth.
+
+Images are reduced to about the size at which they are shown before anything is drawn: matplotlib takes many times the
+memory of an image.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
-__all__ = ["draw_detections", "draw_image"]
+__all__ = ["CELL_PIXELS", "PICTURE_PIXELS", "draw_detections", "draw_image", "reduce_image", "scale_objects"]
+
+CELL_PIXELS = 600  # of the long side of an image that is shown together with others
+PICTURE_PIXELS = 2000  # of the long side of a picture of one image, at most
 
 _CELL = 2.6  # inches, the width of one picture
 _GAP = 0.05  # of that width, between images
@@ -70,8 +79,8 @@ def draw_detections(
         column = (shown + 1) * (index % per_row)
         *left, right = axes[index // per_row, column : column + shown]
         if truth is not None:
-            _draw(left[0], image, truth, category_names)
-        _draw(right, image, _above(prediction, score_threshold), category_names)
+            _draw(left[0], image, truth, category_names, CELL_PIXELS)
+        _draw(right, image, _above(prediction, score_threshold), category_names, CELL_PIXELS)
         if index < per_row:
             if truth is not None:
                 left[0].set_title("ground truth", fontsize=9)
@@ -88,7 +97,7 @@ def draw_image(
     path: str | Path,
     score_threshold: float = 0.5,
 ) -> None:
-    """Write one image with its predictions, at its own size or, if that is small, enlarged.
+    """Write one image with its predictions, at its own size, but with a long side of 640 to 2000 pixels.
 
     Args:
         image: uint8 ``[3, H, W]``, RGB.
@@ -99,15 +108,33 @@ def draw_image(
     """
     height, width = image.shape[1:]
     long_side = max(height, width)
+    shown = min(max(long_side, _LEAST_PIXELS), PICTURE_PIXELS)
     figure = Figure(figsize=(_LONG_SIDE * width / long_side, _LONG_SIDE * height / long_side))
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    _draw(axis, image, _above(prediction, score_threshold), category_names)
+    _draw(axis, image, _above(prediction, score_threshold), category_names, PICTURE_PIXELS)
     axis.set_aspect("auto")  # the figure has the image's shape but for rounding, which would leave a margin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(path, dpi=max(long_side, _LEAST_PIXELS) / _LONG_SIDE)
+    canvas.print_figure(path, dpi=shown / _LONG_SIDE)
+
+
+def reduce_image(image: Tensor, long_side: int) -> Tensor:
+    """An image ``[3, H, W]`` with a long side of at most ``long_side`` pixels."""
+    height, width = image.shape[1:]
+    scale = min(1.0, long_side / max(height, width))
+    return F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))]) if scale < 1 else image
+
+
+def scale_objects(objects: Mapping[str, Tensor], size: tuple[int, int], new_size: tuple[int, int]) -> dict[str, Tensor]:
+    """Objects in an image of ``size``, (height, width), as they lie in it at ``new_size``."""
+    factors = torch.tensor([new_size[1] / size[1], new_size[0] / size[0]]).repeat(2)
+    scaled = {**objects, "boxes": objects["boxes"].cpu() * factors}
+    if "masks" in objects and new_size != size:
+        masks = objects["masks"].to(torch.uint8)
+        scaled["masks"] = F.resize(masks, list(new_size), interpolation=F.InterpolationMode.NEAREST)
+    return scaled
 
 
 def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
@@ -115,7 +142,9 @@ def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tens
     return {name: value[kept] for name, value in prediction.items()}
 
 
-def _draw(axis: Axes, image: Tensor, objects: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequence[str], long_side: int) -> None:
+    image = reduce_image(full, long_side)
+    objects = scale_objects(objects, tuple(full.shape[1:]), tuple(image.shape[1:]))
     pixels = image.cpu().permute(1, 2, 0).numpy()
     labels, scores, masks = objects["labels"].tolist(), objects.get("scores"), objects.get("masks")
     # Best last, so that it lies on top.

@@ -72,6 +72,28 @@ def test_unreadable_files_are_named_and_the_rest_done(images, tmp_path):
     assert len(list((output / "images").iterdir())) == 2
 
 
+def test_an_image_beyond_all_bounds_does_not_end_the_command(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    Image.new("RGB", (100, 100)).save(images / "a" / "0.png")
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"error: 1 of 2 images cannot be read: .*0.png; the others are done"):
+        run(write_checkpoint(tmp_path), images / "a", "--output", output)
+    assert [path.name for path in (output / "images").iterdir()] == ["1.jpg"]
+
+
+def test_pictures_of_large_images_are_small_and_their_boxes_in_place(images, tmp_path):
+    Image.new("RGB", (3000, 1500)).save(images / "a" / "large.png")
+    output = tmp_path / "out"
+    run(write_checkpoint(tmp_path), images / "a" / "large.png", "--score-threshold=0", "--output", output)
+    with Image.open(output / "images" / "large.jpg") as picture:
+        assert picture.size == (2000, 1000)
+    content = json.loads((output / "predictions.json").read_text())
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (3000, 1500)
+    found = gd.predict(gd.load_model(tmp_path / "model.safetensors"), images / "a" / "large.png", score_threshold=0.0)
+    boxes = torch.tensor([entry["bbox"] for entry in content["annotations"]])
+    torch.testing.assert_close(boxes[:, 2:], found["boxes"][:, 2:] - found["boxes"][:, :2], rtol=1e-4, atol=1e-2)
+
+
 def test_masks_and_no_pictures(images, tmp_path):
     settings = {"backbone": "conv:8-16-16-16", "encoder_dim_feedforward": 16}
     checkpoint, output = write_checkpoint(tmp_path, "mask2former_r50", **settings), tmp_path / "out"
