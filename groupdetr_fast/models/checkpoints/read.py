@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,7 @@ from .numpy_pickle import read_numpy_pickle
 
 __all__ = ["CheckpointFile", "read_checkpoint", "read_header"]
 
+_MOST_ROWS = 10**6
 HEADER_KEY = "groupdetr_fast"  # in the metadata of safetensors; ``training.checkpoint`` writes it
 
 
@@ -31,6 +34,12 @@ class CheckpointFile:
     state: dict[str, Tensor]
     num_queries: int | None = None
     num_groups: int | None = None
+
+    def __post_init__(self):
+        for name in ("num_queries", "num_groups"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 1 <= value <= _MOST_ROWS):
+                raise ValueError(f"the checkpoint says {name} = {reprlib.repr(value)}, which is no number of queries")
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile:
@@ -74,7 +83,7 @@ def read_header(path: str | Path) -> CheckpointHeader:
         The header; for files of other code, one that says nothing.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or its header has a value that no header of this package has.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -83,9 +92,14 @@ def read_header(path: str | Path) -> CheckpointHeader:
     try:
         with safe_open(files[0], framework="pt") as file:
             content = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {files[0]} cannot be read as safetensors: {error}") from None
-    return CheckpointHeader.from_json(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint {files[0]} has a header that is no json: {error}") from None
+    try:
+        return CheckpointHeader.from_json(content)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {files[0]}: {error}") from None
 
 
 def _read_folder(folder: Path) -> CheckpointFile:
@@ -98,9 +112,19 @@ def _read_folder(folder: Path) -> CheckpointFile:
     num_queries, num_groups = parts[0].num_queries, parts[0].num_groups
     config = folder / "config.json"
     if config.is_file() and num_queries is None:
-        num_queries = json.loads(config.read_text()).get("num_queries")
-        num_groups = 1
+        num_queries, num_groups = _read_config(config).get("num_queries"), 1
     return CheckpointFile(state, num_queries, num_groups)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings of a model directory of transformers."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, beside the weights, cannot be read as json: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, beside the weights, must hold an object of json")
+    return content
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
