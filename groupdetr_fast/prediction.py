@@ -17,6 +17,7 @@ from .data import AugmentationConfig, collate, eval_transforms
 from .data.images import ChannelOrder, ImageLike, as_rgb
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
+from .models.postprocess import check_selection
 
 __all__ = ["EVAL_SETTINGS", "InferenceSettings", "class_table", "describe_model", "load_model", "predict"]
 
@@ -118,14 +119,28 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        ValueError: if nobody names the detector, or the checkpoint does not fit it.
+        ValueError: if nobody names the detector, the checkpoint does not fit it, or the device is not there.
     """
+    device = _find_device(device)
     header = describe_model(checkpoint, model)
     changes = {} if num_classes is None else {"num_classes": num_classes}
     detector = build_detector(header, num_groups=num_groups, **changes)
     load_checkpoint(detector, checkpoint)
     detector.inference_settings = InferenceSettings.from_header(header)
-    return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return detector.to(device).eval()
+
+
+def _find_device(device: torch.device | str | None) -> torch.device | str:
+    """The device, or that which None stands for, once it is known that tensors can lie on it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for devices of some kinds
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda where there is a GPU"
+        ) from None
+    return device
 
 
 @torch.no_grad()
@@ -163,11 +178,12 @@ def predict(
 
     Raises:
         DataError: for an image file that cannot be read.
-        TypeError, ValueError: for anything else that is no image, for a ``batch_size`` below 1, and for another
-            ``channel_order``.
+        TypeError, ValueError: for anything else that is no image, for a ``batch_size`` or ``top_k`` below 1, a
+            threshold outside [0, 1], and another ``channel_order``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_selection(top_k, score_threshold)
     if settings is None:
         settings = getattr(model, "inference_settings", InferenceSettings())
     single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)

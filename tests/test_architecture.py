@@ -24,7 +24,7 @@ ALLOWED = {
     "losses": {"ops", "boxes", "groups", "targets"},
     "training": {"groups", "targets", "files", "random_state"},
     "data": {"boxes", "groups", "targets"},
-    "evaluation": {"boxes", "groups", "targets"},
+    "evaluation": {"boxes", "groups", "targets", "data"},
     "build": {"models", "losses"},
     "prediction": {"models", "data"},
     "runs": {"files", "build", "prediction", "models", "losses", "training", "data", "evaluation"},

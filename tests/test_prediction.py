@@ -202,6 +202,23 @@ def test_names_by_label():
     assert class_table([], "category_id") == ((), ())
 
 
-def test_wrong_batch_sizes_are_refused(model):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        gd.predict(model, [], batch_size=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"score_threshold": float("nan")}, r"score_threshold must be in \[0, 1\], got nan"),
+        ({"score_threshold": 2}, r"score_threshold must be in \[0, 1\], got 2"),
+        ({"channel_order": "brg"}, "channel_order must be"),
+    ],
+)
+def test_wrong_settings_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        gd.predict(model, np.zeros((48, 48, 3), np.uint8), **settings)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x"])
+def test_devices_that_are_not_there_are_refused_in_one_sentence(checkpoint, device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*: give cpu") as error:
+        gd.load_model(checkpoint, device=device)
+    assert "\n" not in str(error.value)

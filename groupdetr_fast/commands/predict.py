@@ -24,6 +24,7 @@ from ..evaluation.visualize import (
     scale_objects,
 )
 from ..files import write_whole
+from ..models.postprocess import check_selection
 from ..prediction import InferenceSettings, load_model, predict
 
 __all__ = ["PredictCommand", "find_images"]
@@ -78,6 +79,9 @@ class PredictCommand:
     annotated: bool = True
 
     def __call__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        check_selection(self.top_k, self.score_threshold)
         paths = find_images(self.images, besides=self.output)
         model = load_model(self.checkpoint, model=self.model, device=self.device)
         settings = self._settings(model.inference_settings)

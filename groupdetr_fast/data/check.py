@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .annotations import is_box
 from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
@@ -196,8 +198,8 @@ def _is_usable(entry: Entry, images: dict[int, Entry], categories: dict[int, Ent
             findings.errors[key].append(f"{who} has the {key} {entry.get(key)!r}, which is not in the table")
             known = False
     box = entry.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)):
-        findings.errors["bbox"].append(f"{who} has the bbox {box!r}, which is not x, y, width, height")
+    if not is_box(box):
+        findings.errors["bbox"].append(f"{who} has the bbox {reprlib.repr(box)}, which is not x, y, width, height")
         return False
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or width <= 0 or height <= 0:

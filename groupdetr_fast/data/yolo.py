@@ -150,7 +150,9 @@ def _parse(words: list[str], names: dict[int, str]) -> tuple[int, list[Point]]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise DataError(f"{path} cannot be read as yaml (it is nested too deeply)") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as yaml ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} must have the keys train, val and names")
@@ -165,6 +167,8 @@ def _class_names(path: Path, settings: dict[str, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(type(key) is int and key >= 0 for key in names):
         raise DataError(f"{path}: names must be a list of class names, or a table from class numbers to names")
+    if not all(isinstance(name, str | int | float) for name in names.values()):  # a list may repeat itself without end
+        raise DataError(f"{path}: names must be texts")
     return {number: str(names[number]) for number in sorted(names)}
 
 

@@ -81,6 +81,8 @@ class _ResNet(nn.Module):
         stages = _check_levels(f"a ResNet such as {name}", stages, num_levels, available=4)
         if dilation and stages < 4:
             raise ValueError("dilation is of a ResNet's fourth stage, which stages leaves out")
+        if dilation and name in ("resnet18", "resnet34"):
+            raise ValueError(f"backbone {name!r} has no dilation: torchvision's ResNets have it from resnet50 on")
         network = builder(
             weights="IMAGENET1K_V1" if weights == "imagenet" else None,  # the weights that DETR's results rest on
             replace_stride_with_dilation=[False, False, dilation],

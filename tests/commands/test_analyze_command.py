@@ -178,6 +178,12 @@ def test_faults_are_one_sentence(arguments, message, flags, made_up, tmp_path):
         cli.main(["analyze", *arguments[:1], *own, *arguments[1:]])
 
 
+def test_thresholds_that_no_overlap_has_are_refused():
+    for value in (2, float("nan")):
+        with pytest.raises(ValueError, match=r"nms_threshold must be in \[0, 1\], got"):
+            analyze.GroupApCommand(nms_threshold=value)
+
+
 def test_no_seed_is_refused():
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         analyze.AblationCommand(seeds=0)

@@ -133,3 +133,20 @@ def test_images_are_found(images, tmp_path):
         find_images([str(images)])
     with pytest.raises(DataError, match="name the images"):
         find_images([])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--device=tpu", "device 'tpu' cannot be used here"),
+        ("--top-k=0", "top_k must be at least 1"),
+        ("--batch-size=0", "batch_size must be at least 1"),
+        ("--score-threshold=nan", "score_threshold must be in"),
+        ("--score-threshold=2", "score_threshold must be in"),
+        ("--eval-short-side=2", "eval_short_side must be at least 8 pixels"),
+    ],
+)
+def test_wrong_settings_end_in_a_sentence(images, tmp_path, flag, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run(write_checkpoint(tmp_path), images / "a", flag, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

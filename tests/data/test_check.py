@@ -49,6 +49,7 @@ def change(content, table, index, **values):
         ("annotations", {"image_id": 1}, "errors", "image_id 1, which is not in the table"),
         ("annotations", {"image_id": [7]}, "errors", r"image_id \[7\], which is not in the table"),
         ("annotations", {"bbox": [1, 2, 3]}, "errors", r"annotation 12 has the bbox \[1, 2, 3\]"),
+        ("annotations", {"bbox": [1, 2, 10**400, 5]}, "errors", r"annotation 12 has the bbox \[1, 2, 1000.*\.\.\..*\]"),
         ("annotations", {"bbox": [1, 2, 0, 5]}, "warnings", "annotation 12 has the empty bbox"),
         ("annotations", {"bbox": [1, 2, float("nan"), 5]}, "warnings", "annotation 12 has the empty bbox"),
         ("annotations", {"bbox": [1000, 2, 4, 5]}, "warnings", "annotation 12 lies outside its image 7"),

@@ -210,6 +210,8 @@ CONTENT_ERRORS = {
         r'annotation 11 has category_id 4, which is not in "categories"; add the entry or remove the annotation',
     ),
     "short box": (put("annotations", "bbox", [1, 2, 3]), r"annotation 11 has the bbox \[1, 2, 3\]; it must be four"),
+    "endless box": (put("annotations", "bbox", [1, 2, 10**400, 4]), r"annotation 11 has the bbox \[1, 2, 1000"),
+    "endless area": (put("annotations", "area", 10**400), r"annotation 11 has the area 1000.*; it must be a number"),
     "null box": (put("annotations", "bbox", None), r"annotation 11 has the bbox None"),
     "text box": (put("annotations", "bbox", ["1", "2", "3", "4"]), r"annotation 11 has the bbox \['1'"),
     "zero width": (put("images", "width", 0), r"image 7 has the size 0 x 40"),

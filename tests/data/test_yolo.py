@@ -126,6 +126,8 @@ def test_all_faults_are_told_and_the_first_stops_a_training(write):
         ("- a\n", "must have the keys"),
         ("{", "cannot be read as yaml"),
         ("train: images/train\nnames: 7.5\n", "names must be a list"),
+        ("[" * 5000, "nested too deeply"),
+        ("train: images/train\nnames: [[a]]\n", "names must be texts"),
         ("names: [a]\n", "must say under train where the images are"),
         ("train: nowhere\nnames: [a]\n", "there is nothing at nowhere"),
         ("train: labels\nnames: [a]\n", "there are no images in labels"),

@@ -83,6 +83,11 @@ def test_fewer_stages(name, stages, channels, stride):
         ({"name": "resnet18", "num_levels": 5}, ValueError, "num_levels must be 1 to 4"),
         ({"name": "resnet18", "stages": 5}, ValueError, "stages must be 1 to 4 for a ResNet such as resnet18, got 5"),
         ({"name": "resnet18", "stages": 3, "dilation": True}, ValueError, "which stages leaves out"),
+        (
+            {"name": "resnet18", "dilation": True},
+            ValueError,
+            "backbone 'resnet18' has no dilation: .* from resnet50 on",
+        ),
         ({"name": "resnet18", "weights": "none.pth"}, FileNotFoundError, "there is no file none.pth"),
     ],
 )

@@ -95,6 +95,8 @@ class Sweep(Analysis):
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not 0 <= self.nms_threshold <= 1:
+            raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 
     def training(self) -> CocoTrainingConfig:
         """See :class:`Analysis`."""
