@@ -103,6 +103,7 @@ def check_part(
             findings.errors["empty"].append(f"{name}: there are no {table}")
     kept = [entry for entry in annotations.values() if _is_usable(entry, images, categories, findings)]
     _count(images, annotations, kept, num_queries, findings)
+    _check_names(categories, findings)
     _check_images(image_folder, images, decode, workers, progress, findings)
     return findings
 
@@ -134,6 +135,20 @@ def _unique(entries: Sequence[Entry], kind: str, findings: Findings) -> dict[Any
         else:
             by_id[number] = entry
     return by_id
+
+
+def _check_names(categories: dict[int, Entry], findings: Findings) -> None:
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for number, entry in categories.items():
+        if isinstance(entry.get("name"), str):
+            by_name[entry["name"]].append(number)
+    for name, numbers in by_name.items():
+        if len(numbers) > 1:
+            # Exports repeat the name of a super-category that has no objects; else one class would be learned as two.
+            used = sum(findings.statistics.per_category[number] > 0 for number in numbers)
+            (findings.errors if used > 1 else findings.warnings)["name"].append(
+                f"{findings.name}: categories {', '.join(map(str, numbers))} have the same name {name}"
+            )
 
 
 def _check_images(
@@ -249,6 +264,8 @@ def _count(
             sum(area >= MEDIUM for area in areas),
         ),
     )
+    if images and not objects:
+        findings.errors["empty"].append(f"{findings.name}: no image has an object that can be used")
     for number, name in findings.categories.items():
         if not per_category[number]:
             findings.warnings["class"].append(f"{findings.name}: category {number} ({name}) has no objects")

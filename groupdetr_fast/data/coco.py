@@ -58,6 +58,7 @@ class CocoDataset(Dataset):
         annotation_file: as given.
         image_ids: ids in the order of the samples.
         categories: the category entries of the file, ordered by label.
+        num_objects: of all images; crowd regions and what is dropped do not count.
         num_classes: size of the label space; in mode ``"category_id"`` the largest id plus 1.
         category_ids: ``[num_classes]`` int64, the category id of each label.
 
@@ -92,6 +93,7 @@ class CocoDataset(Dataset):
         self._annotations = read_annotations(annotation_file, segmentations=masks)
         self.image_ids = self._annotations.image_ids
         self.categories = self._annotations.categories
+        self.num_objects = len(self._annotations.boxes)
 
         ids = torch.tensor([category["id"] for category in self.categories])
         if labels == "contiguous":

@@ -82,7 +82,12 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
     categories = [{"id": number, "name": name} for number, name in names.items()]
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     result = YoloPart(_common_folder(files), content)
-    for image_id, path in enumerate(files, start=1):
+    labels = [_label_file(path) for path in files]
+    if not any(label.is_file() for label in labels):
+        result.faults.append(
+            f"{data_file}: no image of {part} has a label file; that of {files[0].name} is looked for at {labels[0]}"
+        )
+    for image_id, (path, label) in enumerate(zip(files, labels, strict=True), start=1):
         try:
             with open_image(path) as image:
                 width, height = upright_size(image)
@@ -91,7 +96,7 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
             continue
         name = path.relative_to(result.image_folder).as_posix()
         content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for category, points in _objects(_label_file(path), names, result.faults):
+        for category, points in _objects(label, names, result.faults):
             points = [(x * width, y * height) for x, y in points]
             entry = {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": category}
             content["annotations"].append(entry | _shape(points))

@@ -69,6 +69,7 @@ def test_faults_of_labels_in_yolos_layout_are_listed(digits, tmp_path, capsys, m
         (tmp_path / "set" / "labels" / part).mkdir(parents=True)
     (tmp_path / "set" / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a]\n")
     (tmp_path / "set" / "labels" / "train" / "000001.txt").write_text("0 0.5 0.5 1 1\n1 0.5 0.5 1 1\n0 0.5\n")
+    (tmp_path / "set" / "labels" / "val" / "000001.txt").write_text("0 0.5 0.5 1 1\n")
     with pytest.raises(SystemExit, match="has 2 errors"):
         check(tmp_path / "set")
     text = capsys.readouterr().out

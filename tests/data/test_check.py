@@ -97,6 +97,20 @@ def test_classes_without_objects_and_images_with_many(check, content):
     ]
 
 
+def test_categories_of_one_name(check, content):
+    content["categories"].append({"id": 4, "name": "car"})
+    findings = check(content)
+    assert findings.warnings["name"] == ["train: categories 3, 4 have the same name car"]
+    assert not findings.errors["name"]
+    content["annotations"][1]["category_id"] = 4
+    assert check(content).errors["name"] == ["train: categories 3, 4 have the same name car"]
+
+
+def test_a_set_without_objects_is_an_error(check, content):
+    content["annotations"] = [entry for entry in content["annotations"] if entry["iscrowd"]]
+    assert check(content).errors["empty"] == ["train: no image has an object that can be used"]
+
+
 def test_images_in_both_parts_and_other_categories(check, content, tmp_path):
     train = check(content)
     shared = tmp_path / "images" / content["images"][0]["file_name"]

@@ -120,6 +120,14 @@ def test_all_faults_are_told_and_the_first_stops_a_training(write):
         yolo_as_coco(file, "train")
 
 
+def test_images_none_of_which_has_a_label_are_a_fault(write):
+    file = write({"train/a": None, "train/b": None, "val/c": []})
+    message = r"no image of train has a label file; that of a.png is looked for at .*labels/train/a.txt"
+    with pytest.raises(DataError, match=message):
+        yolo_as_coco(file, "train")
+    assert read_yolo(file, "val").faults == []
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [

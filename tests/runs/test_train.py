@@ -210,6 +210,14 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
         train(replace(config, data=replace(config.data, train_annotations=tmp_path / "more.json")))
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_data_without_objects_are_refused(config, tmp_path, part):
+    content = json.loads(getattr(config.data, f"{part}_annotations").read_text()) | {"annotations": []}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"empty\.json has no object that can be used; groupdetr check says why"):
+        train(replace(config, data=replace(config.data, **{f"{part}_annotations": tmp_path / "empty.json"})))
+
+
 def with_aps(monkeypatch, *aps):
     """Let the evaluations of runs find these APs, epoch by epoch."""
     measured = iter(aps)
