@@ -15,10 +15,13 @@ from .commands.export import ExportCommand
 from .commands.flags import FLAGS
 from .commands.predict import PredictCommand
 from .commands.recipes import RecipesCommand
+from .commands.text import shown
 from .commands.train import TrainCommand, training_defaults
 from .training.faults import EXIT_STOPPED, TrainingStopped
 
 __all__ = ["main", "run"]
+
+LONGEST_MESSAGE = 4000  # characters; names in a file of annotations have any length
 
 
 def run(parse: Callable[[], Callable[[], None]]) -> None:
@@ -30,7 +33,7 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
     try:
         parse()()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(str(error), LONGEST_MESSAGE)}")
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .segmentations import Segmentation, Segmentations, parse_segmentation
 
-__all__ = ["Annotations", "DataError", "is_box", "read_annotations", "read_json"]
+__all__ = ["Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,14 +200,21 @@ def _check_reference(path: Path, annotation: dict, key: str, table: Mapping[int,
 
 def _file_name(path: Path, image: dict) -> str:
     name = image["file_name"]
-    # The Windows flavour knows both separators and drives, so that one check serves every system.
-    parsed = PureWindowsPath(name) if isinstance(name, str) else None
-    if not parsed or not _is_text(name) or parsed.drive or parsed.root or ".." in parsed.parts or not parsed.parts:
+    if not is_inside(name):
         raise DataError(
             f"annotation file {path}: image {image['id']} has the file name {name!r}; "
             "it must be a path inside the image folder"
         )
     return name
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a value is the name of a file that lies in the folder which it is relative to."""
+    # The Windows flavour knows both separators and drives, so that one check serves every system.
+    parsed = PureWindowsPath(name) if isinstance(name, str) else None
+    if not parsed or not _is_text(name):
+        return False
+    return bool(parsed.parts) and not (parsed.drive or parsed.root or ".." in parsed.parts)
 
 
 def _is_text(name: str) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .annotations import is_box
+from .annotations import is_box, is_inside
 from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
@@ -191,7 +191,10 @@ class _ImageFile:
 
 def _read(folder: Path, decode: bool, image: Entry) -> _ImageFile | str:
     """The file of an image, or what is wrong with it."""
-    path = folder / str(image.get("file_name"))
+    name = image.get("file_name")
+    if not is_inside(name):
+        return f"the file name {reprlib.repr(name)} is no path inside the image folder"
+    path = folder / name
     if not path.is_file():
         return f"{path} does not exist"
     try:

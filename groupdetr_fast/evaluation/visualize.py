@@ -23,6 +23,7 @@ CELL_PIXELS = 600  # of the long side of an image that is shown together with ot
 PICTURE_PIXELS = 2000  # of the long side of a picture of one image, at most
 
 _CELL = 2.6  # inches, the width of one picture
+_NAME = 40  # characters of a category's name
 _GAP = 0.05  # of that width, between images
 _TITLE = 0.3  # inches, the line above the first row
 _PAIRS_PER_ROW = 3  # images with their ground truth; without it, twice as many
@@ -157,7 +158,7 @@ def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequen
     height, width = image.shape[1:]
     for index in order:
         corners = objects["boxes"][index].tolist()
-        text = names[labels[index]] if 0 <= labels[index] < len(names) else str(labels[index])
+        text = names[labels[index]][:_NAME] if 0 <= labels[index] < len(names) else str(labels[index])
         if scores is not None:
             text += f" {scores[index]:.2f}"
         if masks is None:
@@ -194,6 +195,7 @@ def _write(axis: Axes, text: str, corners: Sequence[float], colour: tuple[float,
     above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
     axis.text(
         min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
+        parse_math=False,
         va="bottom" if above else "top", ha="right" if leftwards else "left",
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip

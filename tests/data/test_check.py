@@ -63,6 +63,18 @@ def test_planted_faults(check, content, table, values, level, message):
     assert any(re.search(message, text) for text in texts), texts
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "C:\\a.png", "", 7, "a\0.png"])
+def test_nothing_outside_the_folder_is_opened(content, write, name, monkeypatch):
+    folder, path = write(content)
+    Image.new("RGB", (60, 40)).save(folder.parent / "secret.png")
+    entries = read_json(path)
+    entries["images"] = entries["images"][:1]
+    entries["images"][0]["file_name"] = name
+    monkeypatch.setattr("groupdetr_fast.data.check.open_image", lambda path: pytest.fail(f"{path} was opened"))
+    findings = check_part("train", folder, entries)
+    assert re.search("image 7: the file name .* is no path inside the image folder", *findings.errors["image"])
+
+
 def test_damaged_images_are_found_by_decoding(check, content, write):
     folder, path = write(content)
     file = folder / content["images"][0]["file_name"]

@@ -118,6 +118,16 @@ def test_objects_are_scaled_with_their_image():
     assert scaled["scores"].tolist() == pytest.approx([0.9])
 
 
+def test_names_are_drawn_as_they_are_and_cut(tmp_path, monkeypatch):
+    texts = []
+    draw = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **kw: texts.append(s) or draw(self, x, y, s, **kw))
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    names = [r"$\frac$", "y" * 10_000]  # the first is no formula that matplotlib can set
+    draw_image(image, objects([0, 0, 9, 9], [20, 20, 40, 40], scores=[0.9, 0.8]), names, tmp_path / "a.png")
+    assert sorted(texts) == [r"$\frac$ 0.90", "y" * 40 + " 0.80"]
+
+
 def test_lengths_must_agree(tmp_path):
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="at least one; got 0, 0 and 0"):
