@@ -12,7 +12,8 @@ import tyro
 from torch import Tensor
 
 from ..data import DataError
-from ..data.annotations import read_json
+from ..data.annotations import is_inside
+from ..data.annotations import read_json as read_coco
 from ..data.images import IMAGE_SUFFIXES, as_rgb
 from ..evaluation.coco import to_coco_results
 from ..evaluation.visualize import (
@@ -23,7 +24,7 @@ from ..evaluation.visualize import (
     reduce_image,
     scale_objects,
 )
-from ..files import write_whole
+from ..files import read_json, write_whole
 from ..models.postprocess import check_selection
 from ..prediction import InferenceSettings, load_model, predict
 
@@ -31,6 +32,7 @@ __all__ = ["PredictCommand", "find_images"]
 
 logger = logging.getLogger(__name__)
 
+MOST_THUMBNAILS = 200  # beyond which a picture is too large to look at
 JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
 
 
@@ -57,7 +59,7 @@ class PredictCommand:
         image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
         image_std: standard deviation of the same.
         device: such as cpu or cuda:1; None for a GPU if there is one.
-        contact_sheet: images in ``contact_sheet.png``; 0 for none.
+        contact_sheet: images in ``contact_sheet.png``, at most 200; 0 for none.
         annotated: whether to write each image with its detections.
     """
 
@@ -81,6 +83,8 @@ class PredictCommand:
     def __call__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.contact_sheet <= MOST_THUMBNAILS:
+            raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
         check_selection(self.top_k, self.score_threshold)
         paths = find_images(self.images, besides=self.output)
         model = load_model(self.checkpoint, model=self.model, device=self.device)
@@ -107,7 +111,7 @@ class PredictCommand:
     def _settings(self, settings: InferenceSettings) -> InferenceSettings:
         if self.categories is not None:
             try:
-                categories = sorted(read_json(self.categories)["categories"], key=lambda category: category["id"])
+                categories = sorted(read_coco(self.categories)["categories"], key=lambda category: category["id"])
                 settings = settings.with_categories(categories, self.labels)
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
@@ -190,21 +194,24 @@ class _Writer:
         self.thumbnails: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.file_names: set[str] = set()
         command.output.mkdir(parents=True, exist_ok=True)
+        self._remove_earlier()
 
     def add(self, image: _Image, detection: dict[str, Any]) -> None:
         detection = {name: value for name, value in detection.items() if name != "class_names"}
         image_id = len(self.content["images"]) + 1
         height, width = image.size
-        self.content["images"].append({"id": image_id, "file_name": str(image.path), "width": width, "height": height})
+        entry = {"id": image_id, "file_name": str(image.path), "width": width, "height": height}
+        self.content["images"].append(entry)
         results = to_coco_results([image_id], [detection], self.settings.category_ids)
         for index, result in enumerate(results):
             area = result["bbox"][2] * result["bbox"][3]
             if "masks" in detection:
                 area = float(detection["masks"][index].sum())
-            entry = {"id": len(self.content["annotations"]) + 1, **result, "area": area, "iscrowd": 0}
-            self.content["annotations"].append(entry)
+            number = len(self.content["annotations"]) + 1
+            self.content["annotations"].append({"id": number, **result, "area": area, "iscrowd": 0})
         if self.command.annotated:
-            target = self.command.output / PICTURES / self._file_name(image.path)
+            entry["picture"] = f"{PICTURES}/{self._file_name(image.path)}"
+            target = self.command.output / entry["picture"]
             shown = scale_objects(detection, image.size, tuple(image.picture.shape[1:]))
             draw_image(image.picture, shown, self.settings.class_names, target, self.command.score_threshold)
         if len(self.thumbnails) < self.command.contact_sheet:
@@ -220,6 +227,17 @@ class _Writer:
             draw_detections(images, None, detections, names, sheet, self.command.score_threshold)
         images, annotations = len(self.content["images"]), len(self.content["annotations"])
         print(f"{annotations} detections in {images} images: {self.command.output}")
+
+    def _remove_earlier(self) -> None:
+        """Remove the pictures of an earlier prediction into the same folder, which its json lists."""
+        earlier = read_json(self.command.output / JSON)
+        images = earlier.get("images") if isinstance(earlier, dict) else None
+        for entry in images if isinstance(images, list) else ():
+            picture = entry.get("picture") if isinstance(entry, dict) else None
+            if is_inside(picture) and Path(picture).parent == Path(PICTURES):
+                (self.command.output / picture).unlink(missing_ok=True)
+        if isinstance(images, list):
+            (self.command.output / SHEET).unlink(missing_ok=True)
 
     def _categories(self) -> list[dict[str, Any]]:
         """Those that the checkpoint names, and those of the detections."""

@@ -28,12 +28,19 @@ __all__ = [
     "upright_size",
 ]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # since Pillow 11.3
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    | ({".avif"} if _HAS_AVIF else set())
+)
 
 # What files are read as, whatever they are called. Pillow knows more formats, of which some (EPS) run other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # MPO, of two cameras, is read as JPEG
-if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+if _HAS_AVIF:
     _FORMATS += ("AVIF",)
+
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 ChannelOrder = Literal["rgb", "bgr"]
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -160,11 +167,20 @@ def as_rgb(image: ImageLike, *, channel_order: ChannelOrder = "rgb") -> Tensor:
     if isinstance(image, Image.Image):
         return decode_rgb(image)
     if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(image))
-        pixels = _check_pixels(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "an array [H, W(, C)]")
+        # torch warns of arrays that are read-only, though nothing is written here
+        pixels = torch.from_numpy(np.ascontiguousarray(image if image.flags.writeable else image.copy()))
+        if pixels.dim() == 3:
+            if pixels.shape[0] in _CHANNELS and pixels.shape[2] > max(_CHANNELS):
+                shape = list(image.shape)
+                raise ValueError(f"the array {shape} has its channels first: give array.transpose(1, 2, 0), [H, W, C]")
+            pixels = pixels.permute(2, 0, 1)
+        pixels = _check_pixels(pixels, "an array [H, W(, C)]", list(image.shape))
         return pixels.flip(0) if channel_order == "bgr" else pixels
     if isinstance(image, Tensor):
-        pixels = _check_pixels(image.detach().cpu(), "a tensor [(C, )H, W]")
+        shape = list(image.shape)
+        if len(shape) == 3 and shape[2] in _CHANNELS and shape[0] > max(_CHANNELS):
+            raise ValueError(f"the tensor {shape} has its channels last: give tensor.permute(2, 0, 1), [C, H, W]")
+        pixels = _check_pixels(image.detach().cpu(), "a tensor [(C, )H, W]", shape)
         return pixels.flip(0) if channel_order == "bgr" else pixels
     raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
 
@@ -179,12 +195,11 @@ def _read(path: Path) -> Tensor:
         raise DataError(f"image file {path} cannot be read ({error})") from None
 
 
-def _check_pixels(pixels: Tensor, expected: str) -> Tensor:
-    shape = list(pixels.shape)
+def _check_pixels(pixels: Tensor, expected: str, shape: list[int]) -> Tensor:
     if pixels.dim() == 2:
         pixels = pixels[None]
-    if pixels.dim() != 3 or pixels.shape[0] not in (1, 3, 4) or pixels.numel() == 0:
-        raise ValueError(f"expected {expected} with 1, 3 or 4 channels, got the shape {shape} (channels first)")
+    if pixels.dim() != 3 or pixels.shape[0] not in _CHANNELS or pixels.numel() == 0:
+        raise ValueError(f"expected {expected} with 1, 3 or 4 channels, got the shape {shape}")
     if pixels.is_floating_point():
         # written so that it also refuses what is not a number
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):

@@ -25,6 +25,8 @@ PICTURE_PIXELS = 2000  # of the long side of a picture of one image, at most
 _CELL = 2.6  # inches, the width of one picture
 _NAME = 40  # characters of a category's name
 _GAP = 0.05  # of that width, between images
+_TALLEST = 3.0  # height of a cell in its widths
+_LEAST_INCHES = 0.1  # of a side of a single picture
 _TITLE = 0.3  # inches, the line above the first row
 _PAIRS_PER_ROW = 3  # images with their ground truth; without it, twice as many
 _MASK_ALPHA = 0.45
@@ -68,7 +70,7 @@ def draw_detections(
     shown = 1 if ground_truth is None else 2  # how often each image is
     per_row = min(_PAIRS_PER_ROW * 2 // shown, len(images))
     rows = -(-len(images) // per_row)
-    aspect = sum(image.shape[1] / image.shape[2] for image in images) / len(images)
+    aspect = sum(min(image.shape[1] / image.shape[2], _TALLEST) for image in images) / len(images)
     widths = [*[1] * shown, _GAP] * per_row
     figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -110,7 +112,8 @@ def draw_image(
     height, width = image.shape[1:]
     long_side = max(height, width)
     shown = min(max(long_side, _LEAST_PIXELS), PICTURE_PIXELS)
-    figure = Figure(figsize=(_LONG_SIDE * width / long_side, _LONG_SIDE * height / long_side))
+    sides = [max(_LONG_SIDE * side / long_side, _LEAST_INCHES) for side in (width, height)]
+    figure = Figure(figsize=tuple(sides))
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()

@@ -143,6 +143,8 @@ def test_images_are_found(images, tmp_path):
         ("--batch-size=0", "batch_size must be at least 1"),
         ("--score-threshold=nan", "score_threshold must be in"),
         ("--score-threshold=2", "score_threshold must be in"),
+        ("--contact-sheet=201", "contact_sheet must be 0 to 200, got 201"),
+        ("--contact-sheet=-1", "contact_sheet must be 0 to 200, got -1"),
         ("--eval-short-side=2", "eval_short_side must be at least 8 pixels"),
     ],
 )
@@ -150,3 +152,18 @@ def test_wrong_settings_end_in_a_sentence(images, tmp_path, flag, message):
     with pytest.raises(SystemExit, match=f"error: {message}"):
         run(write_checkpoint(tmp_path), images / "a", flag, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_an_earlier_prediction_go_and_nothing_else(images, tmp_path):
+    checkpoint, output = write_checkpoint(tmp_path), tmp_path / "out"
+    run(checkpoint, images / "b", "--output", output)
+    Image.new("RGB", (8, 8)).save(output / "images" / "mine.jpg")
+    content = json.loads((output / "predictions.json").read_text())
+    assert [entry["picture"] for entry in content["images"]] == ["images/1.jpg", "images/2.jpg"]
+    (tmp_path / "kept.jpg").touch()
+    content["images"] += [{"picture": "images/../../kept.jpg"}, {"picture": "../kept.jpg"}, {"picture": 7}, None]
+    (output / "predictions.json").write_text(json.dumps(content))
+    run(checkpoint, images / "a", "--contact-sheet=0", "--output", output)
+    assert sorted(path.name for path in (output / "images").iterdir()) == ["1.jpg", "mine.jpg"]
+    assert not (output / "contact_sheet.png").exists()
+    assert (tmp_path / "kept.jpg").exists()

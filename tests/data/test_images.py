@@ -1,10 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from groupdetr_fast.data import DataError
-from groupdetr_fast.data.images import as_rgb, decode_rgb, is_turned, upright_size
+from groupdetr_fast.data.images import IMAGE_SUFFIXES, as_rgb, decode_rgb, is_turned, upright_size
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -103,6 +105,13 @@ def test_a_damaged_orientation_is_none(tmp_path):
     [
         (np.zeros((4, 4, 2), np.uint8), ValueError, "1, 3 or 4 channels"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "channels"),
+        (
+            np.zeros((3, 40, 60), np.uint8),
+            ValueError,
+            r"the array \[3, 40, 60\] has its channels first: give array.trans",
+        ),
+        (torch.zeros(40, 60, 3), ValueError, r"the tensor \[40, 60, 3\] has its channels last: give tensor.permute"),
+        (np.zeros((3, 40, 5), np.uint8), ValueError, r"the array \[3, 40, 5\] has its channels first"),
         (np.zeros((4, 4), np.int64), ValueError, "must be uint8 or floats"),
         (torch.full((3, 4, 4), 2.0), ValueError, r"must lie in \[0, 1\]"),
         (torch.full((3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
@@ -113,6 +122,21 @@ def test_a_damaged_orientation_is_none(tmp_path):
 def test_what_is_no_image_is_refused(image, kind, message):
     with pytest.raises(kind, match=message):
         as_rgb(image)
+
+
+def test_read_only_arrays_are_read_without_a_warning():
+    pixels = PIXELS.copy()
+    pixels.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(as_rgb(pixels), EXPECTED)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_an_image(tmp_path):
+    assert ".avif" in IMAGE_SUFFIXES
+    Image.new("RGB", (16, 8), "white").save(tmp_path / "a.avif")
+    assert as_rgb(tmp_path / "a.avif").shape == (3, 8, 16)
 
 
 def test_damaged_files_are_named(tmp_path):

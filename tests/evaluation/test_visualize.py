@@ -107,6 +107,15 @@ def test_large_images_are_reduced_before_they_are_drawn(tmp_path, monkeypatch):
     assert drawn == [(1600, 2000, 3), (480, 600, 3), (480, 600, 3)]
 
 
+def test_pictures_of_slender_images_are_bounded(tmp_path):
+    image = torch.zeros(3, 3000, 1, dtype=torch.uint8)
+    draw_detections([image] * 2, None, [objects(scores=[])] * 2, NAMES, tmp_path / "sheet.png")
+    draw_image(image, objects(scores=[]), NAMES, tmp_path / "a.png")
+    for name, limit in (("sheet.png", 1200), ("a.png", 2000)):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) <= limit
+
+
 def test_objects_are_scaled_with_their_image():
     masks = torch.zeros(1, 40, 60, dtype=torch.bool)
     masks[0, 10:20, 30:60] = True

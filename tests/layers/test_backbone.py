@@ -1,3 +1,5 @@
+from urllib.error import URLError
+
 import pytest
 import torch
 import torchvision
@@ -100,3 +102,17 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match="does not fit backbone 'resnet34': it lacks"):
         Backbone("resnet34", str(tmp_path / "resnet18.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_say_which_file_belongs_where(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    message = (
+        r"ImageNet weights of resnet18 cannot be downloaded \(.*no route.*\): put https://.*/(resnet18-\w+\.pth) at "
+        rf"{tmp_path}/checkpoints/\1, or give the file as backbone_weights"
+    )
+    with pytest.raises(OSError, match=message):
+        Backbone("resnet18", "imagenet")
