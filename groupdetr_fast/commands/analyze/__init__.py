@@ -7,7 +7,8 @@ from typing import Annotated, Union
 
 import tyro
 
-from ...data.config import DataPaths
+from ...data import AugmentationConfig
+from ...data.config import DataConfig, DataPaths
 from ...runs.config import CocoTrainingConfig
 from ...runs.recipes import digits_demo
 from ..flags import read_flags
@@ -40,13 +41,18 @@ def analyze_command(arguments: Sequence[str]) -> type:
     """The command ``analyze`` with its subcommands, as a dataclass for ``tyro.cli`` whose instances are called.
 
     Args:
-        arguments: the whole command line. Without flags that name data, the defaults are those of the digits demo.
+        arguments: the whole command line. With COCO's folder the defaults are the paper's; otherwise those of the
+            digits demo, which train in minutes, though own images are also flipped and loaded by other processes.
     """
-    if read_flags(DataPaths, arguments).given:
+    data = read_flags(DataPaths, arguments)
+    if data.coco_path is not None:
         config = CocoTrainingConfig()
     else:
         config = digits_demo(compose=False)
         config = replace(config, optimization=replace(config.optimization, epochs=DEMO_EPOCHS), evaluate_every=3)
+    if data.given and data.coco_path is None:
+        flip = AugmentationConfig.flip
+        config = replace(config, data=DataConfig(), augmentation=replace(config.augmentation, flip=flip))
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values |= {"command": shlex.join(("groupdetr", *arguments)), "output": Analysis.output}
     commands = []
