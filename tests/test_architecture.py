@@ -41,7 +41,7 @@ ALLOWED = {
         "ops",
         "__version__",
     },
-    "cli": {"commands", "training"},
+    "cli": {"commands", "training", "__version__"},
     "integrations": {"losses", "ops", "boxes", "groups", "targets"},
     "__init__": {"build", "groups", "models", "ops", "prediction", "targets"},
     "__main__": {"cli"},
