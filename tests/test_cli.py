@@ -22,7 +22,7 @@ from groupdetr_fast import cli
         (["train", "--num-groups", "0", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
         (
             ["eval", "--load", "{tmp}/none.pth", "--coco-path", "c"],
-            "does not say which detector it is of: pass --model",
+            "error: checkpoint: there is nothing at .*none.pth",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """The command ``groupdetr export``."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class ExportCommand:
     says.
 
     Attributes:
-        checkpoint: file or folder of this package, an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
         output: file to write: ``.onnx`` (needs the extra export) or ``.pt2``.
         model: name of the detector, for checkpoints without it (this package stores it).
         image_size: height and width of all images in pixels; None for a graph that takes any size.
@@ -40,6 +41,8 @@ class ExportCommand:
         model = load_model(self.checkpoint, model=self.model, device="cpu")
         if model.config.predicts_masks:
             raise ValueError("models that predict masks cannot be exported")
+        for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         described = _describe(model.inference_settings)
         if self.output.suffix == ".pt2":

@@ -45,7 +45,7 @@ class PredictCommand:
     be read are named, and the others done.
 
     Attributes:
-        checkpoint: file or folder of this package, an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
         images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
         output: folder to write into.
         model: name of the detector, for checkpoints without it (this package stores it).

@@ -15,7 +15,7 @@ from torch import Tensor
 from .header import CheckpointHeader
 from .numpy_pickle import read_numpy_pickle
 
-__all__ = ["CheckpointFile", "read_checkpoint", "read_header"]
+__all__ = ["CheckpointFile", "find_weights", "read_checkpoint", "read_header"]
 
 _MOST_ROWS = 10**6
 HEADER_KEY = "groupdetr_fast"  # in the metadata of safetensors; ``training.checkpoint`` writes it
@@ -42,6 +42,25 @@ class CheckpointFile:
                 raise ValueError(f"the checkpoint says {name} = {reprlib.repr(value)}, which is no number of queries")
 
 
+def find_weights(path: str | Path) -> Path:
+    """The file or folder of weights that is meant: for the folder of a run its best checkpoint, or else the newest.
+
+    Other paths are returned as they are.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: there is nothing at {path}")
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if any(path.glob("*.safetensors")) or not folder.is_dir():
+        return path
+    saved = sorted(weights.parent for weights in folder.glob("epoch_*/*.safetensors"))
+    best = folder / "best"
+    return best if any(best.glob("*.safetensors")) else (saved or [path])[-1]
+
+
 def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile:
     """Read a ``.safetensors`` file, a pickle of tensors, a folder that holds one, or take a state dict as it is.
 
@@ -54,9 +73,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
     """
     if isinstance(source, Mapping):
         return _from_object(dict(source), "the state dict")
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint: there is nothing at {path}")
+    path = find_weights(source)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
@@ -77,15 +94,16 @@ def read_header(path: str | Path) -> CheckpointHeader:
     """What this package's training wrote into the header of a weights file.
 
     Args:
-        path: the file, or a folder that holds one.
+        path: the file, or a folder that holds one, or the folder of a run.
 
     Returns:
         The header; for files of other code, one that says nothing.
 
     Raises:
+        FileNotFoundError: if there is nothing at the path.
         ValueError: if the file is damaged, or its header has a value that no header of this package has.
     """
-    path = Path(path)
+    path = find_weights(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
         return CheckpointHeader()

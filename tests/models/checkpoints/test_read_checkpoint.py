@@ -50,7 +50,9 @@ def test_headers_of_own_files_alone(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pth")
     header = CheckpointHeader(model="dab_detr_r50", labels="category_id")
     assert read_header(own) == read_header(own / "model.safetensors") == header
-    for path in (other, tmp_path / "pickle.pth", tmp_path / "nothing", tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: there is nothing at .*nothing"):
+        read_header(tmp_path / "nothing")
+    for path in (other, tmp_path / "pickle.pth", tmp_path):
         assert read_header(path) == CheckpointHeader()
     other.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"other.safetensors cannot be read as safetensors"):
@@ -75,3 +77,13 @@ def test_settings_of_transformers_that_are_no_json_are_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json, beside the weights, (cannot be read|must hold)"):
         read_checkpoint(tmp_path)
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint_or_the_newest(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for epoch, name in enumerate(("epoch_0001", "epoch_0002", "best"), start=1):
+        (folder / name).mkdir(parents=True)
+        save_file({"epoch": torch.tensor(epoch)}, folder / name / "model.safetensors")
+        for path in (tmp_path / "run", folder):
+            assert read_checkpoint(path).state["epoch"] == epoch
+    assert read_checkpoint(folder / "epoch_0001").state["epoch"] == 1
