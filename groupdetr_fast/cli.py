@@ -30,13 +30,15 @@ _COMMANDS = {
     "recipes": RecipesCommand,
     "env": EnvCommand,
 }
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
 LONGEST_MESSAGE = 4000  # characters; names in a file of annotations have any length
 
 
 def run(parse: Callable[[], Callable[[], None]]) -> None:
     """Parse a command and run it; settings and files that do not fit end the program with one sentence.
 
-    After SIGTERM the exit status is 75 (``EXIT_STOPPED``): a checkpoint is written, and ``--resume`` goes on from it.
+    After SIGTERM or Ctrl-C a training ends with the exit status 75 (``EXIT_STOPPED``): a checkpoint is written, and
+    ``--resume`` goes on from it. Other commands end with 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -46,6 +48,9 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

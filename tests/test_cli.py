@@ -70,3 +70,13 @@ def test_nobody_sees_the_parsers_own_names(arguments, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "tyro" not in capsys.readouterr().err
+
+
+def test_an_interruption_ends_in_a_word(capsys):
+    def parse():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(parse)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

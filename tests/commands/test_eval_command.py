@@ -19,7 +19,9 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     data = ["--train-images", digits.train_images, "--train-annotations", digits.train_annotations, *val]
     short = ["--short-sides", "48", "--crop=0", "--epochs=1", "--lr=1e-2", "--output", tmp_path / "run"]
     cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
-    trained = capsys.readouterr().out
+    captured = capsys.readouterr()
+    trained = captured.out
+    assert "loss nan" not in captured.out + captured.err
 
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
     evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
