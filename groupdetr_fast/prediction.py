@@ -103,6 +103,7 @@ def load_model(
     num_classes: int | None = None,
     num_groups: int = 1,
     device: torch.device | str | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Build the detector that a checkpoint is of, and load it, for inference.
 
@@ -113,6 +114,8 @@ def load_model(
             labels, and 80 for Mask2Former).
         num_groups: groups of queries to keep; inference uses the first.
         device: None for a GPU if there is one.
+        **settings: sizes of the detector, as in ``build_model``, for checkpoints of other sizes than the original ones
+            that do not say so.
 
     Returns:
         The detector in eval mode. Its ``inference_settings`` are what :func:`predict` goes by.
@@ -123,7 +126,7 @@ def load_model(
     """
     device = _find_device(device)
     header = describe_model(checkpoint, model)
-    changes = {} if num_classes is None else {"num_classes": num_classes}
+    changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
     detector = build_detector(header, num_groups=num_groups, **changes)
     load_checkpoint(detector, checkpoint)
     detector.inference_settings = InferenceSettings.from_header(header)

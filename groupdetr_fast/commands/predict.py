@@ -27,6 +27,7 @@ from ..evaluation.visualize import (
 from ..files import read_json, write_whole
 from ..models.postprocess import check_selection
 from ..prediction import InferenceSettings, load_model, predict
+from .flags import DetectorFlags
 
 __all__ = ["PredictCommand", "find_images"]
 
@@ -37,7 +38,7 @@ JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictCommand:
+class PredictCommand(DetectorFlags):
     """Detect objects in images.
 
     Writes ``predictions.json`` (a COCO file: images, categories, and detections with scores as annotations), each image
@@ -48,7 +49,6 @@ class PredictCommand:
         checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
         images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
         output: folder to write into.
-        model: name of the detector, for checkpoints without it (this package stores it).
         categories: COCO json whose categories name the classes, for checkpoints that do not.
         labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
         score_threshold: detections with lower scores are left out.
@@ -66,7 +66,6 @@ class PredictCommand:
     checkpoint: tyro.conf.Positional[Path]
     images: tyro.conf.Positional[tuple[str, ...]]
     output: Path = Path("runs/predict")
-    model: str | None = None
     categories: Path | None = None
     labels: Literal["contiguous", "category_id"] = "category_id"
     score_threshold: float = 0.3
@@ -87,7 +86,7 @@ class PredictCommand:
             raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
         check_selection(self.top_k, self.score_threshold)
         paths = find_images(self.images, besides=self.output)
-        model = load_model(self.checkpoint, model=self.model, device=self.device)
+        model = load_model(self.checkpoint, device=self.device, **self.detector_settings())
         settings = self._settings(model.inference_settings)
         writer = _Writer(self, settings)
         unreadable: list[Path] = []

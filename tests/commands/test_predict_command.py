@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from small_checkpoint import CATEGORIES, write_checkpoint
+from small_checkpoint import CATEGORIES, SIZES, write_checkpoint
 
 import groupdetr_fast as gd
 from groupdetr_fast import cli
@@ -167,3 +167,21 @@ def test_pictures_of_an_earlier_prediction_go_and_nothing_else(images, tmp_path)
     assert sorted(path.name for path in (output / "images").iterdir()) == ["1.jpg", "mine.jpg"]
     assert not (output / "contact_sheet.png").exists()
     assert (tmp_path / "kept.jpg").exists()
+
+
+def test_sizes_are_given_where_the_checkpoint_does_not_say_them(images, tmp_path):
+    path = write_checkpoint(tmp_path)
+    torch.save(gd.load_model(path).state_dict(), tmp_path / "bare.pth")
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    sizes += ["--model=conditional_detr_r50", "--num-classes=3", "--dim-feedforward=16", "--backbone=conv:8-16"]
+    common = ["--score-threshold=0", "--eval-short-side=32", "--eval-max-size=1333"]
+    found = []
+    for checkpoint, flags in ((path, []), (tmp_path / "bare.pth", sizes)):
+        output = tmp_path / "out"
+        run(checkpoint, images / "a", *common, *flags, "--output", output)
+        content = json.loads((output / "predictions.json").read_text())
+        found.append([(entry["score"], entry["bbox"]) for entry in content["annotations"]])
+    assert found[0] == found[1]
+    assert found[0]
+    with pytest.raises(SystemExit, match=r"has shape|does not fit"):
+        run(tmp_path / "bare.pth", images / "a", *sizes, "--d-model=32", "--output", tmp_path / "other")

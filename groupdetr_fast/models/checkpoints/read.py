@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .header import CheckpointHeader
 from .numpy_pickle import read_numpy_pickle
+from .transformers_config import header_of_config
 
 __all__ = ["CheckpointFile", "find_weights", "read_checkpoint", "read_header"]
 
@@ -97,7 +98,8 @@ def read_header(path: str | Path) -> CheckpointHeader:
         path: the file, or a folder that holds one, or the folder of a run.
 
     Returns:
-        The header; for files of other code, one that says nothing.
+        The header; of transformers what its ``config.json`` beside the weights says; for files of other code, one that
+        says nothing.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -105,11 +107,17 @@ def read_header(path: str | Path) -> CheckpointHeader:
     """
     path = find_weights(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    settings = (path if path.is_dir() else path.parent) / "config.json"
+    of_transformers = path.is_dir() or path.suffix == ".safetensors" or path.name.startswith("pytorch_model")
+    foreign = _header_beside(settings) if of_transformers and settings.is_file() else CheckpointHeader()
     if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
-        return CheckpointHeader()
+        return foreign
     try:
         with safe_open(files[0], framework="pt") as file:
-            content = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            text = (file.metadata() or {}).get(HEADER_KEY)
+        if text is None:
+            return foreign
+        content = json.loads(text)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {files[0]} cannot be read as safetensors: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -132,6 +140,13 @@ def _read_folder(folder: Path) -> CheckpointFile:
     if config.is_file() and num_queries is None:
         num_queries, num_groups = _read_config(config).get("num_queries"), 1
     return CheckpointFile(state, num_queries, num_groups)
+
+
+def _header_beside(path: Path) -> CheckpointHeader:
+    try:
+        return header_of_config(_read_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
