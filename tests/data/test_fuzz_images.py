@@ -103,7 +103,7 @@ def test_an_eps_runs_no_other_program_whatever_it_is_called(tmp_path, monkeypatc
     findings = check_part("train", folder, read_json(tmp_path / "instances.json"))
     assert "photo.jpg cannot be read (it is none of" in findings.errors["image"][0]
     (tmp_path / "data.yaml").write_text("train: images\nnames: [a]\n")
-    assert "photo.jpg cannot be read (it is none of" in read_yolo(tmp_path / "data.yaml", "train").faults[0]
+    assert "photo.jpg cannot be read (it is none of" in read_yolo(tmp_path / "data.yaml", "train").faults[-1]
 
 
 def test_all_images_are_opened_in_one_place():
