@@ -3,11 +3,12 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Union
 
 import tyro
 
-from .commands.analyze import analyze_command
+from . import __version__
+from .commands.analyze import AnalyzeCommand, parse_analysis
 from .commands.check import CheckCommand
 from .commands.env import EnvCommand
 from .commands.eval import EvalCommand
@@ -15,42 +16,64 @@ from .commands.export import ExportCommand
 from .commands.flags import FLAGS
 from .commands.predict import PredictCommand
 from .commands.recipes import RecipesCommand
+from .commands.text import shown
 from .commands.train import TrainCommand, training_defaults
 from .training.faults import EXIT_STOPPED, TrainingStopped
 
 __all__ = ["main", "run"]
 
+_COMMANDS = {
+    "eval": EvalCommand,
+    "predict": PredictCommand,
+    "check": CheckCommand,
+    "export": ExportCommand,
+    "recipes": RecipesCommand,
+    "env": EnvCommand,
+}
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
+LONGEST_MESSAGE = 4000  # characters; names in a file of annotations have any length
+
 
 def run(parse: Callable[[], Callable[[], None]]) -> None:
     """Parse a command and run it; settings and files that do not fit end the program with one sentence.
 
-    After SIGTERM the exit status is 75 (``EXIT_STOPPED``): a checkpoint is written, and ``--resume`` goes on from it.
+    After SIGTERM or Ctrl-C a training ends with the exit status 75 (``EXIT_STOPPED``): a checkpoint is written, and
+    ``--resume`` goes on from it. Other commands end with 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         parse()()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(str(error), LONGEST_MESSAGE)}")
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of ``groupdetr``."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
 
+    if arguments == ["--version"]:
+        print(f"groupdetr_fast {__version__}")
+        return
+
     def parse() -> Callable[[], None]:
-        commands = (
-            Annotated[TrainCommand, tyro.conf.subcommand("train", default=training_defaults(arguments))]
-            | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
-            | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
-            | Annotated[CheckCommand, tyro.conf.subcommand("check")]
-            | Annotated[ExportCommand, tyro.conf.subcommand("export")]
-            | Annotated[analyze_command(arguments), tyro.conf.subcommand("analyze")]
-            | Annotated[RecipesCommand, tyro.conf.subcommand("recipes")]
-            | Annotated[EnvCommand, tyro.conf.subcommand("env")]
-        )
-        return tyro.cli(commands, args=arguments, prog="groupdetr", description=__doc__, config=FLAGS)
+        name, rest = (arguments or [""])[0], arguments[1:]
+        # The command at hand alone, so that messages about a flag speak of no other command.
+        if name == "train":
+            default = training_defaults(rest)
+            return tyro.cli(TrainCommand, args=rest, prog="groupdetr train", default=default, config=FLAGS)
+        if name == "analyze":
+            return parse_analysis(rest)
+        if name in _COMMANDS:
+            return tyro.cli(_COMMANDS[name], args=rest, prog=f"groupdetr {name}", config=FLAGS)
+        every = {"train": TrainCommand, **_COMMANDS, "analyze": AnalyzeCommand}
+        options = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in every.items())
+        union = Union[options]  # noqa: UP007 (a union of a tuple)
+        return tyro.cli(union, args=arguments, prog="groupdetr", description=__doc__, config=FLAGS)
 
     run(parse)

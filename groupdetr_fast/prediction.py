@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
-from .data.images import ImageLike, as_rgb
+from .data.images import ChannelOrder, ImageLike, as_rgb
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
+from .models.postprocess import check_selection
 
 __all__ = ["EVAL_SETTINGS", "InferenceSettings", "class_table", "describe_model", "load_model", "predict"]
 
@@ -101,6 +103,7 @@ def load_model(
     num_classes: int | None = None,
     num_groups: int = 1,
     device: torch.device | str | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Build the detector that a checkpoint is of, and load it, for inference.
 
@@ -111,20 +114,36 @@ def load_model(
             labels, and 80 for Mask2Former).
         num_groups: groups of queries to keep; inference uses the first.
         device: None for a GPU if there is one.
+        **settings: sizes of the detector, as in ``build_model``, for checkpoints of other sizes than the original ones
+            that do not say so.
 
     Returns:
         The detector in eval mode. Its ``inference_settings`` are what :func:`predict` goes by.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        ValueError: if nobody names the detector, or the checkpoint does not fit it.
+        ValueError: if nobody names the detector, the checkpoint does not fit it, or the device is not there.
     """
+    device = _find_device(device)
     header = describe_model(checkpoint, model)
-    changes = {} if num_classes is None else {"num_classes": num_classes}
+    changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
     detector = build_detector(header, num_groups=num_groups, **changes)
     load_checkpoint(detector, checkpoint)
     detector.inference_settings = InferenceSettings.from_header(header)
-    return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return detector.to(device).eval()
+
+
+def _find_device(device: torch.device | str | None) -> torch.device | str:
+    """The device, or that which None stands for, once it is known that tensors can lie on it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for devices of some kinds
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda where there is a GPU"
+        ) from None
+    return device
 
 
 @torch.no_grad()
@@ -135,19 +154,23 @@ def predict(
     score_threshold: float = 0.3,
     top_k: int = 100,
     batch_size: int = 4,
+    channel_order: ChannelOrder = "rgb",
     settings: InferenceSettings | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Detect objects in images.
 
-    The model runs in eval mode, and is afterwards as it was. Images are read batch by batch.
+    The model runs in eval mode, and is afterwards as it was. Images are read one by one, and of each batch only the
+    reduced ones are kept.
 
     Args:
         model: a detector, as :func:`load_model` or ``build_model`` make it, on any device.
         images: one image or several: paths, PIL images, arrays ``[H, W(, C)]`` or tensors ``[(C, )H, W]`` of uint8 or
-            of floats in [0, 1]; grey, RGB or RGBA. The EXIF orientation of files and PIL images is applied.
+            of floats in [0, 1]; grey, RGB or RGBA. Arrays and tensors must have their colours in this order, which is
+            not that of ``cv2.imread``: see ``channel_order``. The EXIF orientation of files and PIL images is applied.
         score_threshold: detections with lower scores are left out.
         top_k: detections per image.
         batch_size: images at a time, padded to the largest of them.
+        channel_order: "bgr" for arrays and tensors whose colours are blue, green, red, as OpenCV reads them.
         settings: names of the classes, sizes and normalisation; by default the model's ``inference_settings``, or those
             of :class:`InferenceSettings` for a model without.
 
@@ -158,27 +181,32 @@ def predict(
 
     Raises:
         DataError: for an image file that cannot be read.
-        TypeError, ValueError: for anything else that is no image, and for a ``batch_size`` below 1.
+        TypeError, ValueError: for anything else that is no image, for a ``batch_size`` or ``top_k`` below 1, a
+            threshold outside [0, 1], and another ``channel_order``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_selection(top_k, score_threshold)
     if settings is None:
         settings = getattr(model, "inference_settings", InferenceSettings())
     single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     transform = eval_transforms(settings.augmentation)
     device = next(model.parameters()).device
-    remaining, detections = iter([images] if single else images), []
+    remaining, detections = [images] if single else images, []
     with _in_eval_mode(model):
-        while part := list(itertools.islice(remaining, batch_size)):
-            batch = collate([_sample(as_rgb(image), transform) for image in part])
+        # One image after another, and by map, which keeps none: a large one is gone before the next is read.
+        samples = map(partial(_sample, transform=transform, channel_order=channel_order), remaining)
+        while part := list(itertools.islice(samples, batch_size)):
+            batch = collate(part)
             output = model(batch.images.to(device), batch.masks.to(device))
             detections += postprocess(output, batch.original_sizes, top_k=top_k, score_threshold=score_threshold)
     named = [_named(detection, settings) for detection in detections]
     return named[0] if single else named
 
 
-def _sample(pixels: Tensor, transform: Any) -> tuple[Tensor, dict[str, Any]]:
+def _sample(image: ImageLike, transform: Any, channel_order: ChannelOrder) -> tuple[Tensor, dict[str, Any]]:
     """An image as ``CocoDataset`` gives them, without objects."""
+    pixels = as_rgb(image, channel_order=channel_order)
     target = {
         "labels": torch.empty(0, dtype=torch.int64),
         "boxes": torch.empty(0, 4),

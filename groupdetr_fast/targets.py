@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["PackedTargets", "StepTotals"]
+__all__ = ["PackedTargets", "StepTotals", "check_packed"]
+
+_SLACK = 0.01  # of the image's size, by which rounded boxes may leave the image
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class PackedTargets:
         sizes: the same numbers as Python integers.
         masks: one ``[T_b, H_b, W_b]`` bool tensor per image for segmentation, at the image's size without its padding;
             None without. They are not padded to ``T_max``: the largest tensors here take the room they need.
+        largest_label: largest entry of ``labels`` on the host, to compare with a number of classes; None where nobody
+            has looked, since that would wait for a GPU.
     """
 
     labels: Tensor
@@ -31,16 +35,19 @@ class PackedTargets:
     num_targets: Tensor
     sizes: tuple[int, ...]
     masks: tuple[Tensor, ...] | None = None
+    largest_label: int | None = None
 
     @classmethod
     def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> "PackedTargets":
         """Pack one ``{"labels": [T_b] int64, "boxes": [T_b, 4][, "masks": [T_b, H, W]]}`` per image.
 
-        All tensors must lie on one device; keys other than these three are ignored.
+        All tensors must lie on one device; keys other than these three are ignored. Values are checked of tensors on
+        the CPU alone: looking at others would wait for their device.
 
         Raises:
-            ValueError: if the list is empty, a key is missing or a shape or device does not fit; the message names
-                the image by its index.
+            ValueError: if the list is empty, a key is missing or a shape or device does not fit, and on the CPU for a
+                negative label, or a box that is not finite, not in [0, 1] or of negative size; the message names the
+                image by its index, and the row.
             TypeError: if ``labels`` are not integers, ``boxes`` not floating point or ``masks`` not bool.
         """
         if len(targets) == 0:
@@ -54,8 +61,12 @@ class PackedTargets:
         for index, (size, target) in enumerate(zip(sizes, targets, strict=True)):
             labels[index, :size] = target["labels"]
             boxes[index, :size] = target["boxes"]
+        largest = None
+        if first.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+            _check_values(labels, boxes)
+            largest = int(labels.max())
         masks = tuple(target["masks"] for target in targets) if "masks" in targets[0] else None
-        return cls(labels, boxes, _to_device(sizes, first.device), sizes, masks)
+        return cls(labels, boxes, _to_device(sizes, first.device), sizes, masks, largest)
 
     @property
     def batch_size(self) -> int:
@@ -74,6 +85,21 @@ class PackedTargets:
     def valid(self) -> Tensor:
         """``[B, T_max]`` bool, False on padding."""
         return torch.arange(self.max_targets, device=self.device) < self.num_targets[:, None]
+
+    def check_labels(self, num_classes: int) -> None:
+        """Check that the labels are those of a model's classes, where the largest of them is known on the host.
+
+        Raises:
+            ValueError: if one is not; the message names the image by its index, and the row.
+        """
+        # A compiled step would be compiled again for other labels.
+        if torch.compiler.is_compiling() or self.largest_label is None or self.largest_label < num_classes:
+            return
+        image, row = (self.labels >= num_classes).nonzero()[0].tolist()
+        label = int(self.labels[image, row])
+        raise ValueError(
+            f"targets[{image}], row {row}: the label {label} is not in 0 ... {num_classes - 1}, the model's classes"
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
         """The same targets on another device."""
@@ -120,11 +146,40 @@ class StepTotals:
     @classmethod
     def of(cls, batches: Sequence[PackedTargets], num_groups: int | None = None) -> "StepTotals":
         """The totals of a step on some batches; every process must call this at the same time."""
+        for targets in batches:
+            check_packed(targets)
         count = torch.stack([targets.num_targets.sum() for targets in batches]).sum().float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes), num_groups)
+
+
+def check_packed(targets: object) -> None:
+    """Check that ``targets`` are packed.
+
+    Raises:
+        TypeError: if they are not, as the list of dictionaries that DETR's code bases take.
+    """
+    if not isinstance(targets, PackedTargets):
+        raise TypeError(f"targets must be packed by PackedTargets.from_list(targets), got a {type(targets).__name__}")
+
+
+def _check_values(labels: Tensor, boxes: Tensor) -> None:
+    """Check packed ``labels [B, T]`` and ``boxes [B, T, 4]``, which lie on the CPU; padding is zeros."""
+    if labels.min() < 0:
+        image, row = (labels < 0).nonzero()[0].tolist()
+        raise ValueError(f"targets[{image}], row {row}: labels must not be negative, got {int(labels[image, row])}")
+    # written so that they also refuse what is not a number
+    inside = bool(boxes.amin() >= -_SLACK) and bool(boxes.amax() <= 1 + _SLACK)
+    if not (inside and bool(boxes[..., 2:].amin() >= 0)):
+        fits = ((boxes >= -_SLACK) & (boxes <= 1 + _SLACK)).all(-1) & (boxes[..., 2:] >= 0).all(-1)
+        image, row = (~fits).nonzero()[0].tolist()
+        numbers = ", ".join(f"{value:.4g}" for value in boxes[image, row].tolist())
+        raise ValueError(
+            f"targets[{image}], row {row}: boxes must be (cx, cy, width, height) divided by the size of the image, all "
+            f"in [0, 1], got ({numbers})"
+        )
 
 
 def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:

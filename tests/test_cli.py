@@ -1,11 +1,13 @@
 """The command ``groupdetr`` as a whole."""
 
+import itertools
 import re
 import subprocess
 import sys
 
 import pytest
 
+import groupdetr_fast
 from groupdetr_fast import cli
 
 
@@ -20,7 +22,7 @@ from groupdetr_fast import cli
         (["train", "--num-groups", "0", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
         (
             ["eval", "--load", "{tmp}/none.pth", "--coco-path", "c"],
-            "does not say which detector it is of: pass --model",
+            "error: checkpoint: there is nothing at .*none.pth",
         ),
     ],
 )
@@ -35,3 +37,46 @@ def test_the_module_runs_as_the_command():
     assert done.returncode == 0
     commands = re.search(r"\{(.*)\}", done.stdout)[1].split(",")
     assert {"train", "eval", "predict", "check", "recipes", "env"} <= set(commands)
+
+
+def test_the_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"groupdetr_fast {groupdetr_fast.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggested"),
+    [
+        (["train", "--batchsize", "3"], "--batch-size"),
+        (["analyze", "group-ap", "--sed", "3"], "--seed"),
+        (["predict", "a.pth", "b.jpg", "--top", "3"], "--top-k"),
+    ],
+)
+def test_misspelt_flags_suggest_those_of_the_command_at_hand(arguments, suggested, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    text = capsys.readouterr().err
+    assert suggested in text
+    own = "groupdetr " + " ".join(
+        itertools.takewhile(lambda word: word.isidentifier() or word == "group-ap", arguments)
+    )
+    assert set(re.findall(r"groupdetr [a-z -]+ --help", text)) == {f"{own} --help"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bogus"], ["analyze"], ["analyze", "bogus"], ["train", "--recipe"], ["eval"]]
+)
+def test_nobody_sees_the_parsers_own_names(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "tyro" not in capsys.readouterr().err
+
+
+def test_an_interruption_ends_in_a_word(capsys):
+    def parse():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(parse)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

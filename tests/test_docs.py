@@ -34,6 +34,27 @@ def test_commands_and_flags_in_the_pages_exist(page, capsys):
         assert flags <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
+def test_the_notes_on_ultralytics_name_flags_that_exist(capsys):
+    page = (DOCS / "migration.md").read_text()
+    section = re.search(r"^## Ultralytics\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)[1]
+    known = {"--nproc-per-node"}  # of torchrun
+    for command in ("train", "predict", "eval"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    flags = set(re.findall(r"(?<!\w)--[a-z][\w-]+", section))
+    assert len(flags) > 25
+    assert not flags - known
+
+
+def test_pages_say_what_is_wrong_in_silence():
+    """The order of colours, and which way up photographs are seen."""
+    pages = {name: (DOCS / f"{name}.md").read_text() for name in ("migration", "predict", "training")}
+    assert 'channel_order="bgr"' in pages["predict"]
+    assert 'channel_order="bgr"' in pages["migration"]
+    assert all("EXIF orientation" in text for text in pages.values())
+
+
 def test_files_that_the_page_of_checks_names_exist():
     text = (DOCS / "verified.md").read_text()
     names = set(re.findall(r"`([\w/.*]+(?:/|\.py))`", text)) - {"tests/"}

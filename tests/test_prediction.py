@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -101,8 +102,25 @@ def test_one_image_or_several_in_every_form(model, digits):
     for images in [*several, (str(path) for path in paths), [arrays[0], paths[1], tensor[2]]]:
         for found, other in zip(gd.predict(model, images, score_threshold=0.0), expected, strict=True):
             assert_same(found, other)
+    blue_first = gd.predict(model, [array[..., ::-1] for array in arrays], score_threshold=0.0, channel_order="bgr")
+    for found, other in zip(blue_first, expected, strict=True):
+        assert_same(found, other)
     assert gd.predict(model, []) == []
     assert gd.predict(model, arrays[0], score_threshold=1.0)["class_names"] == []
+
+
+def test_one_image_is_in_memory_at_a_time(model):
+    given = []
+
+    def images():
+        for _ in range(5):
+            assert all(image() is None for image in given)
+            image = np.zeros((48, 48, 3), np.uint8)
+            given.append(weakref.ref(image))
+            yield image
+            del image
+
+    assert len(gd.predict(model, images(), batch_size=3)) == 5
 
 
 def test_images_of_different_sizes_share_a_batch(model):
@@ -184,6 +202,23 @@ def test_names_by_label():
     assert class_table([], "category_id") == ((), ())
 
 
-def test_wrong_batch_sizes_are_refused(model):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        gd.predict(model, [], batch_size=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"score_threshold": float("nan")}, r"score_threshold must be in \[0, 1\], got nan"),
+        ({"score_threshold": 2}, r"score_threshold must be in \[0, 1\], got 2"),
+        ({"channel_order": "brg"}, "channel_order must be"),
+    ],
+)
+def test_wrong_settings_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        gd.predict(model, np.zeros((48, 48, 3), np.uint8), **settings)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x"])
+def test_devices_that_are_not_there_are_refused_in_one_sentence(checkpoint, device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*: give cpu") as error:
+        gd.load_model(checkpoint, device=device)
+    assert "\n" not in str(error.value)

@@ -64,6 +64,7 @@ def test_nothing_but_empty_images():
 
 
 LABELS, BOXES = torch.tensor([0, 1]), torch.rand(2, 4)
+GOOD = {"labels": LABELS, "boxes": BOXES}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,26 @@ LABELS, BOXES = torch.tensor([0, 1]), torch.rand(2, 4)
             r"targets\[1\]: labels and boxes must lie on cpu",
         ),
         (
+            [GOOD, {"labels": torch.tensor([0, -1]), "boxes": BOXES}],
+            ValueError,
+            r"targets\[1\], row 1: labels .* got -1",
+        ),
+        (
+            [{"labels": LABELS, "boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1], [50, 50, 20, 10]])}],
+            ValueError,
+            r"targets\[0\], row 1: boxes must be \(cx, cy, width, height\) divided by .* got \(50, 50, 20, 10\)",
+        ),
+        (
+            [GOOD, {"labels": LABELS, "boxes": torch.tensor([[0.5, 0.5, -0.1, 0.1], [0.5, 0.5, 0.1, 0.1]])}],
+            ValueError,
+            r"targets\[1\], row 0: boxes .* got \(0\.5, 0\.5, -0\.1, 0\.1\)",
+        ),
+        (
+            [{"labels": LABELS, "boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1], [0.5, float("nan"), 0.1, 0.1]])}],
+            ValueError,
+            r"targets\[0\], row 1: boxes .* got \(0\.5, nan",
+        ),
+        (
             [{"labels": LABELS, "boxes": BOXES, "masks": torch.ones(1, 2, 2)}],
             ValueError,
             r"masks must have shape \[2, H, W\]",
@@ -95,3 +116,40 @@ LABELS, BOXES = torch.tensor([0, 1]), torch.rand(2, 4)
 def test_wrong_targets_are_refused(targets, error, message):
     with pytest.raises(error, match=message):
         gd.PackedTargets.from_list(targets)
+
+
+def test_rounded_boxes_and_empty_ones_are_taken():
+    boxes = torch.tensor([[0.5, 0.5, 1.004, 1.0], [0.5, -0.002, 0.0, 0.1]], dtype=torch.bfloat16)
+    assert gd.PackedTargets.from_list([{"labels": LABELS, "boxes": boxes}]).sizes == (2,)
+
+
+def test_values_on_other_devices_are_not_looked_at():
+    targets = {"labels": torch.zeros(2, dtype=torch.int64, device="meta"), "boxes": torch.zeros(2, 4, device="meta")}
+    packed = gd.PackedTargets.from_list([targets])
+    assert packed.largest_label is None
+    packed.check_labels(1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_labels_are_compared_with_the_classes(device):
+    packed = gd.PackedTargets.from_list([GOOD, {"labels": torch.tensor([3, 7]), "boxes": BOXES}])
+    assert packed.to(device).largest_label == 7
+    packed.check_labels(8)
+    with pytest.raises(ValueError, match=r"targets\[1\], row 1: the label 7 is not in 0 \.\.\. 6, the model's"):
+        packed.check_labels(7)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr_r50", "dn_detr_r50", "mask2former_r50"])
+def test_models_and_criteria_refuse_other_targets(name):
+    sizes = {"num_queries": 4, "d_model": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+    stages = "conv:8-16-16-16" if name == "mask2former_r50" else "conv:8-16"
+    model = gd.build_model(name, num_classes=3, num_groups=2, dim_feedforward=16, backbone=stages, **sizes)
+    criterion, images = gd.build_criterion(model), torch.rand(1, 3, 32, 32)
+    target = {"labels": LABELS, "boxes": BOXES, "masks": torch.ones(2, 32, 32, dtype=torch.bool)}
+    with pytest.raises(TypeError, match=r"targets must be packed by PackedTargets.from_list\(targets\), got a list"):
+        model(images, targets=[target])
+    with pytest.raises(TypeError, match=r"targets must be packed by PackedTargets.from_list\(targets\), got a list"):
+        criterion(model(images, targets=gd.PackedTargets.from_list([target])), [target])
+    wrong = gd.PackedTargets.from_list([{**target, "labels": torch.tensor([0, 3])}])
+    with pytest.raises(ValueError, match=r"targets\[0\], row 1: the label 3 is not in 0 ... 2"):
+        criterion(model(images, targets=wrong), wrong)

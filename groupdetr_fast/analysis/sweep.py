@@ -14,6 +14,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..training.faults import StopRequest, TrainingStopped
 from .run import Run, RunResults
 
 __all__ = ["SweepError", "run_sweep"]
@@ -48,6 +49,7 @@ def run_sweep(
 
     Raises:
         SweepError: if runs failed; the others are made nevertheless.
+        TrainingStopped: after SIGTERM, once all runs have ended.
         ValueError: if ``jobs``, ``threads`` or ``memory_gib`` is not positive.
     """
     for name, value in (("jobs", jobs), ("threads", threads), ("memory_gib", memory_gib)):
@@ -128,11 +130,14 @@ class _Pool:
             TimeRemainingColumn(),
             TextColumn("{task.fields[names]}"),
         )
-        with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as progress:
+        progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600)
+        with StopRequest() as stop, progress:
             total = sum(run.epochs for run in self.runs.values())
             task = progress.add_task("sweep", total=total, done=0, runs=len(self.runs), names="")
             try:
                 while self.waiting or self.active:
+                    if stop.received:
+                        raise TrainingStopped("the sweep was asked to stop: the same command goes on from here")
                     for worker in self.active:
                         self.epochs[worker.name] = self.runs[worker.name].epochs_done(self.folder / worker.name)
                     self._reap()
@@ -144,6 +149,8 @@ class _Pool:
                     if self.active:
                         time.sleep(POLL_SECONDS)
             finally:
+                for worker in self.active:  # all at once: each may write a checkpoint
+                    worker.process.terminate()
                 for worker in self.active:
                     worker.stop()
 

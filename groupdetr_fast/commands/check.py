@@ -16,8 +16,11 @@ from ..data.layouts import find_yolo
 from ..data.yolo import read_yolo
 from ..models.registry import model_config
 from ..runs.config import ModelConfig
+from .text import shown
 
 __all__ = ["CheckCommand"]
+
+NAME, MESSAGE = 60, 600  # characters that are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +115,22 @@ def _print_statistics(part: Findings) -> None:
     if numbers.smallest_image and numbers.largest_image:
         sizes = [f"{width} x {height}" for width, height in (numbers.smallest_image, numbers.largest_image)]
         print(f"  images from {sizes[0]} to {sizes[1]} pixels")
+    if numbers.turned:
+        print(
+            f"  {numbers.turned} of them are turned upright by their EXIF orientation, and so must be their annotations"
+        )
     if numbers.objects:
         mean = numbers.objects / numbers.images
         small, medium, large = (f"{100 * count / numbers.objects:.0f} %" for count in numbers.sizes)
         fullest = f"{numbers.most_objects} in image {numbers.fullest_image}"
         print(f"  objects per image: {mean:.1f} on average, at most {fullest}")
         print(f"  objects: {small} small (below 32 x 32 pixels), {medium} medium, {large} large (from 96 x 96)")
-        counts = (f"{part.categories[number]} {count}" for number, count in numbers.per_category.items())
+        counts = (f"{shown(part.categories[number], NAME)} {count}" for number, count in numbers.per_category.items())
         print("  per category: " + ", ".join(counts))
 
 
 def _print_messages(kind: str, messages: list[str], limit: int) -> None:
     for message in messages[:limit]:
-        print(f"{kind}: {message}")
+        print(f"{kind}: {shown(message, MESSAGE)}")
     if len(messages) > limit:
         print(f"{kind}: ... and {len(messages) - limit} more like these")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from ..data.config import DataConfig
 from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
@@ -18,7 +20,8 @@ class EvalCommand:
     """Evaluate a checkpoint on data in COCO's or YOLO's format.
 
     Attributes:
-        load: checkpoint of this package (file or folder), an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
+        load: the same as checkpoint.
         model: name of the detector, for checkpoints without it (this package stores it).
         data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
@@ -34,11 +37,12 @@ class EvalCommand:
         workers: processes that load images, per process.
         precision: "no" for float32, or the type of mixed precision.
         top_k: detections per image.
-        output: folder for ``detections.json`` and ``predictions.png``.
+        output: folder for ``metrics.json``, ``detections.json`` and ``predictions.png``.
         pictures: images in ``predictions.png``; 0 for no picture.
     """
 
-    load: Path
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    load: Path | None = None
     model: str | None = None
     data_path: Path | None = None
     coco_path: Path | None = None
@@ -63,9 +67,12 @@ class EvalCommand:
         """The evaluation as a run.
 
         Raises:
-            ValueError: if neither the checkpoint nor the flags name the detector.
+            ValueError: if there is no checkpoint or two, or neither it nor the flags name the detector.
         """
-        header = describe_model(self.load, self.model)
+        if (self.checkpoint is None) == (self.load is None):
+            raise ValueError("name one checkpoint: groupdetr eval CHECKPOINT")
+        checkpoint = self.checkpoint or self.load
+        header = describe_model(checkpoint, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(
             data=DataConfig(
@@ -76,7 +83,7 @@ class EvalCommand:
                 labels=self.labels or header.labels,
                 workers=self.workers,
             ),
-            model=ModelConfig.of_checkpoint(header, load=self.load, num_groups=1),  # one group is enough
+            model=ModelConfig.of_checkpoint(header, load=checkpoint, num_groups=1),  # one group is enough
             augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
             output=self.output,

@@ -1,6 +1,7 @@
 """The command ``groupdetr export``."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,37 +10,38 @@ import tyro
 
 from ..models.export import export_onnx, export_program
 from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model
+from .flags import DetectorFlags
 
 __all__ = ["ExportCommand"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand:
+class ExportCommand(DetectorFlags):
     """Write a detector's inference graph of one group of queries, as ONNX or as a torch.export program.
 
     The file also holds the names and ids of the classes, and how images are to be prepared, as far as the checkpoint
     says.
 
     Attributes:
-        checkpoint: file or folder of this package, an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
         output: file to write: ``.onnx`` (needs the extra export) or ``.pt2``.
-        model: name of the detector, for checkpoints without it (this package stores it).
         image_size: height and width of all images in pixels; None for a graph that takes any size.
         masks: whether the graph also takes masks of the images' padding, for batches of images of several sizes.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     output: Path
-    model: str | None = None
     image_size: tuple[int, int] | None = None
     masks: bool = False
 
     def __call__(self) -> None:
         if self.output.suffix not in (".onnx", ".pt2"):
             raise ValueError(f"output must end in .onnx or .pt2, got {self.output}")
-        model = load_model(self.checkpoint, model=self.model, device="cpu")
+        model = load_model(self.checkpoint, device="cpu", **self.detector_settings())
         if model.config.predicts_masks:
             raise ValueError("models that predict masks cannot be exported")
+        for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         described = _describe(model.inference_settings)
         if self.output.suffix == ".pt2":

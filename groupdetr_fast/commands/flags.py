@@ -1,11 +1,12 @@
-"""Flags that are read before the rest of a command line, since the defaults of other flags depend on them."""
+"""Flags that commands share, and those that are read first, since the defaults of other flags depend on them."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["FLAGS", "read_flags"]
+__all__ = ["FLAGS", "DetectorFlags", "read_flags"]
 
 T = TypeVar("T")
 
@@ -16,3 +17,35 @@ def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
     """The flags of a command line that are fields of the dataclass ``kind``; the others are ignored."""
     found, _ = tyro.cli(kind, args=arguments, prog="groupdetr", config=FLAGS, return_unknown_args=True, add_help=False)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorFlags:
+    """Which detector a checkpoint is of, where it does not say itself; this package and transformers store it.
+
+    Attributes:
+        model: name of the detector.
+        num_classes: C, classes of the detector.
+        num_queries: N, queries of one group.
+        d_model: size of tokens and queries.
+        num_heads: attention heads.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dim_feedforward: hidden size of the feed-forward blocks.
+        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-...
+    """
+
+    model: str | None = None
+    num_classes: int | None = None
+    num_queries: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    dim_feedforward: int | None = None
+    backbone: str | None = None
+
+    def detector_settings(self) -> dict[str, Any]:
+        """Those that are given, for ``load_model``."""
+        given = {each.name: getattr(self, each.name) for each in fields(DetectorFlags)}
+        return {name: value for name, value in given.items() if value is not None}

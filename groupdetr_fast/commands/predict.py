@@ -8,29 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from ..data import DataError
-from ..data.annotations import read_json
+from ..data.annotations import is_inside
+from ..data.annotations import read_json as read_coco
 from ..data.images import IMAGE_SUFFIXES, as_rgb
 from ..evaluation.coco import to_coco_results
-from ..evaluation.visualize import draw_detections, draw_image
-from ..files import write_whole
+from ..evaluation.visualize import (
+    CELL_PIXELS,
+    PICTURE_PIXELS,
+    draw_detections,
+    draw_image,
+    reduce_image,
+    scale_objects,
+)
+from ..files import read_json, write_whole
+from ..models.postprocess import check_selection
 from ..prediction import InferenceSettings, load_model, predict
+from .flags import DetectorFlags
 
 __all__ = ["PredictCommand", "find_images"]
 
 logger = logging.getLogger(__name__)
 
+MOST_THUMBNAILS = 200  # beyond which a picture is too large to look at
 JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
-THUMBNAIL = 600  # pixels of the long side in the contact sheet, of which many are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictCommand:
+class PredictCommand(DetectorFlags):
     """Detect objects in images.
 
     Writes ``predictions.json`` (a COCO file: images, categories, and detections with scores as annotations), each image
@@ -38,10 +46,9 @@ class PredictCommand:
     be read are named, and the others done.
 
     Attributes:
-        checkpoint: file or folder of this package, an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
         images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
         output: folder to write into.
-        model: name of the detector, for checkpoints without it (this package stores it).
         categories: COCO json whose categories name the classes, for checkpoints that do not.
         labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
         score_threshold: detections with lower scores are left out.
@@ -52,14 +59,13 @@ class PredictCommand:
         image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
         image_std: standard deviation of the same.
         device: such as cpu or cuda:1; None for a GPU if there is one.
-        contact_sheet: images in ``contact_sheet.png``; 0 for none.
+        contact_sheet: images in ``contact_sheet.png``, at most 200; 0 for none.
         annotated: whether to write each image with its detections.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     images: tyro.conf.Positional[tuple[str, ...]]
     output: Path = Path("runs/predict")
-    model: str | None = None
     categories: Path | None = None
     labels: Literal["contiguous", "category_id"] = "category_id"
     score_threshold: float = 0.3
@@ -74,22 +80,28 @@ class PredictCommand:
     annotated: bool = True
 
     def __call__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.contact_sheet <= MOST_THUMBNAILS:
+            raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
+        check_selection(self.top_k, self.score_threshold)
         paths = find_images(self.images, besides=self.output)
-        model = load_model(self.checkpoint, model=self.model, device=self.device)
+        model = load_model(self.checkpoint, device=self.device, **self.detector_settings())
         settings = self._settings(model.inference_settings)
         writer = _Writer(self, settings)
         unreadable: list[Path] = []
-        for part in _readable(paths, self.batch_size, unreadable):
+        for start in range(0, len(paths), self.batch_size):
+            images: list[_Image] = []
             detections = predict(
                 model,
-                [pixels for _, pixels in part],
+                _read(paths[start : start + self.batch_size], images, unreadable),
                 score_threshold=self.score_threshold,
                 top_k=self.top_k,
                 batch_size=self.batch_size,
                 settings=settings,
             )
-            for (path, pixels), detection in zip(part, detections, strict=True):
-                writer.add(path, pixels, detection)
+            for image, detection in zip(images, detections, strict=True):
+                writer.add(image, detection)
         writer.finish()
         if unreadable:
             names = ", ".join(map(str, unreadable))
@@ -98,7 +110,7 @@ class PredictCommand:
     def _settings(self, settings: InferenceSettings) -> InferenceSettings:
         if self.categories is not None:
             try:
-                categories = sorted(read_json(self.categories)["categories"], key=lambda category: category["id"])
+                categories = sorted(read_coco(self.categories)["categories"], key=lambda category: category["id"])
                 settings = settings.with_categories(categories, self.labels)
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
@@ -147,20 +159,28 @@ def find_images(names: Sequence[str], *, besides: Path | None = None) -> list[Pa
     return list(found)
 
 
-def _readable(paths: Sequence[Path], size: int, unreadable: list[Path]) -> Iterator[list[tuple[Path, Tensor]]]:
-    """Batches of images with their pixels; files that cannot be read are logged and added to ``unreadable``."""
-    part: list[tuple[Path, Tensor]] = []
+@dataclass(frozen=True)
+class _Image:
+    path: Path
+    size: tuple[int, int]  # (height, width)
+    picture: Tensor  # reduced to what is drawn
+
+
+def _read(paths: Sequence[Path], images: list[_Image], unreadable: list[Path]) -> Iterator[Tensor]:
+    """The pixels of images, which are also added to ``images``.
+
+    Files that cannot be read are logged and added to ``unreadable``.
+    """
     for path in paths:
         try:
-            part.append((path, as_rgb(path)))
+            pixels = as_rgb(path)
         except DataError as error:
             logger.warning("%s", error)
             unreadable.append(path)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+            continue
+        images.append(_Image(path, tuple(pixels.shape[1:]), reduce_image(pixels, PICTURE_PIXELS)))
+        yield pixels
+        del pixels  # before the next image is read
 
 
 class _Writer:
@@ -173,24 +193,29 @@ class _Writer:
         self.thumbnails: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.file_names: set[str] = set()
         command.output.mkdir(parents=True, exist_ok=True)
+        self._remove_earlier()
 
-    def add(self, path: Path, pixels: Tensor, detection: dict[str, Any]) -> None:
+    def add(self, image: _Image, detection: dict[str, Any]) -> None:
         detection = {name: value for name, value in detection.items() if name != "class_names"}
         image_id = len(self.content["images"]) + 1
-        height, width = pixels.shape[1:]
-        self.content["images"].append({"id": image_id, "file_name": str(path), "width": width, "height": height})
+        height, width = image.size
+        entry = {"id": image_id, "file_name": str(image.path), "width": width, "height": height}
+        self.content["images"].append(entry)
         results = to_coco_results([image_id], [detection], self.settings.category_ids)
         for index, result in enumerate(results):
             area = result["bbox"][2] * result["bbox"][3]
             if "masks" in detection:
                 area = float(detection["masks"][index].sum())
-            entry = {"id": len(self.content["annotations"]) + 1, **result, "area": area, "iscrowd": 0}
-            self.content["annotations"].append(entry)
+            number = len(self.content["annotations"]) + 1
+            self.content["annotations"].append({"id": number, **result, "area": area, "iscrowd": 0})
         if self.command.annotated:
-            target = self.command.output / PICTURES / self._file_name(path)
-            draw_image(pixels, detection, self.settings.class_names, target, self.command.score_threshold)
+            entry["picture"] = f"{PICTURES}/{self._file_name(image.path)}"
+            target = self.command.output / entry["picture"]
+            shown = scale_objects(detection, image.size, tuple(image.picture.shape[1:]))
+            draw_image(image.picture, shown, self.settings.class_names, target, self.command.score_threshold)
         if len(self.thumbnails) < self.command.contact_sheet:
-            self.thumbnails.append(_thumbnail(pixels, detection))
+            thumbnail = reduce_image(image.picture, CELL_PIXELS)
+            self.thumbnails.append((thumbnail, scale_objects(detection, image.size, tuple(thumbnail.shape[1:]))))
 
     def finish(self) -> None:
         self.content["categories"] = self._categories()
@@ -201,6 +226,17 @@ class _Writer:
             draw_detections(images, None, detections, names, sheet, self.command.score_threshold)
         images, annotations = len(self.content["images"]), len(self.content["annotations"])
         print(f"{annotations} detections in {images} images: {self.command.output}")
+
+    def _remove_earlier(self) -> None:
+        """Remove the pictures of an earlier prediction into the same folder, which its json lists."""
+        earlier = read_json(self.command.output / JSON)
+        images = earlier.get("images") if isinstance(earlier, dict) else None
+        for entry in images if isinstance(images, list) else ():
+            picture = entry.get("picture") if isinstance(entry, dict) else None
+            if is_inside(picture) and Path(picture).parent == Path(PICTURES):
+                (self.command.output / picture).unlink(missing_ok=True)
+        if isinstance(images, list):
+            (self.command.output / SHEET).unlink(missing_ok=True)
 
     def _categories(self) -> list[dict[str, Any]]:
         """Those that the checkpoint names, and those of the detections."""
@@ -217,15 +253,3 @@ class _Writer:
             name = f"{path.stem}_{number}.jpg"
         self.file_names.add(name)
         return name
-
-
-def _thumbnail(pixels: Tensor, detection: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    height, width = pixels.shape[1:]
-    scale = min(1.0, THUMBNAIL / max(height, width))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    factors = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-    reduced = {**detection, "boxes": detection["boxes"] * factors}
-    if "masks" in detection:
-        masks = F.resize(detection["masks"].to(torch.uint8), size, interpolation=F.InterpolationMode.NEAREST)
-        reduced["masks"] = masks.bool()
-    return F.resize(pixels, size), reduced

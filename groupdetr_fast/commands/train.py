@@ -43,7 +43,14 @@ class TrainCommand(CocoTrainingConfig):
         if self.eval_only:
             evaluate_checkpoint(self)
         else:
+            if not self.resume and os.environ.get("RANK", "0") == "0":  # others may look after this one has begun
+                _refuse_another_run(self.output)
             train(self)
+
+
+def _refuse_another_run(output: Path) -> None:
+    if any((output / "checkpoints").glob("epoch_*")):
+        raise ValueError(f"{output} holds a run: --resume goes on with it, and another --output begins a new one")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -13,13 +14,12 @@ from torch import Tensor
 
 from .segmentations import Segmentation, Segmentations, parse_segmentation
 
-__all__ = ["Annotations", "DataError", "read_annotations", "read_json"]
+__all__ = ["Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
 
 logger = logging.getLogger(__name__)
 
 _TABLES = ("images", "annotations", "categories")
 _IDS_IN_WARNING = 5
-_NUMBERS = {int, float}
 _LARGEST_ID = 2**63 - 1
 _LARGEST_SIDE = 2**31 - 1  # pixels
 
@@ -200,14 +200,21 @@ def _check_reference(path: Path, annotation: dict, key: str, table: Mapping[int,
 
 def _file_name(path: Path, image: dict) -> str:
     name = image["file_name"]
-    # The Windows flavour knows both separators and drives, so that one check serves every system.
-    parsed = PureWindowsPath(name) if isinstance(name, str) else None
-    if not parsed or not _is_text(name) or parsed.drive or parsed.root or ".." in parsed.parts or not parsed.parts:
+    if not is_inside(name):
         raise DataError(
             f"annotation file {path}: image {image['id']} has the file name {name!r}; "
             "it must be a path inside the image folder"
         )
     return name
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a value is the name of a file that lies in the folder which it is relative to."""
+    # The Windows flavour knows both separators and drives, so that one check serves every system.
+    parsed = PureWindowsPath(name) if isinstance(name, str) else None
+    if not parsed or not _is_text(name):
+        return False
+    return bool(parsed.parts) and not (parsed.drive or parsed.root or ".." in parsed.parts)
 
 
 def _is_text(name: str) -> bool:
@@ -233,16 +240,23 @@ def _image_size(path: Path, image: dict) -> tuple[int, int]:
 
 def _box(path: Path, annotation: dict) -> tuple[float, float, float, float]:
     box = annotation["bbox"]
-    try:
-        x, y, width, height = box
-        if {type(x), type(y), type(width), type(height)} <= _NUMBERS:
-            return float(x), float(y), float(width), float(height)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise DataError(
-        f"annotation file {path}: annotation {annotation['id']} has the bbox {box!r}; "
-        "it must be four numbers, x, y, width, height in pixels"
-    )
+    if not is_box(box):
+        raise DataError(
+            f"annotation file {path}: annotation {annotation['id']} has the bbox {reprlib.repr(box)}; "
+            "it must be four numbers, x, y, width, height in pixels"
+        )
+    x, y, width, height = map(float, box)
+    return x, y, width, height
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value is a list of four numbers, as COCO's "bbox"; they may be infinite or not be numbers at all."""
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether json's value is a number that a float can hold: its integers have any length."""
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_ID)
 
 
 def _is_crowd(path: Path, annotation: dict) -> bool:
@@ -252,9 +266,10 @@ def _is_crowd(path: Path, annotation: dict) -> bool:
         raise DataError(
             f"annotation file {path}: annotation {annotation['id']} has iscrowd {crowd!r}; it must be 0 or 1"
         )
-    if type(area) not in _NUMBERS:
+    if not _is_number(area):
         raise DataError(
-            f"annotation file {path}: annotation {annotation['id']} has the area {area!r}; it must be a number"
+            f"annotation file {path}: annotation {annotation['id']} has the area {reprlib.repr(area)}; "
+            "it must be a number"
         )
     return bool(crowd)
 

@@ -21,7 +21,7 @@ class Batch:
         masks: ``[B, H, W]`` bool, True on padding.
         targets: labels and boxes, which are normalised by each image's own size, not by ``H`` and ``W``; and masks.
         image_ids: the images' ids in the annotation file.
-        original_sizes: ``[B, 2]`` int64, ``(height, width)`` of the image files in pixels.
+        original_sizes: ``[B, 2]`` int64, ``(height, width)`` of the upright images in pixels.
     """
 
     images: Tensor

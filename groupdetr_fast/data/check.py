@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from .images import decode_rgb
+from .annotations import is_box, is_inside
+from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
 
@@ -34,6 +34,7 @@ class Statistics:
         most_objects: largest number of objects in an image.
         fullest_image: id of that image.
         smallest_image, largest_image: (width, height) by area.
+        turned: images whose EXIF orientation turns or mirrors the stored pixels.
         sizes: objects that COCO calls small, medium and large, by the area of their boxes.
     """
 
@@ -46,6 +47,7 @@ class Statistics:
     fullest_image: Any = None
     smallest_image: tuple[int, int] | None = None
     largest_image: tuple[int, int] | None = None
+    turned: int = 0
     sizes: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -99,9 +101,10 @@ def check_part(
     for table, entries in (("images", images), ("categories", categories)):
         if not entries:
             findings.errors["empty"].append(f"{name}: there are no {table}")
-    _check_images(image_folder, images, decode, workers, progress, findings)
     kept = [entry for entry in annotations.values() if _is_usable(entry, images, categories, findings)]
     _count(images, annotations, kept, num_queries, findings)
+    _check_names(categories, findings)
+    _check_images(image_folder, images, decode, workers, progress, findings)
     return findings
 
 
@@ -134,6 +137,20 @@ def _unique(entries: Sequence[Entry], kind: str, findings: Findings) -> dict[Any
     return by_id
 
 
+def _check_names(categories: dict[int, Entry], findings: Findings) -> None:
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for number, entry in categories.items():
+        if isinstance(entry.get("name"), str):
+            by_name[entry["name"]].append(number)
+    for name, numbers in by_name.items():
+        if len(numbers) > 1:
+            # Exports repeat the name of a super-category that has no objects; else one class would be learned as two.
+            used = sum(findings.statistics.per_category[number] > 0 for number in numbers)
+            (findings.errors if used > 1 else findings.warnings)["name"].append(
+                f"{findings.name}: categories {', '.join(map(str, numbers))} have the same name {name}"
+            )
+
+
 def _check_images(
     folder: Path,
     images: dict[int, Entry],
@@ -153,33 +170,41 @@ def _check_images(
         owners.setdefault(file_name, image_id)
     with ThreadPoolExecutor(workers) as pool:
         read = pool.map(partial(_read, folder, decode), images.values())
-        for (image_id, image), (size, digest, fault) in progress(zip(images.items(), read, strict=True), len(images)):
-            if fault is not None:
-                findings.errors["image"].append(f"{findings.name}: image {image_id}: {fault}")
+        for (image_id, image), file in progress(zip(images.items(), read, strict=True), len(images)):
+            if isinstance(file, str):
+                findings.errors["image"].append(f"{findings.name}: image {image_id}: {file}")
                 continue
+            findings.statistics.turned += file.turned
             stated = (image.get("width"), image.get("height"))
-            if size != stated:
-                findings.errors["size"].append(
-                    f"{findings.name}: image {image_id}: {image['file_name']} is {size[0]} x {size[1]} pixels, "
-                    f"but its entry says {stated[0]} x {stated[1]}"
-                )
-            if digest is not None:
-                findings.digests[digest].append(image_id)
+            if fault := size_fault(file.size, stated, file.turned, "its entry"):
+                findings.errors["size"].append(f"{findings.name}: image {image_id}: {image['file_name']} {fault}")
+            if file.digest is not None:
+                findings.digests[file.digest].append(image_id)
 
 
-def _read(folder: Path, decode: bool, image: Entry) -> tuple[tuple[int, int] | None, str | None, str | None]:
-    """Size (width, height), digest of the file, and what is wrong with it."""
-    path = folder / str(image.get("file_name"))
+@dataclass(frozen=True)
+class _ImageFile:
+    size: tuple[int, int]  # (width, height), upright
+    turned: bool
+    digest: str | None
+
+
+def _read(folder: Path, decode: bool, image: Entry) -> _ImageFile | str:
+    """The file of an image, or what is wrong with it."""
+    name = image.get("file_name")
+    if not is_inside(name):
+        return f"the file name {reprlib.repr(name)} is no path inside the image folder"
+    path = folder / name
     if not path.is_file():
-        return None, None, f"{path} does not exist"
+        return f"{path} does not exist"
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
+            size, turned = upright_size(file), is_turned(file)
             if decode:
                 decode_rgb(file)
-            size = file.size
-        return size, hashlib.sha256(path.read_bytes()).hexdigest() if decode else None, None
+        return _ImageFile(size, turned, hashlib.sha256(path.read_bytes()).hexdigest() if decode else None)
     except Exception as error:  # decoders raise anything on damaged files
-        return None, None, f"{path} cannot be read ({error})"
+        return f"{path} cannot be read ({error})"
 
 
 def _is_usable(entry: Entry, images: dict[int, Entry], categories: dict[int, Entry], findings: Findings) -> bool:
@@ -191,8 +216,8 @@ def _is_usable(entry: Entry, images: dict[int, Entry], categories: dict[int, Ent
             findings.errors[key].append(f"{who} has the {key} {entry.get(key)!r}, which is not in the table")
             known = False
     box = entry.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)):
-        findings.errors["bbox"].append(f"{who} has the bbox {box!r}, which is not x, y, width, height")
+    if not is_box(box):
+        findings.errors["bbox"].append(f"{who} has the bbox {reprlib.repr(box)}, which is not x, y, width, height")
         return False
     x, y, width, height = box
     if not all(map(math.isfinite, box)) or width <= 0 or height <= 0:
@@ -242,6 +267,8 @@ def _count(
             sum(area >= MEDIUM for area in areas),
         ),
     )
+    if images and not objects:
+        findings.errors["empty"].append(f"{findings.name}: no image has an object that can be used")
     for number, name in findings.categories.items():
         if not per_category[number]:
             findings.warnings["class"].append(f"{findings.name}: category {number} ({name}) has no objects")

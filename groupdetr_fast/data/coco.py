@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotations import DataError, read_annotations, read_json
-from .images import decode_rgb
+from .images import decode_rgb, is_turned, open_image, size_fault
 from .sampling import seeded
 
 __all__ = ["CocoDataset"]
@@ -33,7 +32,7 @@ class CocoDataset(Dataset):
     - ``boxes``: ``[T, 4]`` float32, ``cxcywh`` normalised by the size of the transformed image,
     - ``masks``: ``[T, H, W]`` bool, if they are asked for,
     - ``image_id``: the id in the annotation file,
-    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the image file in pixels.
+    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the upright image in pixels.
 
     ``dataset[index]`` is the sample in epoch 0, ``dataset[epoch, index]`` that of another epoch, as
     :class:`EpochSampler` asks for it. Every random choice of ``transforms`` is a function of seed, epoch and index
@@ -41,8 +40,8 @@ class CocoDataset(Dataset):
 
     Crowd regions are never targets; degenerate boxes and those outside their image are dropped with one warning, the
     others are clipped to the image. With masks, so are objects without a segmentation, and, without a warning, those of
-    which the transforms leave no pixel. Images are decoded as stored: like pycocotools, this ignores an EXIF
-    orientation.
+    which the transforms leave no pixel. The EXIF orientation of an image is applied; sizes, boxes and masks of the
+    annotation file are those of the upright image.
 
     Args:
         image_folder: where the ``file_name`` entries are looked up.
@@ -59,6 +58,7 @@ class CocoDataset(Dataset):
         annotation_file: as given.
         image_ids: ids in the order of the samples.
         categories: the category entries of the file, ordered by label.
+        num_objects: of all images; crowd regions and what is dropped do not count.
         num_classes: size of the label space; in mode ``"category_id"`` the largest id plus 1.
         category_ids: ``[num_classes]`` int64, the category id of each label.
 
@@ -93,6 +93,7 @@ class CocoDataset(Dataset):
         self._annotations = read_annotations(annotation_file, segmentations=masks)
         self.image_ids = self._annotations.image_ids
         self.categories = self._annotations.categories
+        self.num_objects = len(self._annotations.boxes)
 
         ids = torch.tensor([category["id"] for category in self.categories])
         if labels == "contiguous":
@@ -206,15 +207,17 @@ class CocoDataset(Dataset):
         name = f"image file {path} (image id {self.image_ids[index]})"
         height, width = self._annotations.image_sizes[index]
         try:
-            with Image.open(path) as file:
-                size = file.size
-                if size == (width, height):  # else nothing is decoded: a small file may hold a huge image
-                    return decode_rgb(file)
+            with open_image(path) as file:
+                size, turned = file.size, False
+                # Of another size nothing is decoded: a small file may hold a huge image.
+                if size in ((width, height), (height, width)):
+                    turned, pixels = is_turned(file), decode_rgb(file)
+                    size = (pixels.shape[2], pixels.shape[1])
+                    if size == (width, height):
+                        return pixels
         except FileNotFoundError:
             raise DataError(f"{name} does not exist; check the image folder and the annotation file") from None
         except Exception as error:  # decoders raise anything on damaged files
             raise DataError(f"{name} cannot be read ({error}); replace the file or remove its entry") from None
-        raise DataError(
-            f"{name} is {size[0]} x {size[1]} pixels, but {self._annotations.path} says {width} x {height}; correct "
-            "the file (EXIF orientation is ignored) or the entry"
-        )
+        fault = size_fault(size, (width, height), turned, str(self._annotations.path))
+        raise DataError(f"{name} {fault}; correct the file or the entry")

@@ -14,6 +14,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+LEAST_SIDE = 8  # pixels; backbones reduce images to nothing that are smaller
+
+
 @dataclass(frozen=True)
 class AugmentationConfig:
     """Sizes in pixels and probabilities. The defaults are the paper's; a small-resolution run changes the sizes only.
@@ -35,8 +38,8 @@ class AugmentationConfig:
         image_std: standard deviation of the same.
 
     Raises:
-        ValueError: for an empty list, a size below 1, limits that are not ascending, a probability outside [0, 1], or
-            a scale or a standard deviation that is not positive.
+        ValueError: for an empty list, a size below 8 pixels, limits that are not ascending, a probability outside
+            [0, 1], or a scale or a standard deviation that is not positive.
     """
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -55,12 +58,12 @@ class AugmentationConfig:
 
     def __post_init__(self):
         for name in ("short_sides", "crop_short_sides"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must hold sizes of at least 1, got {getattr(self, name)}")
+            if not getattr(self, name) or min(getattr(self, name)) < LEAST_SIDE:
+                raise ValueError(f"{name} must hold sizes of at least {LEAST_SIDE} pixels, got {getattr(self, name)}")
         for name in ("max_size", "crop_min", "crop_max", "jitter_size", "eval_short_side", "eval_max_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < LEAST_SIDE:
+                raise ValueError(f"{name} must be at least {LEAST_SIDE} pixels, got {value}")
         if self.crop_min > self.crop_max:
             raise ValueError(f"crop_min must not exceed crop_max, got {self.crop_min} > {self.crop_max}")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:

@@ -15,28 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from .annotations import DataError
 from .cache import cache_root, made_once
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, open_image, upright_size
 
 __all__ = ["YoloPart", "read_yolo", "yolo_as_coco"]
 
 # Part of the cache folder's name: raise it whenever the same files give another json.
-_VERSION = 1
-_ORIENTATION = 0x0112  # EXIF tag
-# Labels refer to the image the right way up, and training decodes images as stored. EXIF orientation: where a point
-# (x, y) of the upright image, normalised, lies in the stored one.
-_TO_STORED = {
-    2: lambda x, y: (1 - x, y),
-    3: lambda x, y: (1 - x, 1 - y),
-    4: lambda x, y: (x, 1 - y),
-    5: lambda x, y: (y, x),
-    6: lambda x, y: (y, 1 - x),
-    7: lambda x, y: (1 - y, 1 - x),
-    8: lambda x, y: (1 - y, x),
-}
+_VERSION = 2
 
 Point = tuple[float, float]
 
@@ -95,19 +82,21 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
     categories = [{"id": number, "name": name} for number, name in names.items()]
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     result = YoloPart(_common_folder(files), content)
-    for image_id, path in enumerate(files, start=1):
+    labels = [_label_file(path) for path in files]
+    if not any(label.is_file() for label in labels):
+        result.faults.append(
+            f"{data_file}: no image of {part} has a label file; that of {files[0].name} is looked for at {labels[0]}"
+        )
+    for image_id, (path, label) in enumerate(zip(files, labels, strict=True), start=1):
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                orientation = image.getexif().get(_ORIENTATION, 1)
+            with open_image(path) as image:
+                width, height = upright_size(image)
         except Exception as error:  # decoders raise anything on damaged files
             result.faults.append(f"image file {path} cannot be read ({error}); replace or remove it")
             continue
         name = path.relative_to(result.image_folder).as_posix()
         content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for category, points in _objects(_label_file(path), names, result.faults):
-            if orientation in _TO_STORED:
-                points = [_TO_STORED[orientation](*point) for point in points]
+        for category, points in _objects(label, names, result.faults):
             points = [(x * width, y * height) for x, y in points]
             entry = {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": category}
             content["annotations"].append(entry | _shape(points))
@@ -166,7 +155,9 @@ def _parse(words: list[str], names: dict[int, str]) -> tuple[int, list[Point]]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise DataError(f"{path} cannot be read as yaml (it is nested too deeply)") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as yaml ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} must have the keys train, val and names")
@@ -181,6 +172,8 @@ def _class_names(path: Path, settings: dict[str, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(type(key) is int and key >= 0 for key in names):
         raise DataError(f"{path}: names must be a list of class names, or a table from class numbers to names")
+    if not all(isinstance(name, str | int | float) for name in names.values()):  # a list may repeat itself without end
+        raise DataError(f"{path}: names must be texts")
     return {number: str(names[number]) for number in sorted(names)}
 
 

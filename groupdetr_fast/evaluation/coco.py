@@ -14,6 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from ..data.segmentations import Segmentation, parse_segmentation
+
 __all__ = ["METRICS", "CocoEvaluator", "evaluate_coco", "format_table", "to_coco_results"]
 
 IouType = Literal["bbox", "segm"]
@@ -49,8 +51,8 @@ class CocoEvaluator:
             update comes counts as one without detections.
 
     Raises:
-        ValueError: for an unknown ``iou_type``, an unreadable file, no image at all, or an image that is not in the
-            ground truth.
+        ValueError: for an unknown ``iou_type``, an unreadable file, no image at all, an image that is not in the
+            ground truth, or a segmentation that cannot be understood. Annotations without any are left out.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class CocoEvaluator:
         self.iou_type = iou_type
         self.category_ids = None if category_ids is None else torch.as_tensor(category_ids).cpu()
         self._ground_truth = _with_positive_ids(_as_coco(ground_truth))
+        if iou_type == "segm":
+            self._ground_truth = _with_checked_masks(self._ground_truth)
         self._known = set(self._ground_truth.getImgIds())
         self._evaluated = self._known if image_ids is None else set(image_ids)
         if not self._evaluated:
@@ -155,6 +159,8 @@ def evaluate_coco(
                 raise ValueError(f'results[{index}] lacks the key "{key}"')
         if result["image_id"] not in known:
             raise ValueError(f"results[{index}]: image {result['image_id']} is not in the ground truth")
+        if iou_type == "segm" and not _mask(evaluator._ground_truth, result, f"results[{index}]"):
+            raise ValueError(f"results[{index}]: the segmentation is empty")
     return _evaluate(evaluator._ground_truth, results, iou_type, evaluator.image_ids)
 
 
@@ -274,6 +280,24 @@ def _with_positive_ids(ground_truth: COCO) -> COCO:
         return ground_truth
     renumbered = [{**annotation, "id": index} for index, annotation in enumerate(annotations, start=1)]
     return _indexed({**ground_truth.dataset, "annotations": renumbered})
+
+
+def _with_checked_masks(ground_truth: COCO) -> COCO:
+    """The same ground truth with the annotations that have a mask, none of which makes pycocotools run on for ever."""
+    masks = [
+        (annotation, _mask(ground_truth, annotation, f"annotation {annotation['id']}"))
+        for annotation in ground_truth.dataset["annotations"]
+    ]
+    kept = [{**annotation, "segmentation": mask} for annotation, mask in masks if mask is not None]
+    return _indexed({**ground_truth.dataset, "annotations": kept})
+
+
+def _mask(ground_truth: COCO, entry: Mapping[str, Any], who: str) -> Segmentation | None:
+    image = ground_truth.imgs.get(entry["image_id"], {})
+    try:
+        return parse_segmentation(entry.get("segmentation", []), image.get("height"), image.get("width"))
+    except ValueError as error:
+        raise ValueError(f"{who}: the segmentation {error}") from None
 
 
 def _indexed(content: dict[str, Any]) -> COCO:

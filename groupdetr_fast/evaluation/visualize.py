@@ -1,20 +1,32 @@
-"""Pictures of predictions, also beside the ground truth."""
+"""Pictures of predictions, also beside the ground truth.
+
+Images are reduced to about the size at which they are shown before anything is drawn: matplotlib takes many times the
+memory of an image.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
-__all__ = ["draw_detections", "draw_image"]
+__all__ = ["CELL_PIXELS", "PICTURE_PIXELS", "draw_detections", "draw_image", "reduce_image", "scale_objects"]
+
+CELL_PIXELS = 600  # of the long side of an image that is shown together with others
+PICTURE_PIXELS = 2000  # of the long side of a picture of one image, at most
 
 _CELL = 2.6  # inches, the width of one picture
+_NAME = 40  # characters of a category's name
 _GAP = 0.05  # of that width, between images
+_TALLEST = 3.0  # height of a cell in its widths
+_LEAST_INCHES = 0.1  # of a side of a single picture
 _TITLE = 0.3  # inches, the line above the first row
 _PAIRS_PER_ROW = 3  # images with their ground truth; without it, twice as many
 _MASK_ALPHA = 0.45
@@ -58,7 +70,7 @@ def draw_detections(
     shown = 1 if ground_truth is None else 2  # how often each image is
     per_row = min(_PAIRS_PER_ROW * 2 // shown, len(images))
     rows = -(-len(images) // per_row)
-    aspect = sum(image.shape[1] / image.shape[2] for image in images) / len(images)
+    aspect = sum(min(image.shape[1] / image.shape[2], _TALLEST) for image in images) / len(images)
     widths = [*[1] * shown, _GAP] * per_row
     figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -70,8 +82,8 @@ def draw_detections(
         column = (shown + 1) * (index % per_row)
         *left, right = axes[index // per_row, column : column + shown]
         if truth is not None:
-            _draw(left[0], image, truth, category_names)
-        _draw(right, image, _above(prediction, score_threshold), category_names)
+            _draw(left[0], image, truth, category_names, CELL_PIXELS)
+        _draw(right, image, _above(prediction, score_threshold), category_names, CELL_PIXELS)
         if index < per_row:
             if truth is not None:
                 left[0].set_title("ground truth", fontsize=9)
@@ -88,7 +100,7 @@ def draw_image(
     path: str | Path,
     score_threshold: float = 0.5,
 ) -> None:
-    """Write one image with its predictions, at its own size or, if that is small, enlarged.
+    """Write one image with its predictions, at its own size, but with a long side of 640 to 2000 pixels.
 
     Args:
         image: uint8 ``[3, H, W]``, RGB.
@@ -99,15 +111,34 @@ def draw_image(
     """
     height, width = image.shape[1:]
     long_side = max(height, width)
-    figure = Figure(figsize=(_LONG_SIDE * width / long_side, _LONG_SIDE * height / long_side))
+    shown = min(max(long_side, _LEAST_PIXELS), PICTURE_PIXELS)
+    sides = [max(_LONG_SIDE * side / long_side, _LEAST_INCHES) for side in (width, height)]
+    figure = Figure(figsize=tuple(sides))
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    _draw(axis, image, _above(prediction, score_threshold), category_names)
+    _draw(axis, image, _above(prediction, score_threshold), category_names, PICTURE_PIXELS)
     axis.set_aspect("auto")  # the figure has the image's shape but for rounding, which would leave a margin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(path, dpi=max(long_side, _LEAST_PIXELS) / _LONG_SIDE)
+    canvas.print_figure(path, dpi=shown / _LONG_SIDE)
+
+
+def reduce_image(image: Tensor, long_side: int) -> Tensor:
+    """An image ``[3, H, W]`` with a long side of at most ``long_side`` pixels."""
+    height, width = image.shape[1:]
+    scale = min(1.0, long_side / max(height, width))
+    return F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))]) if scale < 1 else image
+
+
+def scale_objects(objects: Mapping[str, Tensor], size: tuple[int, int], new_size: tuple[int, int]) -> dict[str, Tensor]:
+    """Objects in an image of ``size``, (height, width), as they lie in it at ``new_size``."""
+    factors = torch.tensor([new_size[1] / size[1], new_size[0] / size[0]]).repeat(2)
+    scaled = {**objects, "boxes": objects["boxes"].cpu() * factors}
+    if "masks" in objects and new_size != size:
+        masks = objects["masks"].to(torch.uint8)
+        scaled["masks"] = F.resize(masks, list(new_size), interpolation=F.InterpolationMode.NEAREST)
+    return scaled
 
 
 def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
@@ -115,7 +146,9 @@ def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tens
     return {name: value[kept] for name, value in prediction.items()}
 
 
-def _draw(axis: Axes, image: Tensor, objects: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequence[str], long_side: int) -> None:
+    image = reduce_image(full, long_side)
+    objects = scale_objects(objects, tuple(full.shape[1:]), tuple(image.shape[1:]))
     pixels = image.cpu().permute(1, 2, 0).numpy()
     labels, scores, masks = objects["labels"].tolist(), objects.get("scores"), objects.get("masks")
     # Best last, so that it lies on top.
@@ -128,7 +161,7 @@ def _draw(axis: Axes, image: Tensor, objects: Mapping[str, Tensor], names: Seque
     height, width = image.shape[1:]
     for index in order:
         corners = objects["boxes"][index].tolist()
-        text = names[labels[index]] if 0 <= labels[index] < len(names) else str(labels[index])
+        text = names[labels[index]][:_NAME] if 0 <= labels[index] < len(names) else str(labels[index])
         if scores is not None:
             text += f" {scores[index]:.2f}"
         if masks is None:
@@ -165,6 +198,7 @@ def _write(axis: Axes, text: str, corners: Sequence[float], colour: tuple[float,
     above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
     axis.text(
         min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
+        parse_math=False,
         va="bottom" if above else "top", ha="right" if leftwards else "left",
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip

@@ -4,6 +4,7 @@ They stand in for ``HungarianMatcher`` and ``SetCriterion`` of Conditional DETR,
 match layer by layer, group by group and image by image on the host. Here every op is called once for all of them.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,7 @@ class SetCriterion(nn.Module):
         num_classes: only kept, as in the family; the number of classes is read from the logits.
         matcher: a :class:`HungarianMatcher` of this module.
         weight_dict: kept for the training script, which weights and sums the losses itself.
+        positional: none; what follows has a different order in each repository, and is to be given by name.
         focal_alpha: alpha of the focal loss, or the exponent of the score in ``ia_bce_loss``.
         losses: any of ``"labels"``, ``"boxes"`` and ``"cardinality"``.
         group_detr: K, groups in training mode. In evaluation mode there is one group.
@@ -105,7 +107,7 @@ class SetCriterion(nn.Module):
         unsupported: further options of the family; only their "off" values (None, 0, False, empty) are taken.
 
     Raises:
-        TypeError: if ``matcher`` is not a :class:`HungarianMatcher` of this module.
+        TypeError: if ``matcher`` is not a :class:`HungarianMatcher` of this module, or for a fourth positional one.
         ValueError: if an unsupported option is on or ``losses`` has an unknown name.
     """
 
@@ -114,6 +116,7 @@ class SetCriterion(nn.Module):
         num_classes: int,
         matcher: HungarianMatcher,
         weight_dict: Mapping[str, float],
+        *positional: Any,
         focal_alpha: float = 0.25,
         losses: Sequence[str] = _LOSSES,
         group_detr: int = 1,
@@ -124,6 +127,12 @@ class SetCriterion(nn.Module):
         **unsupported: Any,
     ):
         super().__init__()
+        if positional:
+            raise TypeError(
+                "SetCriterion takes what follows weight_dict by name: in fourth place DETR has eos_coef, of a softmax "
+                "loss that is not supported, Deformable DETR losses, and Conditional DETR focal_alpha; "
+                f"got {reprlib.repr(positional[0])}"
+            )
         unsupported["use_varifocal_loss"] = use_varifocal_loss
         unsupported["use_position_supervised_loss"] = use_position_supervised_loss
         _refuse("SetCriterion", unsupported)

@@ -82,11 +82,23 @@ class _ResNet(nn.Module):
         stages = _check_levels(f"a ResNet such as {name}", stages, num_levels, available=4)
         if dilation and stages < 4:
             raise ValueError("dilation is of a ResNet's fourth stage, which stages leaves out")
-        network = builder(
-            weights="IMAGENET1K_V1" if weights == "imagenet" else None,  # the weights that DETR's results rest on
-            replace_stride_with_dilation=[False, False, dilation],
-            norm_layer=FrozenBatchNorm2d,
-        )
+        if dilation and name in ("resnet18", "resnet34"):
+            raise ValueError(f"backbone {name!r} has no dilation: torchvision's ResNets have it from resnet50 on")
+        published = None
+        if weights == "imagenet":
+            published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]  # that DETR's results rest on
+        try:
+            network = builder(
+                weights=published,
+                replace_stride_with_dilation=[False, False, dilation],
+                norm_layer=FrozenBatchNorm2d,
+            )
+        except OSError as error:  # of the download
+            place = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2]
+            raise OSError(
+                f"the ImageNet weights of {name} cannot be downloaded ({error}): put {published.url} at {place}, "
+                "or give the file as backbone_weights"
+            ) from None
         self.num_levels = num_levels
         self.conv1, self.bn1 = network.conv1, network.bn1
         self.maxpool = network.maxpool
@@ -120,7 +132,14 @@ class _TimmNetwork(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"unknown backbone 'timm:{name}': timm has no network of that name")
         options = {"output_stride": 16} if dilation else {}
-        self.network = timm.create_model(name, pretrained=weights == "imagenet", **options)
+        try:
+            self.network = timm.create_model(name, pretrained=weights == "imagenet", **options)
+        except OSError as error:  # of the download
+            source = f"https://huggingface.co/{timm.get_pretrained_cfg(name).hf_hub_id}"
+            raise OSError(
+                f"the ImageNet weights of timm:{name} cannot be downloaded ({str(error).splitlines()[0]}): download "
+                f"model.safetensors of {source} and give the file as backbone_weights"
+            ) from None
         info = getattr(self.network, "feature_info", [])
         if not info or not hasattr(self.network, "prune_intermediate_layers"):
             raise ValueError(f"backbone 'timm:{name}' cannot be used: timm gives no feature maps of it")

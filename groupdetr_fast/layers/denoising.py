@@ -86,9 +86,13 @@ def make_denoising_queries(
     Returns:
         The queries; None if the batch has no objects or ``number`` is 0. Parameters that only denoising queries use
         then get no gradient, which DistributedDataParallel rejects.
+
+    Raises:
+        ValueError: for a label that is not among the classes, where the labels are known on the host.
     """
     if (size := targets.max_targets) == 0 or number == 0:
         return None
+    targets.check_labels(num_classes)  # beyond which the embedding of labels has no row
     layout = _layout(groups, max(1, number // size), 2 * size if contrastive else size, scope)
     index = torch.arange(layout.denoising_length, device=targets.device)
     repeats = len(index) // size

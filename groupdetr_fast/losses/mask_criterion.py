@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..groups import QueryGroups
-from ..targets import PackedTargets, StepTotals
+from ..targets import PackedTargets, StepTotals, check_packed
 from .criterion import layer_suffixes
 from .mask_matcher import MaskMatcher
 from .matcher import Matching
@@ -81,6 +81,7 @@ class MaskCriterion(nn.Module):
         Raises:
             ValueError: if the targets have no masks, or the number of queries is not K * N.
         """
+        check_packed(targets)
         if targets.masks is None:
             raise ValueError('targets must have masks: give PackedTargets.from_list the key "masks"')
         with torch.autocast(out.logits.device.type, enabled=False):

@@ -53,9 +53,10 @@ class MaskMatcher:
             frame: (height, width) of what the features cover, in pixels of the masks.
 
         Raises:
-            ValueError: if the number of queries is not K * N.
+            ValueError: if the number of queries is not K * N, or a label is not among the classes.
         """
         check_length(logits, groups)
+        targets.check_labels(logits.shape[-1] - 1)  # the last class is "no object"
         points = torch.rand(len(mask_features), self.num_points, 2, device=mask_features.device)
         features = sample_maps(mask_features, points)  # [B, d, P]
         expected = self._sample_targets(targets, points, frame)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..groups import QueryGroups
-from ..targets import PackedTargets
+from ..targets import PackedTargets, check_packed
 from .config import BaseConfig
 from .output import DetectorOutput, SegmentationOutput
 
@@ -54,11 +54,14 @@ class Detector(nn.Module):
             The predictions of every decoder layer.
 
         Raises:
-            ValueError: if a number of groups is out of range.
+            ValueError: if a number of groups is out of range, or denoising queries would be of unknown classes.
+            TypeError: if ``targets`` are not packed.
         """
         groups, first = self._choose_groups(num_groups, inference_group)
         if not self.training and num_groups is None:
             targets = None
+        if targets is not None:
+            check_packed(targets)
         return self.decode(self.encode(images, masks), groups, first, targets)
 
     def encode(self, images: Tensor, masks: Tensor | None) -> Any:

@@ -9,9 +9,21 @@ from torch.nn import functional as F
 from ..boxes import cxcywh_to_xyxy, masks_to_xyxy
 from .output import DetectorOutput, SegmentationOutput
 
-__all__ = ["postprocess"]
+__all__ = ["check_selection", "postprocess"]
 
 MASKS_AT_ONCE = 25  # that are interpolated together; each takes megabytes
+
+
+def check_selection(top_k: int, score_threshold: float = 0.0) -> None:
+    """Check what selects detections, before anything is computed.
+
+    Raises:
+        ValueError: for a ``top_k`` below 1 or a threshold that no score can have.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in [0, 1], got {score_threshold}")
 
 
 @torch.no_grad()
@@ -40,8 +52,10 @@ def postprocess(
         model that predicts masks also ``"masks": [k, height, width]`` bool, which the boxes then enclose.
 
     Raises:
-        ValueError: if ``image_sizes`` does not have one row per image.
+        ValueError: if ``image_sizes`` does not have one row per image; for a ``top_k`` below 1 or a threshold outside
+            [0, 1].
     """
+    check_selection(top_k, score_threshold)
     batch, sizes = out.logits.shape[1], torch.as_tensor(image_sizes)
     if sizes.shape != (batch, 2):
         raise ValueError(f"image_sizes must have shape [{batch}, 2], got {list(sizes.shape)}")

@@ -12,6 +12,7 @@ from ..data.config import DataConfig
 from ..losses.matcher import Assignment
 from ..models import build_model, load_checkpoint, model_config
 from ..models.checkpoints import CheckpointHeader
+from ..models.postprocess import check_selection
 from ..training.optimization import OptimizationConfig
 from .config_file import to_yaml
 
@@ -162,8 +163,9 @@ class CocoTrainingConfig:
     def __post_init__(self):
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
+        check_selection(self.top_k)
         for name in ("early_stopping", "early_stopping_delta"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def as_yaml(self) -> str:

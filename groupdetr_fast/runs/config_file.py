@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 import types
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def from_yaml(kind: type[T], path: Path) -> T:
         return from_plain(kind, {} if content is None else content)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as yaml: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read as yaml: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -100,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 def _build(kind: type, values: Any, key: str, complete: bool) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{key or 'the file'} must have keys and values, got {values!r}")
+        raise ValueError(f"{key or 'the file'} must have keys and values, got {reprlib.repr(values)}")
     prefix = f"{key}." if key else ""
     hints = get_type_hints(kind)
     names = [each.name for each in fields(kind)]
@@ -138,7 +141,7 @@ def _convert(hint: Any, value: Any, key: str, complete: bool) -> Any:
             return float(value)
         elif type(value) is option:
             return value
-    raise ValueError(f"{key} must be {' or '.join(map(_in_words, _options(hint)))}, got {value!r}")
+    raise ValueError(f"{key} must be {' or '.join(map(_in_words, _options(hint)))}, got {reprlib.repr(value)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

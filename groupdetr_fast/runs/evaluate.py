@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from ..data import CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.visualize import draw_detections
+from ..files import write_json
 from ..models import postprocess
-from ..models.checkpoints import read_header
+from ..models.checkpoints import CheckpointMismatch, read_header
 from ..prediction import class_table
 from ..training.engine import build_accelerator
 from .config import CocoTrainingConfig
@@ -25,6 +26,8 @@ __all__ = ["evaluate", "evaluate_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.json"
+LONGEST_NAME = 40  # characters of a category that are printed
 PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
 
 
@@ -44,14 +47,34 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization.resolved(), config.output)
     dataset = evaluation_set(config)
-    model = config.model.build(dataset.num_classes)
+    model = _build(config, dataset)
     loader = accelerator.prepare(evaluation_loader(dataset, config))
     _compare_categories(config.model.load, dataset)
     metrics = evaluate(accelerator, accelerator.prepare_model(model, evaluation_mode=True), loader, dataset, config)
     if accelerator.is_main_process:
+        write_json(config.output / METRICS_FILE, metrics)
         print(format_table(metrics))
+        print(_per_category(metrics["per_category"]))
         print(f"results: {config.output}")
     return metrics
+
+
+def _build(config: CocoTrainingConfig, dataset: CocoDataset) -> nn.Module:
+    try:
+        return config.model.build(dataset.num_classes)
+    except CheckpointMismatch as error:
+        if error.classes is None or config.model.new_class_head:
+            raise
+        raise ValueError(  # a new class head, which a training would be advised to take, has nothing to be evaluated
+            f"{config.model.load} has a class head of {error.classes[0]} rows, and {dataset.annotation_file} needs "
+            f'{error.classes[1]} with labels="{config.data.labels}": evaluate on data with the classes of its training'
+        ) from None
+
+
+def _per_category(aps: dict[str, float | None]) -> str:
+    """AP by category, best first; those without objects are left out."""
+    known = sorted(((ap, name) for name, ap in aps.items() if ap is not None), reverse=True)
+    return " AP by category: " + ", ".join(f"{name[:LONGEST_NAME]} {ap:.3f}" for ap, name in known)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import CocoDataset, EpochSampler, collate, eval_transforms, train_transforms
+from ..data import CocoDataset, DataError, EpochSampler, collate, eval_transforms, train_transforms
 from .config import CocoTrainingConfig
 
 __all__ = ["evaluation_loader", "evaluation_set", "training_loader", "training_set"]
@@ -42,7 +42,7 @@ def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoade
 def _dataset(
     config: CocoTrainingConfig, images: Path, annotations: Path, transforms: Callable[..., Any], **settings: Any
 ) -> CocoDataset:
-    return CocoDataset(
+    dataset = CocoDataset(
         images,
         annotations,
         transforms,
@@ -51,6 +51,9 @@ def _dataset(
         cache_images=config.data.cache_images,
         **settings,
     )
+    if dataset.num_objects == 0:
+        raise DataError(f"annotation file {annotations} has no object that can be used; groupdetr check says why")
+    return dataset
 
 
 def _loader(dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0) -> DataLoader:

@@ -74,6 +74,8 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
         save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
+        # safetensors lets nobody else read its files; the folder is as the umask says
+        (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
         torch.save(state, unfinished / STATE)
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
             force_to_disk(path)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 __all__ = ["EXIT_STOPPED", "StopRequest", "TrainingError", "TrainingStopped", "deaths_of_workers_explained"]
 
@@ -21,9 +22,10 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """A context in which SIGTERM is only noted, so that the training can stop where a checkpoint can be written.
+    """A context in which SIGTERM and SIGINT (Ctrl-C) are only noted, so that the training can stop with a checkpoint.
 
-    Python delivers signals to the main thread alone; in another one the context changes nothing.
+    A second SIGINT interrupts at once. Python delivers signals to the main thread alone; in another one the context
+    changes nothing.
 
     Attributes:
         received: whether the signal has come.
@@ -31,18 +33,20 @@ class StopRequest:
 
     def __init__(self):
         self.received = False
-        self._previous = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         self.received = True
 
 

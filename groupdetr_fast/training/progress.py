@@ -43,7 +43,7 @@ class TrainingProgress:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.2g}"),
+            TextColumn("{task.fields[loss]}lr {task.fields[lr]:.2g}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
@@ -55,7 +55,7 @@ class TrainingProgress:
                 total=self.epochs * state.batches_per_epoch,
                 completed=state.batches,
                 epoch=state.epoch + 1,
-                loss=math.nan,
+                loss="",  # until there is one
                 lr=lr,
             )
             yield
@@ -74,7 +74,7 @@ class TrainingProgress:
         rate = self.state.scheduler.get_last_lr()[0]
         values = {f"train/{name}": value.item() for name, value in mean_losses(losses).items()}
         self.accelerator.log({**values, "train/lr": rate}, step=ended)
-        self._bar.update(self._task, epoch=self.state.epoch + 1, loss=values["train/loss"], lr=rate)
+        self._bar.update(self._task, epoch=self.state.epoch + 1, loss=f"loss {values['train/loss']:.3f}  ", lr=rate)
 
     def log_metrics(self, row: dict[str, Any]) -> None:
         """Add an epoch's metrics to the curves."""

@@ -1,16 +1,20 @@
 """The pool of processes, with runs that only pretend to train."""
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from groupdetr_fast.analysis import sweep
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import SweepError, run_sweep
+from groupdetr_fast.training.faults import TrainingStopped
 
 # Stands in for groupdetr_fast.analysis.run: "trains" one epoch after the other and notes when it started and ended.
 PRETENDER = """
@@ -116,6 +120,24 @@ def test_an_interrupted_sweep_goes_on_where_it_was(pretend, runs, tmp_path, monk
     results = run_sweep(runs, folder)
     assert started(folder) == [runs[0].name, runs[1].name, runs[1].name, runs[2].name]
     assert [row["epoch"] for row in results[runs[1].name].epochs] == [1, 2]
+
+
+def test_after_sigterm_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    pretend(seconds=0.5)
+
+    def terminate(seconds):
+        time.sleep(seconds)
+        if (folder / "notes.txt").exists() and len(started(folder)) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=terminate))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match="the sweep was asked to stop: the same command goes on"):
+        run_sweep(runs, folder, jobs=2)
+    assert not [child for child in psutil.Process().children() if "pretender.py" in " ".join(child.cmdline())]
+    assert [note[0] for note in notes(folder)] == ["start", "start"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_that_fails_does_not_stop_the_others(pretend, runs, tmp_path):

@@ -128,9 +128,12 @@ def test_a_given_checkpoint_needs_no_run(flags, made_up, tmp_path):
     output = tmp_path / "again"
     cli.main(["analyze", "reference-points", "--checkpoint", str(checkpoint), "--output", str(output)])
     assert (output / "reference_points.csv").read_text() == expected
-    cli.main(["analyze", "group-ap", "--checkpoint", str(checkpoint), *flags, "--output", str(output)])
+    for name in ("--checkpoint", "--load"):
+        cli.main(["analyze", "group-ap", name, str(checkpoint), *flags, "--output", str(output)])
     assert [row["group"] for row in rows_of(output, "group_ap")] == ["0", "1"]
     assert made_up == []
+    with pytest.raises(SystemExit, match="give --checkpoint or --load, not both"):
+        cli.main(["analyze", "group-ap", "--checkpoint", str(checkpoint), "--load", str(checkpoint), *flags])
 
 
 def test_a_checkpoint_is_evaluated_as_its_training_did(flags, monkeypatch, tmp_path):
@@ -159,7 +162,11 @@ def test_without_data_the_defaults_are_those_of_the_demo(monkeypatch):
     monkeypatch.setattr(analyze.AblationCommand, "__call__", lambda command: seen.append(command))
     cli.main(["analyze", "ablation"])
     cli.main(["analyze", "ablation", "--coco-path", "coco"])
-    demo, own = seen
+    cli.main(["analyze", "ablation", "--data-path", "photos"])
+    demo, own, photos = seen
+    assert (photos.data.data_path, photos.data.workers, photos.augmentation.flip) == (Path("photos"), 2, 0.5)
+    assert (photos.model, photos.optimization) == (demo.model, demo.optimization)
+    assert photos.augmentation.short_sides == demo.augmentation.short_sides
     assert demo.model == digits_demo(compose=False).model
     assert demo.optimization.epochs == analyze.DEMO_EPOCHS
     assert (own.data.coco_path, own.model.num_groups, own.optimization.lr) == (Path("coco"), 11, 1e-4)
@@ -176,6 +183,12 @@ def test_faults_are_one_sentence(arguments, message, flags, made_up, tmp_path):
     own = ["--output", str(tmp_path / "analysis")] if arguments == ["report"] else flags
     with pytest.raises(SystemExit, match=message):
         cli.main(["analyze", *arguments[:1], *own, *arguments[1:]])
+
+
+def test_thresholds_that_no_overlap_has_are_refused():
+    for value in (2, float("nan")):
+        with pytest.raises(ValueError, match=r"nms_threshold must be in \[0, 1\], got"):
+            analyze.GroupApCommand(nms_threshold=value)
 
 
 def test_no_seed_is_refused():

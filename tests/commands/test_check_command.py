@@ -51,6 +51,22 @@ def test_errors_give_exit_status_1_and_one_sentence_each(digits, tmp_path, capsy
     assert any("a group has 2 queries" in line for line in lines)
 
 
+def test_names_do_not_act_on_the_terminal(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "set")
+    for part in ("train", "val"):
+        file = tmp_path / "set" / "annotations" / f"{part}.json"
+        content = json.loads(file.read_text())
+        content["categories"][0]["name"] = "\x1b]0;owned\x07\x1b[2J" + 1_000_000 * "x"
+        content["categories"].append({"id": 99, "name": "\x1b[31m" + 1_000_000 * "y"})
+        file.write_text(json.dumps(content))
+    check(tmp_path / "set")
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert r"\x1b]0;owned\x07" in text
+    assert len(text) < 4000
+
+
 def test_what_training_refuses_is_an_error(digits, tmp_path, capsys):
     shutil.copytree(digits, tmp_path / "set")
     file = tmp_path / "set" / "annotations" / "val.json"
@@ -69,6 +85,7 @@ def test_faults_of_labels_in_yolos_layout_are_listed(digits, tmp_path, capsys, m
         (tmp_path / "set" / "labels" / part).mkdir(parents=True)
     (tmp_path / "set" / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a]\n")
     (tmp_path / "set" / "labels" / "train" / "000001.txt").write_text("0 0.5 0.5 1 1\n1 0.5 0.5 1 1\n0 0.5\n")
+    (tmp_path / "set" / "labels" / "val" / "000001.txt").write_text("0 0.5 0.5 1 1\n")
     with pytest.raises(SystemExit, match="has 2 errors"):
         check(tmp_path / "set")
     text = capsys.readouterr().out

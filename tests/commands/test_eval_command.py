@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from groupdetr_fast import cli
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 
@@ -17,7 +19,9 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     data = ["--train-images", digits.train_images, "--train-annotations", digits.train_annotations, *val]
     short = ["--short-sides", "48", "--crop=0", "--epochs=1", "--lr=1e-2", "--output", tmp_path / "run"]
     cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
-    trained = capsys.readouterr().out
+    captured = capsys.readouterr()
+    trained = captured.out
+    assert "loss nan" not in captured.out + captured.err
 
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
     evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
@@ -28,3 +32,35 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     first, second = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("run", "eval"))
     assert first == second
     assert len(first) > 0
+
+    cli.main([str(argument) for argument in ["eval", tmp_path / "run", "--output", tmp_path / "again", *val]])
+    text = capsys.readouterr().out
+    assert table.findall(text) == table.findall(trained)
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["epochs"]
+    assert metrics == rows[-1]["metrics"]
+    by_category = re.search(r"AP by category: (.*)", text)[1]
+    expected = {f"{name} {ap:.3f}" for name, ap in metrics["per_category"].items() if ap is not None}
+    assert set(by_category.split(", ")) == expected
+
+    other = json.loads(digits.val_annotations.read_text())
+    other["categories"].append({"id": 99, "name": "other"})
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    val[3] = tmp_path / "other.json"
+    message = (
+        r"has a class head of 10 rows, and .*other.json needs 11 .*: evaluate on data with the classes of its train"
+    )
+    with pytest.raises(SystemExit, match=message) as error:
+        cli.main([str(argument) for argument in ["eval", tmp_path / "run", "--output", tmp_path / "again", *val]])
+    assert "new_class_head" not in str(error.value)
+
+    with pytest.raises(
+        SystemExit, match="run holds a run: --resume goes on with it, and another --output begins a new"
+    ):
+        cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
+
+
+@pytest.mark.parametrize("checkpoints", [[], ["a", "--load", "b"]])
+def test_one_checkpoint_is_named(checkpoints):
+    with pytest.raises(SystemExit, match="name one checkpoint: groupdetr eval CHECKPOINT"):
+        cli.main(["eval", *checkpoints])

@@ -1,6 +1,7 @@
 """``groupdetr export`` on a small detector with random weights."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -41,11 +42,13 @@ def test_a_program_is_written_and_runs(tmp_path, capsys):
     assert {name: json.loads(value) for name, value in files.items()} == DESCRIPTION
 
 
-def test_an_onnx_file_is_written_and_runs(tmp_path):
+def test_an_onnx_file_is_written_and_runs(tmp_path, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     checkpoint, path = write_checkpoint(tmp_path), tmp_path / "model.onnx"
-    export(checkpoint, "--output", path, "--image-size", "40", "52")
+    with caplog.at_level(logging.INFO):
+        export(checkpoint, "--output", path, "--image-size", "40", "52")
+    assert {record.name.partition(".")[0] for record in caplog.records} <= {"groupdetr_fast"}
     session = onnxruntime.InferenceSession(path)
     described = session.get_modelmeta().custom_metadata_map
     assert {name: json.loads(value) for name, value in described.items()} == DESCRIPTION

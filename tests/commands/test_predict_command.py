@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from small_checkpoint import CATEGORIES, write_checkpoint
+from small_checkpoint import CATEGORIES, SIZES, write_checkpoint
 
 import groupdetr_fast as gd
 from groupdetr_fast import cli
@@ -72,6 +72,28 @@ def test_unreadable_files_are_named_and_the_rest_done(images, tmp_path):
     assert len(list((output / "images").iterdir())) == 2
 
 
+def test_an_image_beyond_all_bounds_does_not_end_the_command(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    Image.new("RGB", (100, 100)).save(images / "a" / "0.png")
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"error: 1 of 2 images cannot be read: .*0.png; the others are done"):
+        run(write_checkpoint(tmp_path), images / "a", "--output", output)
+    assert [path.name for path in (output / "images").iterdir()] == ["1.jpg"]
+
+
+def test_pictures_of_large_images_are_small_and_their_boxes_in_place(images, tmp_path):
+    Image.new("RGB", (3000, 1500)).save(images / "a" / "large.png")
+    output = tmp_path / "out"
+    run(write_checkpoint(tmp_path), images / "a" / "large.png", "--score-threshold=0", "--output", output)
+    with Image.open(output / "images" / "large.jpg") as picture:
+        assert picture.size == (2000, 1000)
+    content = json.loads((output / "predictions.json").read_text())
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (3000, 1500)
+    found = gd.predict(gd.load_model(tmp_path / "model.safetensors"), images / "a" / "large.png", score_threshold=0.0)
+    boxes = torch.tensor([entry["bbox"] for entry in content["annotations"]])
+    torch.testing.assert_close(boxes[:, 2:], found["boxes"][:, 2:] - found["boxes"][:, :2], rtol=1e-4, atol=1e-2)
+
+
 def test_masks_and_no_pictures(images, tmp_path):
     settings = {"backbone": "conv:8-16-16-16", "encoder_dim_feedforward": 16}
     checkpoint, output = write_checkpoint(tmp_path, "mask2former_r50", **settings), tmp_path / "out"
@@ -111,3 +133,55 @@ def test_images_are_found(images, tmp_path):
         find_images([str(images)])
     with pytest.raises(DataError, match="name the images"):
         find_images([])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--device=tpu", "device 'tpu' cannot be used here"),
+        ("--top-k=0", "top_k must be at least 1"),
+        ("--batch-size=0", "batch_size must be at least 1"),
+        ("--score-threshold=nan", "score_threshold must be in"),
+        ("--score-threshold=2", "score_threshold must be in"),
+        ("--contact-sheet=201", "contact_sheet must be 0 to 200, got 201"),
+        ("--contact-sheet=-1", "contact_sheet must be 0 to 200, got -1"),
+        ("--eval-short-side=2", "eval_short_side must be at least 8 pixels"),
+    ],
+)
+def test_wrong_settings_end_in_a_sentence(images, tmp_path, flag, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run(write_checkpoint(tmp_path), images / "a", flag, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_an_earlier_prediction_go_and_nothing_else(images, tmp_path):
+    checkpoint, output = write_checkpoint(tmp_path), tmp_path / "out"
+    run(checkpoint, images / "b", "--output", output)
+    Image.new("RGB", (8, 8)).save(output / "images" / "mine.jpg")
+    content = json.loads((output / "predictions.json").read_text())
+    assert [entry["picture"] for entry in content["images"]] == ["images/1.jpg", "images/2.jpg"]
+    (tmp_path / "kept.jpg").touch()
+    content["images"] += [{"picture": "images/../../kept.jpg"}, {"picture": "../kept.jpg"}, {"picture": 7}, None]
+    (output / "predictions.json").write_text(json.dumps(content))
+    run(checkpoint, images / "a", "--contact-sheet=0", "--output", output)
+    assert sorted(path.name for path in (output / "images").iterdir()) == ["1.jpg", "mine.jpg"]
+    assert not (output / "contact_sheet.png").exists()
+    assert (tmp_path / "kept.jpg").exists()
+
+
+def test_sizes_are_given_where_the_checkpoint_does_not_say_them(images, tmp_path):
+    path = write_checkpoint(tmp_path)
+    torch.save(gd.load_model(path).state_dict(), tmp_path / "bare.pth")
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    sizes += ["--model=conditional_detr_r50", "--num-classes=3", "--dim-feedforward=16", "--backbone=conv:8-16"]
+    common = ["--score-threshold=0", "--eval-short-side=32", "--eval-max-size=1333"]
+    found = []
+    for checkpoint, flags in ((path, []), (tmp_path / "bare.pth", sizes)):
+        output = tmp_path / "out"
+        run(checkpoint, images / "a", *common, *flags, "--output", output)
+        content = json.loads((output / "predictions.json").read_text())
+        found.append([(entry["score"], entry["bbox"]) for entry in content["annotations"]])
+    assert found[0] == found[1]
+    assert found[0]
+    with pytest.raises(SystemExit, match=r"has shape|does not fit"):
+        run(tmp_path / "bare.pth", images / "a", *sizes, "--d-model=32", "--output", tmp_path / "other")

@@ -49,6 +49,7 @@ def change(content, table, index, **values):
         ("annotations", {"image_id": 1}, "errors", "image_id 1, which is not in the table"),
         ("annotations", {"image_id": [7]}, "errors", r"image_id \[7\], which is not in the table"),
         ("annotations", {"bbox": [1, 2, 3]}, "errors", r"annotation 12 has the bbox \[1, 2, 3\]"),
+        ("annotations", {"bbox": [1, 2, 10**400, 5]}, "errors", r"annotation 12 has the bbox \[1, 2, 1000.*\.\.\..*\]"),
         ("annotations", {"bbox": [1, 2, 0, 5]}, "warnings", "annotation 12 has the empty bbox"),
         ("annotations", {"bbox": [1, 2, float("nan"), 5]}, "warnings", "annotation 12 has the empty bbox"),
         ("annotations", {"bbox": [1000, 2, 4, 5]}, "warnings", "annotation 12 lies outside its image 7"),
@@ -62,6 +63,18 @@ def test_planted_faults(check, content, table, values, level, message):
     assert any(re.search(message, text) for text in texts), texts
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "C:\\a.png", "", 7, "a\0.png"])
+def test_nothing_outside_the_folder_is_opened(content, write, name, monkeypatch):
+    folder, path = write(content)
+    Image.new("RGB", (60, 40)).save(folder.parent / "secret.png")
+    entries = read_json(path)
+    entries["images"] = entries["images"][:1]
+    entries["images"][0]["file_name"] = name
+    monkeypatch.setattr("groupdetr_fast.data.check.open_image", lambda path: pytest.fail(f"{path} was opened"))
+    findings = check_part("train", folder, entries)
+    assert re.search("image 7: the file name .* is no path inside the image folder", *findings.errors["image"])
+
+
 def test_damaged_images_are_found_by_decoding(check, content, write):
     folder, path = write(content)
     file = folder / content["images"][0]["file_name"]
@@ -71,6 +84,22 @@ def test_damaged_images_are_found_by_decoding(check, content, write):
     assert not check_part("train", folder, read_json(path), decode=False).errors["image"]
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_images_turned_by_exif_are_counted_and_measured_upright(content, write, decode):
+    folder, path = write(content)
+    for image_id, orientation in ((7, 6), (5, 3)):
+        with Image.open(folder / "sub" / f"{image_id}.png") as image:
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(folder / "sub" / f"{image_id}.png", exif=exif)
+    findings = check_part("train", folder, read_json(path), decode=decode)
+    assert findings.statistics.turned == 2
+    assert len(findings.errors["size"]) == 1
+    assert re.search(
+        "image 7: .* is 40 x 60 pixels, but .* fits the pixels as they are stored", *findings.errors["size"]
+    )
+
+
 def test_classes_without_objects_and_images_with_many(check, content):
     content["categories"].append({"id": 99, "name": "nothing"})
     findings = check(content, num_queries=1)
@@ -78,6 +107,20 @@ def test_classes_without_objects_and_images_with_many(check, content):
     assert findings.warnings["queries"] == [
         "train: image 7 has 2 objects, and a group has 1 queries: 1 of them stay unmatched"
     ]
+
+
+def test_categories_of_one_name(check, content):
+    content["categories"].append({"id": 4, "name": "car"})
+    findings = check(content)
+    assert findings.warnings["name"] == ["train: categories 3, 4 have the same name car"]
+    assert not findings.errors["name"]
+    content["annotations"][1]["category_id"] = 4
+    assert check(content).errors["name"] == ["train: categories 3, 4 have the same name car"]
+
+
+def test_a_set_without_objects_is_an_error(check, content):
+    content["annotations"] = [entry for entry in content["annotations"] if entry["iscrowd"]]
+    assert check(content).errors["empty"] == ["train: no image has an object that can be used"]
 
 
 def test_images_in_both_parts_and_other_categories(check, content, tmp_path):

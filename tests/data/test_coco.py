@@ -17,6 +17,7 @@ from groupdetr_fast.data import (
     eval_transforms,
     train_transforms,
 )
+from groupdetr_fast.data.images import as_rgb
 
 SMALL = AugmentationConfig(
     short_sides=(32, 40, 48),
@@ -53,6 +54,39 @@ def test_pixels_are_those_of_the_file(content, write):
     image, _ = CocoDataset(folder, path)[1]
     expected = np.array(Image.open(folder / "sub" / "5.png"))
     np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+
+
+def turn(path, orientation):
+    """Store an image so that its EXIF orientation makes what it shows."""
+    with Image.open(path) as upright:
+        stored = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
+        exif = stored.getexif()
+        exif[0x0112] = orientation
+        stored.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photos_that_are_stored_turned_are_seen_upright(content, write, orientation):
+    folder, path = write(content)
+    upright, target = CocoDataset(folder, path)[0]
+    turn(folder / "sub" / "7.png", orientation)
+    dataset = CocoDataset(folder, path)
+    assert torch.equal(dataset[0][0], upright)
+    assert torch.equal(dataset[0][1]["boxes"], target["boxes"])
+    assert torch.equal(dataset.image(0), as_rgb(folder / "sub" / "7.png"))  # as prediction reads it
+
+
+def test_annotations_of_the_stored_pixels_are_called_that(content, write):
+    folder, path = write(content)
+    with Image.open(folder / "sub" / "7.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(folder / "sub" / "7.png", exif=exif)
+    message = (
+        r"7\.png .* is 40 x 60 pixels, but .*json says 60 x 40, which fits the pixels as they are stored: .*upright"
+    )
+    with pytest.raises(DataError, match=message):
+        CocoDataset(folder, path)[0]
 
 
 def test_labels_can_be_category_ids(content, write):
@@ -176,6 +210,8 @@ CONTENT_ERRORS = {
         r'annotation 11 has category_id 4, which is not in "categories"; add the entry or remove the annotation',
     ),
     "short box": (put("annotations", "bbox", [1, 2, 3]), r"annotation 11 has the bbox \[1, 2, 3\]; it must be four"),
+    "endless box": (put("annotations", "bbox", [1, 2, 10**400, 4]), r"annotation 11 has the bbox \[1, 2, 1000"),
+    "endless area": (put("annotations", "area", 10**400), r"annotation 11 has the area 1000.*; it must be a number"),
     "null box": (put("annotations", "bbox", None), r"annotation 11 has the bbox None"),
     "text box": (put("annotations", "bbox", ["1", "2", "3", "4"]), r"annotation 11 has the bbox \['1'"),
     "zero width": (put("images", "width", 0), r"image 7 has the size 0 x 40"),

@@ -4,13 +4,19 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from torch.utils.data import DataLoader
 
+import groupdetr_fast
 from groupdetr_fast.data import CocoDataset, DataError, SkipUnreadable, collate
+from groupdetr_fast.data.annotations import read_json
+from groupdetr_fast.data.check import check_part
+from groupdetr_fast.data.images import as_rgb
+from groupdetr_fast.data.yolo import read_yolo
 
 SIZE = 64
 
@@ -50,7 +56,7 @@ def dataset_of(folder, files, width=SIZE, height=SIZE):
 def test_a_huge_image_in_a_small_file_is_refused_by_its_header(tmp_path, monkeypatch):
     bomb = png_of(13_000, 13_000)  # 169 million pixels, fewer than Pillow refuses; half a gigabyte once decoded
     assert len(bomb) < 10_000
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("the image was decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("the image was decoded"))
     with pytest.raises(DataError, match=r"bomb\.png \(image id 1\) is 13000 x 13000 pixels, but .* says 64 x 64"):
         dataset_of(tmp_path, {"bomb.png": bomb})[0]
 
@@ -75,6 +81,37 @@ def test_training_goes_on_without_them(tmp_path):
     batches = list(DataLoader(dataset, 2, sampler=[(0, index) for index in range(4)], collate_fn=collate))
     assert [batch.image_ids for batch in batches] == [[1, 4], [4, 4]]
     assert dataset.unreadable == [1, 2]
+
+
+EPS = f"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 {SIZE} {SIZE}
+%%EndComments
+showpage
+%%EOF
+""".encode()
+
+
+def test_an_eps_runs_no_other_program_whatever_it_is_called(tmp_path, monkeypatch):
+    """Pillow has Ghostscript draw it, which runs what the file says."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    dataset = dataset_of(tmp_path, {"photo.jpg": EPS})
+    folder = tmp_path / "images"
+    with pytest.raises(DataError, match=r"photo\.jpg .* cannot be read \(it is none of BMP, GIF, JPEG"):
+        dataset[0]
+    with pytest.raises(DataError, match=r"photo\.jpg cannot be read \(it is none of"):
+        as_rgb(folder / "photo.jpg")
+    findings = check_part("train", folder, read_json(tmp_path / "instances.json"))
+    assert "photo.jpg cannot be read (it is none of" in findings.errors["image"][0]
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [a]\n")
+    assert "photo.jpg cannot be read (it is none of" in read_yolo(tmp_path / "data.yaml", "train").faults[-1]
+
+
+def test_all_images_are_opened_in_one_place():
+    package = Path(groupdetr_fast.__file__).parent
+    files = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if "Image.open(" in path.read_text()
+    }
+    assert files == {"data/images.py"}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])

@@ -33,7 +33,7 @@ def test_layouts_of_coco_files(tmp_path, files, images, annotations):
 
 def test_yolo_by_folder_and_by_file(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUPDETR_FAST_CACHE", str(tmp_path / "cache"))
-    touch(tmp_path, "images/train/a.png")
+    touch(tmp_path, "images/train/a.png", "labels/train/a.txt")
     Image.new("L", (4, 4)).save(tmp_path / "images/train/a.png")
     (tmp_path / "data.yaml").write_text("train: images/train\nnames: [a]\n")
     images, annotations = find_data(tmp_path, "train")

@@ -221,13 +221,14 @@ class _Apply:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"short_sides": ()}, "short_sides must hold sizes of at least 1"),
-        ({"crop_short_sides": (0, 5)}, "crop_short_sides must hold sizes of at least 1"),
-        ({"max_size": 0}, "max_size must be at least 1, got 0"),
+        ({"short_sides": ()}, "short_sides must hold sizes of at least 8 pixels"),
+        ({"crop_short_sides": (0, 5)}, "crop_short_sides must hold sizes of at least 8 pixels"),
+        ({"short_sides": (2,)}, r"short_sides must hold sizes of at least 8 pixels, got \(2,\)"),
+        ({"max_size": 0}, "max_size must be at least 8 pixels, got 0"),
         ({"crop_min": 700}, "crop_min must not exceed crop_max, got 700 > 600"),
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std must be positive"),
         ({"flip": 1.5}, r"flip must be a probability in \[0, 1\], got 1.5"),
-        ({"jitter_size": 0}, "jitter_size must be at least 1, got 0"),
+        ({"jitter_size": 0}, "jitter_size must be at least 8 pixels, got 0"),
         ({"jitter_scale": (2.0, 0.1)}, "jitter_scale must be positive and ascending"),
         ({"crop": -0.1}, r"crop must be a probability in \[0, 1\]"),
     ],

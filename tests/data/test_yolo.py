@@ -1,4 +1,4 @@
-"""YOLO's layout; where labels lie in images that EXIF turns is judged by Pillow."""
+"""YOLO's layout; how images that EXIF turns look is judged by Pillow."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_the_places_of_images_are_found(write, yaml):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_labels_follow_images_that_are_stored_turned(tmp_path, write, orientation):
-    """The labels are those of the upright image; training decodes the stored one."""
+    """The labels are those of the upright image, which training sees."""
     file = write({"train/a": ["0 0.25 0.125 0.5 0.25"]})
     pixels = np.arange(40 * 20, dtype=np.int32).reshape(20, 40).astype(np.uint8)
     image = Image.fromarray(pixels)
@@ -96,8 +96,7 @@ def test_labels_follow_images_that_are_stored_turned(tmp_path, write, orientatio
     dataset = CocoDataset(folder, annotations)
     x1, y1, x2, y2 = (round(value) for value in dataset.ground_truth(0)["boxes"][0].tolist())
     found = dataset.image(0)[0, y1:y2, x1:x2].numpy()
-    assert sorted(found.ravel()) == sorted(labelled.ravel())
-    assert found.shape in (labelled.shape, labelled.shape[::-1])
+    np.testing.assert_array_equal(found, labelled)
 
 
 def test_all_faults_are_told_and_the_first_stops_a_training(write):
@@ -121,12 +120,22 @@ def test_all_faults_are_told_and_the_first_stops_a_training(write):
         yolo_as_coco(file, "train")
 
 
+def test_images_none_of_which_has_a_label_are_a_fault(write):
+    file = write({"train/a": None, "train/b": None, "val/c": []})
+    message = r"no image of train has a label file; that of a.png is looked for at .*labels/train/a.txt"
+    with pytest.raises(DataError, match=message):
+        yolo_as_coco(file, "train")
+    assert read_yolo(file, "val").faults == []
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
         ("- a\n", "must have the keys"),
         ("{", "cannot be read as yaml"),
         ("train: images/train\nnames: 7.5\n", "names must be a list"),
+        ("[" * 5000, "nested too deeply"),
+        ("train: images/train\nnames: [[a]]\n", "names must be texts"),
         ("names: [a]\n", "must say under train where the images are"),
         ("train: nowhere\nnames: [a]\n", "there is nothing at nowhere"),
         ("train: labels\nnames: [a]\n", "there are no images in labels"),

@@ -279,3 +279,33 @@ def test_faulty_arguments(content, tmp_path):
         evaluate_coco(content, [box], "segm")
     with pytest.raises(ValueError, match=r"results\[0\]: image 17 is not in the ground truth"):
         evaluate_coco(content, [{**box, "image_id": 17}])
+
+
+BOMBS = [
+    ({"size": [10**9, 10**9], "counts": [10**18]}, "has the size"),
+    ({"size": [120, 160], "counts": [10**18]}, "has counts whose sum is 1000000000000000000"),
+    ({"size": [120, 160], "counts": "o" * 100_000}, "has a count in its compressed string that does not end"),
+    ({"size": [120, 160], "counts": None}, "has counts that are neither"),
+    ({"counts": "abc"}, "has the size None"),
+    ([["x"]], "has a polygon that is no list of numbers"),
+    (7, "must be a list of polygons or an object with size and counts"),
+]
+
+
+@pytest.mark.parametrize(("segmentation", "message"), BOMBS)
+def test_masks_that_are_none_are_refused_in_one_sentence(content, segmentation, message):
+    result = {"image_id": 1, "category_id": 5, "score": 0.5, "segmentation": segmentation}
+    with pytest.raises(ValueError, match=rf"results\[0\]: the segmentation {message}"):
+        evaluate_coco(content, [result], "segm")
+    content["annotations"][3]["segmentation"] = segmentation  # of a crowd region, which training does not read
+    with pytest.raises(ValueError, match=f"annotation 4: the segmentation {message}"):
+        CocoEvaluator(content, "segm")
+    assert CocoEvaluator(content, "bbox").image_ids == [1, 2, 3]
+
+
+def test_objects_without_a_mask_are_left_out(content):
+    del content["annotations"][1]["segmentation"]
+    content["annotations"][2]["segmentation"] = []
+    evaluator = CocoEvaluator(content, "segm", category_ids=CATEGORY_IDS)
+    evaluator.update([1], [prediction((0, 0.9, [10, 10, 40, 50]), masks=True)])
+    assert evaluator.summarize()["AP"] == pytest.approx(1.0)

@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from PIL import Image
 
 from groupdetr_fast.evaluation import draw_detections, draw_image
+from groupdetr_fast.evaluation.visualize import scale_objects
 
 NAMES = ["cat", "dog", "a much longer name"]
 
@@ -78,7 +80,9 @@ def test_predictions_alone_are_shown_once(tmp_path):
     assert (cat < picture.shape[1] / 2).all()
 
 
-@pytest.mark.parametrize(("size", "expected"), [((60, 80), (480, 640)), ((1000, 1500), (1000, 1500))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [((60, 80), (480, 640)), ((1000, 1500), (1000, 1500)), ((3000, 3900), (1538, 2000))]
+)
 def test_one_image_keeps_its_shape(tmp_path, size, expected):
     image = torch.full((3, *size), 200, dtype=torch.uint8)
     height, width = size
@@ -90,6 +94,47 @@ def test_one_image_keeps_its_shape(tmp_path, size, expected):
     drawn = (np.abs(picture.astype(int) - 200).max(axis=-1) > 20).any(axis=0).nonzero()[0]
     assert abs(drawn.min() / expected[1] - 0.25) < 0.02
     assert abs(drawn.max() / expected[1] - 0.75) < 0.02
+
+
+def test_large_images_are_reduced_before_they_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "imshow", lambda _, pixels, **__: drawn.append(pixels.shape))
+    image = torch.zeros(3, 2400, 3000, dtype=torch.uint8)
+    masks = torch.zeros(1, 2400, 3000, dtype=torch.bool)
+    prediction = objects([0, 0, 9, 9], scores=[0.9]) | {"masks": masks}
+    draw_image(image, prediction, NAMES, tmp_path / "a.png")
+    draw_detections([image], [prediction], [prediction], NAMES, tmp_path / "b.png")
+    assert drawn == [(1600, 2000, 3), (480, 600, 3), (480, 600, 3)]
+
+
+def test_pictures_of_slender_images_are_bounded(tmp_path):
+    image = torch.zeros(3, 3000, 1, dtype=torch.uint8)
+    draw_detections([image] * 2, None, [objects(scores=[])] * 2, NAMES, tmp_path / "sheet.png")
+    draw_image(image, objects(scores=[]), NAMES, tmp_path / "a.png")
+    for name, limit in (("sheet.png", 1200), ("a.png", 2000)):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) <= limit
+
+
+def test_objects_are_scaled_with_their_image():
+    masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+    masks[0, 10:20, 30:60] = True
+    scaled = scale_objects(objects([30, 10, 60, 20], scores=[0.9]) | {"masks": masks}, (40, 60), (20, 15))
+    assert scaled["boxes"].tolist() == [[7.5, 5, 15, 10]]
+    assert scaled["masks"].shape == (1, 20, 15)
+    assert scaled["masks"][0, 5:10, 8:].all()
+    assert scaled["masks"].sum() == 5 * 7
+    assert scaled["scores"].tolist() == pytest.approx([0.9])
+
+
+def test_names_are_drawn_as_they_are_and_cut(tmp_path, monkeypatch):
+    texts = []
+    draw = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **kw: texts.append(s) or draw(self, x, y, s, **kw))
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    names = [r"$\frac$", "y" * 10_000]  # the first is no formula that matplotlib can set
+    draw_image(image, objects([0, 0, 9, 9], [20, 20, 40, 40], scores=[0.9, 0.8]), names, tmp_path / "a.png")
+    assert sorted(texts) == [r"$\frac$ 0.90", "y" * 40 + " 0.80"]
 
 
 def test_lengths_must_agree(tmp_path):

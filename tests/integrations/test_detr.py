@@ -70,7 +70,7 @@ def focal_loss_of(num_groups):
 
 
 def criterion_of(num_groups, **options):
-    return SetCriterion(CLASSES, HungarianMatcher(*COSTS), WEIGHTS, 0.25, group_detr=num_groups, **options)
+    return SetCriterion(CLASSES, HungarianMatcher(*COSTS), WEIGHTS, focal_alpha=0.25, group_detr=num_groups, **options)
 
 
 def total(losses):
@@ -241,3 +241,10 @@ def test_wrong_arguments_are_refused():
     padded = [{**target, "valid": torch.ones(2, dtype=torch.bool)} for target in random_targets((2,))]
     with pytest.raises(ValueError, match="targets padded to a fixed size"):
         criterion_of(2)(random_layer(1, 10), padded)
+
+
+@pytest.mark.parametrize("fourth", [0.1, ["labels", "boxes"]])
+def test_what_the_repositories_order_differently_is_taken_by_name(fourth):
+    """DETR has eos_coef in fourth place, Deformable DETR losses, and Conditional DETR focal_alpha."""
+    with pytest.raises(TypeError, match=r"takes what follows weight_dict by name: in fourth place DETR has eos_coef"):
+        SetCriterion(CLASSES, HungarianMatcher(*COSTS), WEIGHTS, fourth, ["labels", "boxes", "cardinality"])

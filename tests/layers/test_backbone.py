@@ -1,3 +1,5 @@
+from urllib.error import URLError
+
 import pytest
 import torch
 import torchvision
@@ -83,6 +85,11 @@ def test_fewer_stages(name, stages, channels, stride):
         ({"name": "resnet18", "num_levels": 5}, ValueError, "num_levels must be 1 to 4"),
         ({"name": "resnet18", "stages": 5}, ValueError, "stages must be 1 to 4 for a ResNet such as resnet18, got 5"),
         ({"name": "resnet18", "stages": 3, "dilation": True}, ValueError, "which stages leaves out"),
+        (
+            {"name": "resnet18", "dilation": True},
+            ValueError,
+            "backbone 'resnet18' has no dilation: .* from resnet50 on",
+        ),
         ({"name": "resnet18", "weights": "none.pth"}, FileNotFoundError, "there is no file none.pth"),
     ],
 )
@@ -95,3 +102,17 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match="does not fit backbone 'resnet34': it lacks"):
         Backbone("resnet34", str(tmp_path / "resnet18.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_say_which_file_belongs_where(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    message = (
+        r"ImageNet weights of resnet18 cannot be downloaded \(.*no route.*\): put https://.*/(resnet18-\w+\.pth) at "
+        rf"{tmp_path}/checkpoints/\1, or give the file as backbone_weights"
+    )
+    with pytest.raises(OSError, match=message):
+        Backbone("resnet18", "imagenet")

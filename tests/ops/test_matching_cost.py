@@ -322,7 +322,7 @@ def test_cost_and_assignment_of_groups(device):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": [{}]}, TypeError, "targets must be a PackedTargets.*got list"),
+        ({"targets": [{}]}, TypeError, "targets must be packed by PackedTargets.from_list.*got a list"),
         ({"logits": torch.zeros(3, 20, 7).long()}, TypeError, "logits must be floating point, got torch.int64"),
         ({"boxes": torch.zeros(3, 20, 4).int()}, TypeError, "boxes must be floating point, got torch.int32"),
         ({"logits": torch.zeros(20, 7)}, ValueError, r"logits must have shape \[..., B, Q, C\].*got \[20, 7\]"),

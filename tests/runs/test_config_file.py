@@ -82,3 +82,29 @@ def test_values_as_people_write_them(tmp_path):
 def test_faults_name_file_and_key(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"c.yaml:? {message}"):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, r"a\.yaml cannot be read as yaml: it is nested too deeply"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nmodel: [" + "*b, " * 5000 + "]", r"a\.yaml: .{,200}$"),
+        ("model: {model: [" + "x, " * 5000 + "]}", r"a\.yaml: model\.model must be a text, got .{,200}$"),
+    ],
+)
+def test_yaml_without_bounds_ends_in_a_short_sentence(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_yaml(CocoTrainingConfig, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"early_stopping_delta": float("nan")}, "early_stopping_delta must not be negative, got nan"),
+    ],
+)
+def test_limits_of_a_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CocoTrainingConfig(**settings)

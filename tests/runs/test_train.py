@@ -1,9 +1,12 @@
 """Whole runs on a few small images: training, resuming, evaluation, and what happens to wrong input."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
+from groupdetr_fast.training.faults import StopRequest, TrainingStopped
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_coco.py"
@@ -208,6 +212,36 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
     (tmp_path / "more.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"different category tables \(ids \[77\]"):
         train(replace(config, data=replace(config.data, train_annotations=tmp_path / "more.json")))
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)  # in which Python handles the signal
+
+
+def test_ctrl_c_writes_a_checkpoint_and_ends_in_a_sentence(config):
+    message = r"stopped as asked, .* a checkpoint is written, from which resuming goes on"
+    with pytest.raises(TrainingStopped, match=message):
+        train(config, observe=interrupt)
+    assert latest_checkpoint(config.output) is not None
+    with pytest.raises(KeyboardInterrupt):  # as before
+        interrupt()
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopRequest() as stop:
+        interrupt()
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_data_without_objects_are_refused(config, tmp_path, part):
+    content = json.loads(getattr(config.data, f"{part}_annotations").read_text()) | {"annotations": []}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"empty\.json has no object that can be used; groupdetr check says why"):
+        train(replace(config, data=replace(config.data, **{f"{part}_annotations": tmp_path / "empty.json"})))
 
 
 def with_aps(monkeypatch, *aps):

@@ -1,16 +1,17 @@
 """The command ``groupdetr analyze``: the paper's measurements on data and sizes of one's own."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Union
 
 import tyro
 
-from ...data.config import DataPaths
+from ...data import AugmentationConfig
+from ...data.config import DataConfig, DataPaths
 from ...runs.config import CocoTrainingConfig
 from ...runs.recipes import digits_demo
-from ..flags import read_flags
+from ..flags import FLAGS, read_flags
 from .ablation import AblationCommand
 from .assignment import AssignmentCommand
 from .common import Analysis
@@ -21,7 +22,7 @@ from .reference_points import ReferencePointsCommand
 from .report import ReportCommand
 from .sweep_groups import SweepGroupsCommand
 
-__all__ = ["analyze_command"]
+__all__ = ["AnalyzeCommand", "parse_analysis"]
 
 DEMO_EPOCHS = 12
 
@@ -36,33 +37,44 @@ _COMMANDS = {
 }
 
 
-def analyze_command(arguments: Sequence[str]) -> type:
-    """The command ``analyze`` with its subcommands, as a dataclass for ``tyro.cli`` whose instances are called.
+_subcommands = Union[  # noqa: UP007 (a union of a tuple)
+    tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in {**_COMMANDS, "report": ReportCommand}.items())
+]
+
+
+@dataclass(frozen=True)
+class AnalyzeCommand:
+    """Repeat the paper's measurements."""
+
+    measurement: _subcommands
+
+    def __call__(self) -> None:
+        self.measurement()
+
+
+def parse_analysis(arguments: Sequence[str]) -> Callable[[], None]:
+    """The measurement that a command line asks for.
 
     Args:
-        arguments: the whole command line. Without flags that name data, the defaults are those of the digits demo.
+        arguments: the command line after ``analyze``. With COCO's folder the defaults are the paper's; otherwise those
+            of the digits demo, which trains in minutes, though own images are also flipped and loaded by workers.
     """
-    if read_flags(DataPaths, arguments).given:
+    name, rest = (arguments or [""])[0], arguments[1:]
+    if name == "report":
+        return tyro.cli(ReportCommand, args=rest, prog="groupdetr analyze report", config=FLAGS)
+    if name not in _COMMANDS:
+        return tyro.cli(AnalyzeCommand, args=arguments, prog="groupdetr analyze", config=FLAGS)
+    data = read_flags(DataPaths, arguments)
+    if data.coco_path is not None:
         config = CocoTrainingConfig()
     else:
         config = digits_demo(compose=False)
         config = replace(config, optimization=replace(config.optimization, epochs=DEMO_EPOCHS), evaluate_every=3)
+    if data.given and data.coco_path is None:
+        flip = AugmentationConfig.flip
+        config = replace(config, data=DataConfig(), augmentation=replace(config.augmentation, flip=flip))
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    values |= {"command": shlex.join(("groupdetr", *arguments)), "output": Analysis.output}
-    commands = []
-    for name, kind in _COMMANDS.items():
-        default = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-        commands.append(Annotated[kind, tyro.conf.subcommand(name, default=default)])
-    commands.append(Annotated[ReportCommand, tyro.conf.subcommand("report")])
-    subcommands = Union[tuple(commands)]  # noqa: UP007 (a union of a list)
-
-    @dataclass(frozen=True)
-    class AnalyzeCommand:
-        """Repeat the paper's measurements."""
-
-        measurement: subcommands
-
-        def __call__(self) -> None:
-            self.measurement()
-
-    return AnalyzeCommand
+    values |= {"command": shlex.join(("groupdetr", "analyze", *arguments)), "output": Analysis.output}
+    kind = _COMMANDS[name]
+    default = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    return tyro.cli(kind, args=rest, prog=f"groupdetr analyze {name}", default=default, config=FLAGS)

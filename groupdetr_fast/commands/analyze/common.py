@@ -21,7 +21,7 @@ from ...runs.config import CocoTrainingConfig, ModelConfig
 from ...runs.recipes import with_digits
 from ...training.optimization import OptimizationConfig
 
-__all__ = ["USAGES", "Analysis", "Sweep", "count_of", "header_of"]
+__all__ = ["USAGES", "Analysis", "OfCheckpoint", "Sweep", "count_of", "header_of"]
 
 USAGES = ("AP_one_group", "AP_one_group_nms", "AP_all_queries", "AP_all_queries_nms")
 
@@ -95,6 +95,8 @@ class Sweep(Analysis):
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not 0 <= self.nms_threshold <= 1:
+            raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 
     def training(self) -> CocoTrainingConfig:
         """See :class:`Analysis`."""
@@ -121,6 +123,27 @@ class Sweep(Analysis):
         if self.seeds == 1:
             return f"seed {self.optimization.seed}."
         return f"seeds {', '.join(map(str, self.seed_range()))}; mean and sample standard deviation over seeds."
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfCheckpoint(Sweep):
+    """What the measurements have in common that train, or take a checkpoint.
+
+    Attributes:
+        checkpoint: measure this checkpoint of ``groupdetr train`` and train nothing; ``load`` is the same.
+    """
+
+    checkpoint: Path | None = None
+
+    def given_checkpoint(self) -> Path | None:
+        """The checkpoint to be measured; None if models are to be trained.
+
+        Raises:
+            ValueError: if two are given.
+        """
+        if self.checkpoint is not None and self.model.load is not None:
+            raise ValueError("give --checkpoint or --load, not both: each is the checkpoint to be measured")
+        return self.checkpoint or self.model.load
 
 
 def header_of(checkpoint: Path) -> CheckpointHeader:

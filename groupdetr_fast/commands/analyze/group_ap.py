@@ -8,29 +8,27 @@ from ...analysis.experiments import average
 from ...analysis.inference import evaluate_groups
 from ...prediction import InferenceSettings
 from ...runs.config import CocoTrainingConfig, ModelConfig
-from .common import Sweep, count_of, header_of
+from .common import OfCheckpoint, count_of, header_of
 
 __all__ = ["GroupApCommand"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupApCommand(Sweep):
+class GroupApCommand(OfCheckpoint):
     """AP of each group of a trained model, used alone: any group can serve (section 3.2).
 
-    Attributes:
-        checkpoint: evaluate this checkpoint of ``groupdetr train``, as its training did, and train nothing.
+    A checkpoint is evaluated as its training did.
     """
 
-    checkpoint: Path | None = None
-
     def __call__(self) -> None:
-        if self.checkpoint is None:
+        checkpoint = self.given_checkpoint()
+        if checkpoint is None:
             models = {
                 f"seed {cell.labels['seed']}": (cell.training, results.checkpoint)
                 for cell, _, results in self.make(self.own_cells(self.seed_range()))
             }
         else:
-            models = {str(self.checkpoint): (_as_trained(self.training(), self.checkpoint), self.checkpoint)}
+            models = {str(checkpoint): (_as_trained(self.training(), checkpoint), checkpoint)}
         rows = [
             {"model": name, "group": group, **{key: metrics[key] for key in ("AP", "AP50", "AP75")}}
             for name, (config, checkpoint) in models.items()

@@ -1,30 +1,24 @@
 """The command ``groupdetr analyze reference-points``."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...analysis import plots
 from ...analysis.distances import query_positions
 from ...analysis.experiments import average
 from ...analysis.inference import load_weights
 from ...models.checkpoints import build_detector
-from .common import Sweep, header_of
+from .common import OfCheckpoint, header_of
 
 __all__ = ["ReferencePointsCommand"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferencePointsCommand(Sweep):
-    """Figure 3: the reference points of all groups over the image plane, of one run or checkpoint.
-
-    Attributes:
-        checkpoint: show this checkpoint of ``groupdetr train`` and train nothing.
-    """
-
-    checkpoint: Path | None = None
+class ReferencePointsCommand(OfCheckpoint):
+    """Figure 3: the reference points of all groups over the image plane, of one run or checkpoint."""
 
     def __call__(self) -> None:
-        checkpoint, source = self.checkpoint, f"checkpoint {self.checkpoint}"
+        checkpoint = self.given_checkpoint()
+        source = f"checkpoint {checkpoint}"
         if checkpoint is None:
             _, run, results = self.make(self.own_cells([self.optimization.seed]))[0]
             checkpoint, source = results.checkpoint, f"run {run.name}"

@@ -1,13 +1,34 @@
-"""What a file of this package says of its model beside the weights, and the detector that follows from it."""
+"""What a file of this package says of its model beside the weights, and the detector that follows from it.
 
+A header may be anybody's: what is read from a file is checked, value by value, before a model is built by it.
+"""
+
+import json
+import math
+import re
+import reprlib
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from ..detector import Detector
-from ..registry import build_model, model_config
+from ..registry import build_model, model_config, model_names
 
 __all__ = ["CheckpointHeader", "build_detector"]
+
+# Far beyond every detector that is trained; below what would build for minutes or take all memory.
+_LARGEST = {"encoder_layers": 100, "decoder_layers": 100, "num_levels": 16, "backbone_levels": 16, "num_points": 64}
+_LARGEST_SETTING = 100_000  # of the others; a class for every label of ``CocoDataset``
+_LARGEST_ID = 2**63 - 1
+_MOST_PARAMETERS = 10**9  # beside the backbone
+_BACKBONE = re.compile(r"conv:\d+(-\d+){0,7}|(timm:)?[\w.-]{1,100}", re.ASCII)
+_WIDEST = 2048  # of a conv: backbone
+_LONGEST_SIDE = 10_000  # pixels of an image in evaluation
+_LONGEST_TEXT = 1000  # characters of a setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +61,16 @@ class CheckpointHeader:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "CheckpointHeader":
-        """The header that :meth:`to_json` made into ``content``; keys that are no fields are ignored."""
-        return cls(**{each.name: content[each.name] for each in fields(cls) if each.name in content})
+        """The header that :meth:`to_json` made into ``content``; keys that are no fields are ignored.
+
+        Raises:
+            ValueError: for a value of another type than a header has, or beyond all bounds.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"the header must be an object of json, got {reprlib.repr(content)}")
+        header = cls(**{each.name: content[each.name] for each in fields(cls) if each.name in content})
+        _check(header)
+        return header
 
 
 def build_detector(header: CheckpointHeader, **changes: Any) -> Detector:
@@ -59,3 +88,115 @@ def build_detector(header: CheckpointHeader, **changes: Any) -> Detector:
     default = model_config(header.model)
     settings = {"num_classes": default.num_classes, "num_groups": default.num_groups, **header.model_config, **changes}
     return build_model(header.model, **{**settings, "backbone_weights": None})
+
+
+def _check(header: CheckpointHeader) -> None:
+    _require("model", header.model, "a name or null", header.model is None or isinstance(header.model, str))
+    _require("labels", header.labels, '"contiguous" or "category_id"', header.labels in ("contiguous", "category_id"))
+    _require("epoch", header.epoch, "a whole number or null", header.epoch is None or _is_whole(header.epoch, 0))
+    _require("AP", header.AP, "a number or null", header.AP is None or _is_number(header.AP))
+    for name in ("model_config", "evaluation"):
+        value = getattr(header, name)
+        _require(name, value, "an object", isinstance(value, dict))
+    _check_categories(header)
+    _check_evaluation(header)
+    _check_model(header)
+
+
+def _check_categories(header: CheckpointHeader) -> None:
+    least, largest = -_LARGEST_ID, _LARGEST_ID
+    if header.labels == "category_id":  # a class for every number up to the largest id
+        least, largest = 0, _LARGEST_SETTING - 1
+    _require("categories", header.categories, "a list", isinstance(header.categories, list))
+    for index, category in enumerate(header.categories):
+        _require(f"categories[{index}]", category, "an object", isinstance(category, dict))
+        number, name = category.get("id"), category.get("name")
+        expected = f"a whole number from {least} to {largest}"
+        _require(f"categories[{index}].id", number, expected, _is_whole(number, least, largest))
+        _require(f"categories[{index}].name", name, "a text", isinstance(name, str))
+
+
+def _check_evaluation(header: CheckpointHeader) -> None:
+    for name, value in header.evaluation.items():
+        key = f"evaluation.{name}"
+        if name in ("eval_short_side", "eval_max_size"):
+            fits = _is_whole(value, 1, _LONGEST_SIDE) or (value is None and name == "eval_max_size")
+            _require(key, value, f"a whole number from 1 to {_LONGEST_SIDE}", fits)
+        elif name in ("image_mean", "image_std"):
+            fits = isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+            _require(key, value, "three numbers", fits)
+        else:
+            raise ValueError(f"the header has the unknown setting {reprlib.repr(key)}")
+
+
+def _check_model(header: CheckpointHeader) -> None:
+    known = header.model in model_names()
+    hints = get_type_hints(type(model_config(header.model))) if known else {}
+    for name, value in header.model_config.items():
+        largest = _LARGEST.get(name, _LARGEST_SETTING)
+        # For a setting that is not known what any has; whoever builds the detector refuses it.
+        options = _options(hints.get(name, int | float | bool | str | None))
+        expected = f"{' or '.join(map(_in_words, options))} (numbers at most {largest})"
+        _require(f"model_config.{name}", value, expected, any(_fits(value, option, largest) for option in options))
+    backbone = header.model_config.get("backbone", "resnet50")
+    _require("model_config.backbone", backbone, "the name of a backbone", _is_backbone(backbone))
+    if known:
+        count = _count_parameters(header.model, json.dumps(header.model_config))
+        if count > _MOST_PARAMETERS:
+            raise ValueError(
+                f"the header is of a model with {count} parameters, and at most {_MOST_PARAMETERS} are built"
+            )
+
+
+@lru_cache
+def _count_parameters(model: str, settings: str) -> int:
+    """Parameters beside the backbone of a detector, of which nothing is allocated; 0 if there is no such detector."""
+    known = {each.name for each in fields(model_config(model))}
+    own = {name: value for name, value in json.loads(settings).items() if name in known}
+    small = {"backbone": "conv:4-4-4-4", "backbone_weights": None, "backbone_stages": None, "dilation": False}
+    try:
+        with torch.device("meta"):
+            detector = build_model(model, **{"num_classes": 1, "num_groups": 1, **own, **small})
+    except ValueError:  # told when the detector itself is built
+        return 0
+    return sum(parameter.numel() for parameter in detector.parameters())
+
+
+def _require(name: str, value: Any, expected: str, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"{name[:100]!r} in the header must be {expected}, got {reprlib.repr(value)}")
+
+
+def _fits(value: Any, option: Any, largest: int) -> bool:
+    if get_origin(option) is Literal:
+        return isinstance(value, str) and value in get_args(option)
+    if option is int:
+        return _is_whole(value, 0, largest)
+    if option is float:
+        return _is_number(value) and abs(value) <= largest
+    return type(value) is option and (option is not str or len(value) <= _LONGEST_TEXT)
+
+
+def _is_whole(value: Any, least: int, largest: int = _LARGEST_ID) -> bool:
+    return type(value) is int and least <= value <= largest
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST_ID and math.isfinite(value)
+
+
+def _is_backbone(value: Any) -> bool:
+    if not (isinstance(value, str) and _BACKBONE.fullmatch(value)):
+        return False
+    return not value.startswith("conv:") or all(1 <= int(width) <= _WIDEST for width in value[5:].split("-"))
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _in_words(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return f"one of {', '.join(map(str, get_args(option)))}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names[option]

@@ -14,7 +14,15 @@ StateDict = dict[str, Tensor]
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint that does not fit the model; the message says where."""
+    """A checkpoint that does not fit the model; the message says where.
+
+    Attributes:
+        classes: rows of the class head in the checkpoint and in the model, where it is that which does not fit.
+    """
+
+    def __init__(self, message: str, classes: tuple[int, int] | None = None):
+        super().__init__(message)
+        self.classes = classes
 
 
 @dataclass

@@ -119,9 +119,11 @@ def load_checkpoint(
 
 
 def _misfit(name: str, loaded: Tensor, current: Tensor) -> CheckpointMismatch:
-    hint = " (pass new_class_head=True to train a new one)" if name.startswith(CLASS_PARAMETERS) else ""
+    of_classes = name.startswith(CLASS_PARAMETERS)
+    hint = " (pass new_class_head=True to train a new one)" if of_classes else ""
     return CheckpointMismatch(
-        f"{name} has shape {list(loaded.shape)} in the checkpoint and {list(current.shape)} in the model{hint}"
+        f"{name} has shape {list(loaded.shape)} in the checkpoint and {list(current.shape)} in the model{hint}",
+        (len(loaded), len(current)) if of_classes else None,
     )
 
 

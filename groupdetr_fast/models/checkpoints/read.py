@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from .header import CheckpointHeader
 from .numpy_pickle import read_numpy_pickle
+from .transformers_config import header_of_config
 
-__all__ = ["CheckpointFile", "read_checkpoint", "read_header"]
+__all__ = ["CheckpointFile", "find_weights", "read_checkpoint", "read_header"]
 
+_MOST_ROWS = 10**6
 HEADER_KEY = "groupdetr_fast"  # in the metadata of safetensors; ``training.checkpoint`` writes it
 
 
@@ -32,6 +36,31 @@ class CheckpointFile:
     num_queries: int | None = None
     num_groups: int | None = None
 
+    def __post_init__(self):
+        for name in ("num_queries", "num_groups"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 1 <= value <= _MOST_ROWS):
+                raise ValueError(f"the checkpoint says {name} = {reprlib.repr(value)}, which is no number of queries")
+
+
+def find_weights(path: str | Path) -> Path:
+    """The file or folder of weights that is meant: for the folder of a run its best checkpoint, or else the newest.
+
+    Other paths are returned as they are.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: there is nothing at {path}")
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if any(path.glob("*.safetensors")) or not folder.is_dir():
+        return path
+    saved = sorted(weights.parent for weights in folder.glob("epoch_*/*.safetensors"))
+    best = folder / "best"
+    return best if any(best.glob("*.safetensors")) else (saved or [path])[-1]
+
 
 def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile:
     """Read a ``.safetensors`` file, a pickle of tensors, a folder that holds one, or take a state dict as it is.
@@ -45,9 +74,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
     """
     if isinstance(source, Mapping):
         return _from_object(dict(source), "the state dict")
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint: there is nothing at {path}")
+    path = find_weights(source)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
@@ -68,24 +95,37 @@ def read_header(path: str | Path) -> CheckpointHeader:
     """What this package's training wrote into the header of a weights file.
 
     Args:
-        path: the file, or a folder that holds one.
+        path: the file, or a folder that holds one, or the folder of a run.
 
     Returns:
-        The header; for files of other code, one that says nothing.
+        The header; of transformers what its ``config.json`` beside the weights says; for files of other code, one that
+        says nothing.
 
     Raises:
-        ValueError: if the file is damaged.
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if the file is damaged, or its header has a value that no header of this package has.
     """
-    path = Path(path)
+    path = find_weights(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    settings = (path if path.is_dir() else path.parent) / "config.json"
+    of_transformers = path.is_dir() or path.suffix == ".safetensors" or path.name.startswith("pytorch_model")
+    foreign = _header_beside(settings) if of_transformers and settings.is_file() else CheckpointHeader()
     if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
-        return CheckpointHeader()
+        return foreign
     try:
         with safe_open(files[0], framework="pt") as file:
-            content = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+        if text is None:
+            return foreign
+        content = json.loads(text)
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {files[0]} cannot be read as safetensors: {error}") from None
-    return CheckpointHeader.from_json(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint {files[0]} has a header that is no json: {error}") from None
+    try:
+        return CheckpointHeader.from_json(content)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {files[0]}: {error}") from None
 
 
 def _read_folder(folder: Path) -> CheckpointFile:
@@ -98,9 +138,26 @@ def _read_folder(folder: Path) -> CheckpointFile:
     num_queries, num_groups = parts[0].num_queries, parts[0].num_groups
     config = folder / "config.json"
     if config.is_file() and num_queries is None:
-        num_queries = json.loads(config.read_text()).get("num_queries")
-        num_groups = 1
+        num_queries, num_groups = _read_config(config).get("num_queries"), 1
     return CheckpointFile(state, num_queries, num_groups)
+
+
+def _header_beside(path: Path) -> CheckpointHeader:
+    try:
+        return header_of_config(_read_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings of a model directory of transformers."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, beside the weights, cannot be read as json: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, beside the weights, must hold an object of json")
+    return content
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:

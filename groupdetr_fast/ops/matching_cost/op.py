@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._library import define_op
-from ...targets import PackedTargets
+from ...targets import PackedTargets, check_packed
 from .._triton import register_triton
 from .reference import matching_cost_reference
 
@@ -72,8 +72,7 @@ def matching_cost(
 
 
 def _check(logits: Tensor, boxes: Tensor, targets: PackedTargets, gamma: float) -> None:
-    if not isinstance(targets, PackedTargets):
-        raise TypeError(f"targets must be a PackedTargets (see PackedTargets.from_list), got {type(targets).__name__}")
+    check_packed(targets)
     for name, value in (("logits", logits), ("boxes", boxes)):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
@@ -83,6 +82,7 @@ def _check(logits: Tensor, boxes: Tensor, targets: PackedTargets, gamma: float) 
         raise ValueError(f"boxes must have shape {[*logits.shape[:-1], 4]}, as logits have, got {list(boxes.shape)}")
     if logits.shape[-3] != targets.batch_size:
         raise ValueError(f"logits are of {logits.shape[-3]} images, but targets of {targets.batch_size}")
+    targets.check_labels(logits.shape[-1])
     for name, device in (("boxes", boxes.device), ("targets", targets.device)):
         if device != logits.device:
             raise ValueError(f"{name} must lie on the device of logits, {logits.device}, got {device}")

@@ -1,5 +1,6 @@
 """Reading files, without running anything in them."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from small_models import build
 
 import groupdetr_fast as gd
 from groupdetr_fast.models.checkpoints import CheckpointHeader, read_header
+from groupdetr_fast.models.checkpoints.read import read_checkpoint
 
 
 def test_unreadable_files_are_refused_in_one_sentence(tmp_path):
@@ -48,8 +50,40 @@ def test_headers_of_own_files_alone(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle.pth")
     header = CheckpointHeader(model="dab_detr_r50", labels="category_id")
     assert read_header(own) == read_header(own / "model.safetensors") == header
-    for path in (other, tmp_path / "pickle.pth", tmp_path / "nothing", tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: there is nothing at .*nothing"):
+        read_header(tmp_path / "nothing")
+    for path in (other, tmp_path / "pickle.pth", tmp_path):
         assert read_header(path) == CheckpointHeader()
     other.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"other.safetensors cannot be read as safetensors"):
         read_header(other)
+
+
+@pytest.mark.parametrize("value", ["300", [300], 10**12, -1])
+def test_sizes_of_queries_that_are_none_are_refused(tmp_path, value):
+    arguments = argparse.Namespace(num_queries=value, group_detr=1)
+    torch.save({"model": {"a": torch.zeros(1)}, "args": arguments}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"the checkpoint says num_queries = .*, which is no number of queries"):
+        read_checkpoint(tmp_path / "a.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_queries": value}))
+    with pytest.raises(ValueError, match="the checkpoint says num_queries = "):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_settings_of_transformers_that_are_no_json_are_refused(tmp_path, text):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json, beside the weights, (cannot be read|must hold)"):
+        read_checkpoint(tmp_path)
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint_or_the_newest(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for epoch, name in enumerate(("epoch_0001", "epoch_0002", "best"), start=1):
+        (folder / name).mkdir(parents=True)
+        save_file({"epoch": torch.tensor(epoch)}, folder / name / "model.safetensors")
+        for path in (tmp_path / "run", folder):
+            assert read_checkpoint(path).state["epoch"] == epoch
+    assert read_checkpoint(folder / "epoch_0001").state["epoch"] == 1

@@ -1,13 +1,16 @@
 """Weights of Hugging Face transformers, in the names of its versions 4 and 5."""
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_models import build, padded_batch, randomize
 
 import groupdetr_fast as gd
 from groupdetr_fast.models import CheckpointMismatch
+from groupdetr_fast.models.checkpoints import CheckpointHeader, read_header
 
 transformers = pytest.importorskip("transformers")
 
@@ -144,3 +147,29 @@ def test_deformable_detr_gives_what_it_shares(deformable, name):
     assert torch.equal(layer.cross_attn.value_proj.weight, source.encoder_attn.value_proj.weight)
     if name == "dino_4scale_r50":
         assert torch.equal(ours.enc_output.weight[:64], deformable.model.enc_output.weight)
+
+
+@pytest.mark.parametrize("name", ["conditional", "dab"])
+def test_a_directory_says_which_detector_it_is_of_and_how_large(name, tmp_path, request):
+    theirs = request.getfixturevalue(name)
+    theirs.config.id2label = {index: f"class {index}" for index in range(7)}
+    theirs.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        ours = gd.load_model(path, device="cpu")
+        assert_equal_to(theirs, ours)
+    assert ours.config.num_queries == 10
+    assert ours.inference_settings.class_names == tuple(f"class {index}" for index in range(7))
+
+
+def test_directories_of_other_models_say_nothing(tmp_path):
+    for content in (
+        {"model_type": "yolos"},
+        {"model_type": "conditional_detr", "backbone_config": {"model_type": "swin"}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+        assert read_header(tmp_path) == CheckpointHeader()
+    for content in ({"d_model": "256"}, {"encoder_layers": 10**6}, {"id2label": {"x": "a"}}, {"id2label": [3]}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "conditional_detr", **content}))
+        with pytest.raises(ValueError, match=r"config\.json: "):
+            read_header(tmp_path)

@@ -1,0 +1,21 @@
+"""The files of a checkpoint."""
+
+import os
+
+import pytest
+import torch
+
+from groupdetr_fast.training.checkpoint import save_checkpoint
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = save_checkpoint(tmp_path, 1, 0, {"a": torch.zeros(2)}, {}, {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        "model.safetensors": mode,
+        "state.pt": mode,
+    }
