@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from ..models.export import export_onnx, export_program
+from ..models.inference_graph import export_onnx, export_program
 from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model
 from .flags import DetectorFlags
 

@@ -2,7 +2,7 @@
 
 from .checkpoints import CheckpointMismatch, LoadReport, export_checkpoint, load_checkpoint
 from .detector import Detector
-from .export import export_onnx, export_program
+from .inference_graph import export_onnx, export_program
 from .output import DenoisingOutput, DetectorOutput, EncoderOutput, SegmentationOutput
 from .postprocess import postprocess
 from .registry import build_model, model_config, model_names
