@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from ..evaluation.visualize import draw_detections
 from ..models import postprocess
 from ..models.checkpoints import read_header
 from ..prediction import class_table
+from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
 from .config import CocoTrainingConfig
 from .loaders import evaluation_loader, evaluation_set
 
-__all__ = ["evaluate", "evaluate_checkpoint"]
+__all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
 
 logger = logging.getLogger(__name__)
 
+REHEARSED_BATCHES = 2  # of each process
 PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
 
 
@@ -54,28 +58,62 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     return metrics
 
 
-@torch.no_grad()
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, dataset: CocoDataset, config: CocoTrainingConfig
 ) -> dict[str, Any]:
     """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
-    model.eval()
-    iou_type = "segm" if config.model.predicts_masks else "bbox"
-    evaluator = CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids)
-    shown: dict[int, dict[str, torch.Tensor]] = {}
-    wanted = set(dataset.image_ids[: config.pictures])
-    for batch in loader:
-        detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
-        evaluator.update(batch.image_ids, detections)
-        for image_id, detection in zip(batch.image_ids, detections, strict=True):
-            if image_id in wanted:
-                shown[image_id] = {name: value.cpu() for name, value in detection.items()}
+    evaluator = _evaluator(dataset, config)
+    shown = _detect(model, loader, evaluator, config, show=set(dataset.image_ids[: config.pictures]))
     evaluator.merge(gather_object([evaluator.state]))
     metrics = evaluator.summarize()
     if accelerator.is_main_process:
         (config.output / "detections.json").write_text(json.dumps(evaluator.results) + "\n")
         _draw(dataset, shown, config)
     return metrics
+
+
+def rehearse_evaluation(
+    accelerator: Accelerator, model: nn.Module, dataset: CocoDataset, config: CocoTrainingConfig
+) -> None:
+    """Evaluate two batches of each process and forget the result: what would fail after an epoch fails now.
+
+    Raises:
+        DataError: for a fault in the data; the sentence names the file or the id.
+    """
+    images = REHEARSED_BATCHES * config.optimization.batch_size * accelerator.num_processes
+    config = replace(config, data=replace(config.data, workers=0))
+    loader = accelerator.prepare(evaluation_loader(dataset, config, images=images))
+    evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+    with random_state_kept():
+        _detect(model, loader, evaluator, config)
+    evaluator.summarize()
+
+
+def _evaluator(
+    dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
+) -> CocoEvaluator:
+    iou_type = "segm" if config.model.predicts_masks else "bbox"
+    return CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
+
+
+@torch.no_grad()
+def _detect(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: CocoEvaluator,
+    config: CocoTrainingConfig,
+    show: Collection[int] = (),
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Give the detections of a loader's images to the evaluator. Returns those of the images to show, by id."""
+    model.eval()
+    shown: dict[int, dict[str, torch.Tensor]] = {}
+    for batch in loader:
+        detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
+        evaluator.update(batch.image_ids, detections)
+        for image_id, detection in zip(batch.image_ids, detections, strict=True):
+            if image_id in show:
+                shown[image_id] = {name: value.cpu() for name, value in detection.items()}
+    return shown
 
 
 def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:

@@ -34,9 +34,9 @@ def training_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
     return _loader(dataset, config, shuffle=True, min_size=config.augmentation.jitter_size or 0)
 
 
-def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
-    """Batches of :func:`evaluation_set`, in its order."""
-    return _loader(dataset, config, shuffle=False)
+def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig, images: int | None = None) -> DataLoader:
+    """Batches of :func:`evaluation_set`, in its order; of the first ``images`` only, if that is given."""
+    return _loader(dataset, config, shuffle=False, images=images)
 
 
 def _dataset(
@@ -53,8 +53,10 @@ def _dataset(
     )
 
 
-def _loader(dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0) -> DataLoader:
-    sampler = EpochSampler(dataset, shuffle=shuffle, seed=config.optimization.seed)
+def _loader(
+    dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0, images: int | None = None
+) -> DataLoader:
+    sampler = EpochSampler(range(len(dataset))[:images], shuffle=shuffle, seed=config.optimization.seed)
     workers = config.data.workers
     return DataLoader(
         dataset,

@@ -17,7 +17,7 @@ from ..prediction import EVAL_SETTINGS
 from ..training.checkpoint import BEST
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from .config import CocoTrainingConfig
-from .evaluate import evaluate
+from .evaluate import evaluate, rehearse_evaluation
 from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
 
 __all__ = ["train"]
@@ -71,6 +71,7 @@ def train(
     )
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
+    rehearse_evaluation(accelerator, trainer.state.model, val_set, config)
     results = trainer.fit()
     if accelerator.is_main_process:
         print(format_table(results["epochs"][-1]["metrics"]))

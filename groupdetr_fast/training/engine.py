@@ -195,6 +195,7 @@ class Trainer:
         self.accelerator.init_trackers("tensorboard")
         explained = deaths_of_workers_explained(self.state.loader.num_workers)
         with self.stop, self.progress.shown(self.config.lr), explained:
+            self._evaluate_what_was_interrupted()
             while self.state.epoch < self.config.epochs and not self._waited_long_enough():
                 self._run_epoch()
         self.accelerator.end_training()
@@ -371,7 +372,7 @@ class Trainer:
         raise TrainingStopped(f"stopped as asked, {where}; a checkpoint is written, from which resuming goes on")
 
     def finish_epoch(self) -> None:
-        """Evaluate, if it is time to, begin the next epoch, write a checkpoint, and report.
+        """Write a checkpoint, begin the next epoch, evaluate the one that ended if it is time to, and report.
 
         Raises:
             TrainingStopped: after SIGTERM, once the checkpoint is written.
@@ -379,22 +380,38 @@ class Trainer:
         """
         state = self.state
         self._settle()
-        row = self._row_of_epoch()
-        if self.evaluate is not None and (
-            row["epoch"] % self.settings.evaluate_every == 0 or row["epoch"] == self.config.epochs
-        ):
-            averaged = nullcontext() if state.average is None else state.average.in_model()
-            with random_state_kept(), averaged:
-                row["metrics"] = self.evaluate(state.model)
+        state.history.append(self._row_of_epoch())
         state.next_epoch()
-        state.history.append(row)
-        self.progress.log_metrics(row)
         self.save()
-        if best_epoch(state.history) is row:
-            self._mark_best()
-        self.progress.print_epoch(row)
+        self._evaluate_last_epoch()
+        self.progress.print_epoch(state.history[-1])
         if self._asked_to_stop() and state.epoch < self.config.epochs:
             self._stop(f"after epoch {state.epoch}")
+
+    def _evaluate_last_epoch(self) -> None:
+        """Evaluate the epoch that ended last, if it is time to, and add the metrics to its checkpoint.
+
+        The checkpoint comes first, so that a fault in an evaluation costs nothing but the evaluation.
+        """
+        state, row = self.state, self.state.history[-1]
+        if self.evaluate is None or (
+            row["epoch"] % self.settings.evaluate_every != 0 and row["epoch"] < self.config.epochs
+        ):
+            return
+        averaged = nullcontext() if state.average is None else state.average.in_model()
+        with random_state_kept(), averaged:
+            row["metrics"] = self.evaluate(state.model)
+        self.progress.log_metrics(row)
+        state.save_history(self.settings.run, self.settings.metadata)
+        self._write_results()
+        if best_epoch(state.history) is row:
+            self._mark_best()
+
+    def _evaluate_what_was_interrupted(self) -> None:
+        """Evaluate the epoch of a resumed checkpoint, if the run ended between the two."""
+        state = self.state
+        if state.history and not state.current.batches and "metrics" not in state.history[-1]:
+            self._evaluate_last_epoch()
 
     def _row_of_epoch(self) -> dict[str, Any]:
         """What the history says of the current epoch."""
@@ -433,11 +450,13 @@ class Trainer:
             CheckpointError: if the checkpoint cannot be written.
         """
         self._settle()
-        run = self.settings.run
-        self.state.save(run, self.settings.metadata)
-        if self.accelerator.is_main_process:
-            write_whole(run / "results.json", json.dumps(self._results(), indent=1) + "\n")
+        self.state.save(self.settings.run, self.settings.metadata)
+        self._write_results()
         self.accelerator.wait_for_everyone()
+
+    def _write_results(self) -> None:
+        if self.accelerator.is_main_process:
+            write_whole(self.settings.run / "results.json", json.dumps(self._results(), indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
         history = self.state.history

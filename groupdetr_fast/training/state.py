@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..random_state import random_state, restore_random_state
-from .checkpoint import CheckpointError, read_checkpoint, resumable_checkpoints, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    amend_checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+    resumable_checkpoints,
+    save_checkpoint,
+)
 from .ema import AveragedWeights
 from .processes import mean_losses
 from .sharding import gathered, sharded_like, sharded_optimizer_state
@@ -119,6 +126,15 @@ class TrainingState:
             state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
         save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata))
+
+    def save_history(self, run: Path, metadata: dict[str, Any]) -> None:
+        """Write the history into the checkpoint of the epoch that has just ended. The main process alone writes.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        if self.accelerator.is_main_process:
+            amend_checkpoint(latest_checkpoint(run), self._description(metadata), history=json.dumps(self.history))
 
     def resume(self, run: Path) -> Path | None:
         """Restore the newest checkpoint of a run that can be used. Returns its folder; None if the run has none.
