@@ -25,7 +25,8 @@ class TrainCommand(CocoTrainingConfig):
     A run of the paper on COCO:
     groupdetr train --recipe group_dab_detr_r50_12e --coco-path DIR
 
-    After an interruption: the same command with --resume. Once more, with another seed:
+    After an interruption: the same command with --resume. To begin again in the same folder: --overwrite.
+    Once more, with another seed:
     groupdetr train --config runs/coco/config.yaml --seed 1 --output runs/again
 
     To use the result: groupdetr predict runs/coco/checkpoints/best IMAGES

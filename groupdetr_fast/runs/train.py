@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from ..build import build_criterion
@@ -18,6 +19,7 @@ from ..training.checkpoint import BEST
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from .config import CocoTrainingConfig
 from .evaluate import evaluate, rehearse_evaluation
+from .folder import clear, reserved
 from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
 
 __all__ = ["train"]
@@ -42,13 +44,24 @@ def train(
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
         TrainingStopped: after SIGTERM, once a checkpoint is written.
-        ValueError: for settings that do not fit together, and for ``eval_only``, which is
+        ValueError: for settings that do not fit together, for an output folder that another training uses or that
+            holds a run that is neither to be resumed nor to be overwritten, and for ``eval_only``, which is
             :func:`~groupdetr_fast.runs.evaluate.evaluate_checkpoint`.
     """
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization.resolved(), config.output)
+    with reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite):
+        return _train(config, accelerator, observe)
+
+
+def _train(
+    config: CocoTrainingConfig,
+    accelerator: Accelerator,
+    observe: Callable[[int, nn.Module, Any, Any], None] | None,
+) -> dict[str, Any]:
+    """The training of :func:`train`, in a folder that no other one uses."""
     val_set, train_set = evaluation_set(config), training_set(config)
     _check_categories(train_set, val_set)
     model = config.model.build(val_set.num_classes)
@@ -58,8 +71,6 @@ def train(
         return evaluate(accelerator, model, val_loader, val_set, config)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
-    if accelerator.is_main_process:
-        write_whole(config.output / CONFIG_FILE, config.as_yaml())
     trainer = Trainer(
         accelerator,
         model,
@@ -72,6 +83,10 @@ def train(
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
     rehearse_evaluation(accelerator, trainer.state.model, val_set, config)
+    if accelerator.is_main_process:
+        if config.overwrite:  # not before everything that could be refused has been tried
+            clear(config.output)
+        write_whole(config.output / CONFIG_FILE, config.as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
         print(format_table(results["epochs"][-1]["metrics"]))

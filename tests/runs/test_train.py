@@ -88,6 +88,20 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     ]
 
 
+def test_a_run_is_replaced_only_if_asked(config):
+    short = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    train(config)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(short)
+    missing = replace(short.data, train_images=Path("missing"))
+    with pytest.raises(DataError, match="missing"):
+        train(replace(short, overwrite=True, data=missing))
+    assert latest_checkpoint(config.output).name == "epoch_0003"  # a run that cannot begin replaces nothing
+    train(replace(short, overwrite=True))
+    assert [row["epoch"] for row in json.loads((config.output / "results.json").read_text())["epochs"]] == [1]
+    assert sorted(path.name for path in config.output.glob("checkpoints/*")) == ["best", "epoch_0001"]
+
+
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
     train(config)
     train(replace(config, output=tmp_path / "again"))
