@@ -20,17 +20,23 @@ from .training.faults import EXIT_STOPPED, TrainingStopped
 
 __all__ = ["main", "run"]
 
+EXIT_INTERRUPTED = 130  # what shells report of a program that SIGINT ended
+
 
 def run(parse: Callable[[], Callable[[], None]]) -> None:
     """Parse a command and run it; settings and files that do not fit end the program with one sentence.
 
-    After SIGTERM the exit status is 75 (``EXIT_STOPPED``): a checkpoint is written, and ``--resume`` goes on from it.
+    After SIGTERM or Ctrl-C the exit status of a training is 75 (``EXIT_STOPPED``): a checkpoint is written, and
+    ``--resume`` goes on from it.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         parse()()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)

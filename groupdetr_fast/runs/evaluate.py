@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,23 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
 
 
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, dataset: CocoDataset, config: CocoTrainingConfig
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    dataset: CocoDataset,
+    config: CocoTrainingConfig,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
+    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run.
+
+    Args:
+        accelerator, model, loader: the loader and the model as the accelerator prepared them.
+        dataset: of the loader.
+        config: the run.
+        between_batches: called after every batch, in all processes as many times; may raise.
+    """
     evaluator = _evaluator(dataset, config)
-    shown = _detect(model, loader, evaluator, config, show=set(dataset.image_ids[: config.pictures]))
+    shown = _detect(model, loader, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
     evaluator.merge(gather_object([evaluator.state]))
     metrics = evaluator.summarize()
     if accelerator.is_main_process:
@@ -103,6 +115,7 @@ def _detect(
     evaluator: CocoEvaluator,
     config: CocoTrainingConfig,
     show: Collection[int] = (),
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Give the detections of a loader's images to the evaluator. Returns those of the images to show, by id."""
     model.eval()
@@ -113,6 +126,7 @@ def _detect(
         for image_id, detection in zip(batch.image_ids, detections, strict=True):
             if image_id in show:
                 shown[image_id] = {name: value.cpu() for name, value in detection.items()}
+        between_batches()
     return shown
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import CocoDataset, EpochSampler, collate, eval_transforms, train_transforms
+from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
 __all__ = ["evaluation_loader", "evaluation_set", "training_loader", "training_set"]
@@ -66,4 +67,5 @@ def _loader(
         collate_fn=partial(collate, min_size=min_size),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=obey_parent_alone,
     )

@@ -43,7 +43,7 @@ def train(
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
-        TrainingStopped: after SIGTERM, once a checkpoint is written.
+        TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
         ValueError: for settings that do not fit together, for an output folder that another training uses or that
             holds a run that is neither to be resumed nor to be overwritten, and for ``eval_only``, which is
             :func:`~groupdetr_fast.runs.evaluate.evaluate_checkpoint`.
@@ -68,7 +68,7 @@ def _train(
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        return evaluate(accelerator, model, val_loader, val_set, config)
+        return evaluate(accelerator, model, val_loader, val_set, config, trainer.stop_if_asked)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(

@@ -188,7 +188,7 @@ class Trainer:
         """Train the remaining epochs. Returns what ``results.json`` holds.
 
         Raises:
-            TrainingStopped: after SIGTERM, once a checkpoint is written.
+            TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
             TrainingError: if too many steps had to be skipped, or a process that loads images died.
             CheckpointError: if a checkpoint cannot be written.
         """
@@ -205,12 +205,24 @@ class Trainer:
         current = self.state.current
         begin = time.perf_counter() - current.seconds
         self.state.model.train()
-        for batches in self.steps():
+        for batches in self._steps_until_stopped():
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin
             self.progress.step_ended(len(batches), losses)
             self._save_where_asked()
         self.finish_epoch()
+
+    def _steps_until_stopped(self) -> Iterator[list[Any]]:
+        """What :meth:`steps` gives; if a worker dies after a request to stop, that is what stops the training."""
+        try:
+            with deaths_of_workers_explained(self.state.loader.num_workers):
+                yield from self.steps()
+        except TrainingError:
+            # Other processes are at other places, and a checkpoint is of all.
+            if not self.stop.received or self.accelerator.num_processes > 1:
+                raise
+            self.save()
+            self._stop_in_epoch()
 
     def steps(self) -> Iterator[list[Any]]:
         """The batches of each optimiser step that remains in the epoch, for :meth:`run_step`."""
@@ -359,7 +371,21 @@ class Trainer:
         if stop or due:
             self.save()
         if stop:
-            self._stop(f"in epoch {self.state.epoch + 1}")
+            self._stop_in_epoch()
+
+    def _stop_in_epoch(self) -> NoReturn:
+        self._stop(f"in epoch {self.state.epoch + 1}")
+
+    def stop_if_asked(self) -> None:
+        """End the training if it was asked to stop; for evaluations, which come after a checkpoint.
+
+        Every process must call this at the same time.
+
+        Raises:
+            TrainingStopped: if it was.
+        """
+        if self._asked_to_stop():
+            self._stop(f"in the evaluation of epoch {self.state.epoch}")
 
     def _asked_to_stop(self) -> bool:
         received = self.stop.received
@@ -375,7 +401,7 @@ class Trainer:
         """Write a checkpoint, begin the next epoch, evaluate the one that ended if it is time to, and report.
 
         Raises:
-            TrainingStopped: after SIGTERM, once the checkpoint is written.
+            TrainingStopped: after SIGTERM or Ctrl-C, once the checkpoint is written.
             CheckpointError: if the checkpoint cannot be written.
         """
         state = self.state

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from small_runs import data_in, small_config, terminate_before
+from small_runs import announce_calls, data_in, small_config, terminate_before
 
 from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
@@ -66,6 +66,9 @@ def main():
     torch.set_num_threads(1)
     config = config_of(Path(folder), Path(output), **json.loads(optimization))
     config = replace(config, resume=kind.endswith("resumed"))
+    if kind.startswith("announced "):  # and with processes that load images
+        config = replace(config, data=replace(config.data, workers=1))
+        announce_calls(kind.split()[1], 0.2)
     if kind.startswith("sharded"):
         shard_weights()
     if os.environ["RANK"] == "1":

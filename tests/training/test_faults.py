@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 from dataclasses import replace
 
@@ -17,14 +18,16 @@ from small_runs import (
     kill_worker_at,
     run_process,
     same_weights,
+    signal_group_before,
     small_config,
     spoil_images,
+    stop_and_kill_workers_before,
     terminate_before,
     write_images,
 )
 
 from groupdetr_fast.training.checkpoint import latest_checkpoint
-from groupdetr_fast.training.faults import EXIT_STOPPED
+from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,43 @@ def test_sigterm_stops_at_the_next_step_with_a_checkpoint(data, tmp_path, undist
     assert "stopped as asked" in log
     assert "Traceback" not in log
     finish(config, undisturbed, start)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "call", "start", "where"),
+    [
+        pytest.param(signal.SIGTERM, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="SIGTERM"),
+        pytest.param(signal.SIGINT, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="Ctrl-C"),
+        pytest.param(  # the first two updates are of the evaluation that is tried before the first step
+            signal.SIGTERM, "CocoEvaluator.update", 3, "epoch_0002", "in the evaluation of epoch 2", id="evaluation"
+        ),
+    ],
+)
+def test_a_signal_to_all_processes_stops_with_a_checkpoint(
+    data, tmp_path, undisturbed, number, place, call, start, where
+):
+    config = small_config(replace(data, workers=2), tmp_path / "run")
+    status, log = run_process(config, signal_group_before, number, place, call)
+    assert status == EXIT_STOPPED, log
+    assert f"stopped as asked, {where}; a checkpoint is written" in log.strip().splitlines()[-1]
+    assert "Traceback" not in log
+    finish(config, undisturbed, start)
+
+
+def test_a_request_to_stop_comes_before_the_death_of_a_worker(data, tmp_path, undisturbed):
+    config = small_config(replace(data, workers=1), tmp_path / "run")
+    status, log = run_process(config, stop_and_kill_workers_before, "AdamW.step", 8)
+    assert status == EXIT_STOPPED, log
+    assert "stopped as asked, in epoch 2; a checkpoint is written" in log.strip().splitlines()[-1]
+    finish(config, undisturbed)
+
+
+def test_a_second_interrupt_does_not_wait():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
