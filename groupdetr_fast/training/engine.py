@@ -163,7 +163,7 @@ class Trainer:
             set_seed(config.seed + accelerator.process_index)
         scheduler = build_scheduler(optimizer, config, steps_per_epoch=-(-len(loader) // config.accumulate))
         average = AveragedWeights(bare, config.ema_decay) if config.ema_decay else None
-        return TrainingState(accelerator, model, optimizer, scheduler, average, loader)
+        return TrainingState(accelerator, model, optimizer, scheduler, average, loader, config.accumulate)
 
     def _build_graphs(self) -> StepGraphs:
         state = self.state

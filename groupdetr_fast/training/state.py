@@ -22,6 +22,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .ema import AveragedWeights
+from .optimization import go_on_at
 from .processes import mean_losses
 from .sharding import gathered, sharded_like, sharded_optimizer_state
 
@@ -61,6 +62,7 @@ class TrainingState:
             ``remember``; see :class:`~groupdetr_fast.training.engine.Trainer`.
         scheduler: of the optimiser, one step per optimiser step.
         average: moving average of the weights, if one is kept.
+        accumulate: batches per optimiser step.
         epoch: number of epochs that have ended.
         current: the epoch after those.
         history: a row for each epoch that has ended, in types that json has.
@@ -72,6 +74,7 @@ class TrainingState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     average: AveragedWeights | None
     loader: DataLoader
+    accumulate: int = 1
     epoch: int = 0
     current: EpochState = field(default_factory=EpochState)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -79,6 +82,10 @@ class TrainingState:
     @property
     def batches_per_epoch(self) -> int:
         return len(self.loader)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.batches_per_epoch // self.accumulate)
 
     @property
     def batches(self) -> int:
@@ -115,7 +122,6 @@ class TrainingState:
             "current": {**vars(self.current), "sums": sums},
             "batches_per_epoch": self.batches_per_epoch,
             "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random_states,
             "unreadable": unreadable,
@@ -169,8 +175,10 @@ class TrainingState:
             model.load_state_dict(sharded_like(state.get("weights", weights), own))
             if self.average is not None:
                 self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
+            settings = [{**group} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
-            self.scheduler.load_state_dict(state["scheduler"])
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update({name: value for name, value in own.items() if name != "params"})  # as configured now
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             random_states, process = state["random"], self.accelerator.process_index
@@ -180,6 +188,7 @@ class TrainingState:
                 self.loader.dataset.remember(state["unreadable"])
             self.history = json.loads(state["history"])
             self.epoch, self.current = state["epoch"], current
+            go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise CheckpointError(f"checkpoint {folder} does not belong to this training: {reason}") from None

@@ -141,6 +141,19 @@ def test_stopping_one_process_stops_both_and_resuming_is_exact(folder, tmp_path)
         assert row["train"] == pytest.approx(other["train"], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one_with_twice_the_steps(folder, tmp_path, monkeypatch):
+    done = run_on_two(folder, tmp_path, "plain", batch_size=1, epochs=1)
+    assert done.returncode == 0, done.stderr
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1]
+    )
+    train(replace(config_of(folder, tmp_path, batch_size=1), resume=True))
+    assert rates == pytest.approx([1e-3] * 10 + [1e-4] * 10)  # drops after epoch 2, at steps 5 + 10
+
+
 def processes_below(pid):
     """Ids of a process and of all that it has started, directly or not."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
