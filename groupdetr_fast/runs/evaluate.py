@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from ..data import CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.visualize import draw_detections
+from ..files import write_whole
 from ..models import postprocess
 from ..models.checkpoints import read_header
 from ..prediction import class_table
 from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
+from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
 from .loaders import evaluation_loader, evaluation_set
 
@@ -66,7 +68,9 @@ def evaluate(
     config: CocoTrainingConfig,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run.
+    """COCO metrics of a model, the same in every process.
+
+    The main process computes them, and writes ``detections.json`` and ``predictions.png`` into the folder of the run.
 
     Args:
         accelerator, model, loader: the loader and the model as the accelerator prepared them.
@@ -76,12 +80,17 @@ def evaluate(
     """
     evaluator = _evaluator(dataset, config)
     shown = _detect(model, loader, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
-    evaluator.merge(gather_object([evaluator.state]))
-    metrics = evaluator.summarize()
-    if accelerator.is_main_process:
-        (config.output / "detections.json").write_text(json.dumps(evaluator.results) + "\n")
+    states = gather_object([evaluator.state])
+
+    def summarize() -> dict[str, Any]:
+        evaluator.merge(states)
+        metrics = evaluator.summarize()
+        write_whole(config.output / "detections.json", json.dumps(evaluator.results) + "\n")
         _draw(dataset, shown, config)
-    return metrics
+        return metrics
+
+    # Two processes have seen an image that fills a last batch, padded differently: each would have metrics of its own.
+    return on_main_process(accelerator, summarize)
 
 
 def rehearse_evaluation(
@@ -98,7 +107,7 @@ def rehearse_evaluation(
     evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
     with random_state_kept():
         _detect(model, loader, evaluator, config)
-    evaluator.summarize()
+    on_main_process(accelerator, evaluator.summarize)
 
 
 def _evaluator(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def test_two_processes_train_and_evaluate_as_one(folder, one_process):
     assert images == [detection["image_id"] for detection in expected]  # each image once
     assert sorted(set(images)) == [1, 2, 3, 4, 5, 6, 7]
     assert [d["score"] for d in detections] == pytest.approx([d["score"] for d in expected], abs=1e-4)
+    metrics = dict(re.findall(r"metrics of process (\d): (.*)", done.stderr))
+    assert metrics["0"] == metrics["1"] == json.dumps([row["metrics"] for row in results(folder / "two")["epochs"]])
     assert len(list((folder / "two" / "tensorboard").glob("**/events*"))) == 1
 
 
