@@ -108,7 +108,8 @@ class Trainer:
         criterion: called as ``criterion(output, targets, totals)``; the result's ``"loss"`` is minimised.
         loader: yields batches with ``images``, ``masks``, ``targets`` and ``image_ids``; its sampler has ``set_epoch``,
             and what it yields follows from the epoch. Its data set may have ``unreadable``, the
-            indices of samples that could not be read, whose number is reported, and ``remember`` to be told them.
+            indices of samples that could not be read, whose number is reported, ``remember`` to be told them, and
+            ``limit``, how many there may be over all processes.
         settings: how the training runs.
         evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch. None
             not to evaluate.
@@ -189,7 +190,8 @@ class Trainer:
 
         Raises:
             TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
-            TrainingError: if too many steps had to be skipped, or a process that loads images died.
+            TrainingError: if too many steps had to be skipped or too many images could not be read, or a process that
+                loads images died.
             CheckpointError: if a checkpoint cannot be written.
         """
         self.accelerator.init_trackers("tensorboard")
@@ -474,11 +476,23 @@ class Trainer:
 
         Raises:
             CheckpointError: if the checkpoint cannot be written.
+            TrainingError: once it is written, if all processes together could not read more samples than are allowed.
         """
         self._settle()
         self.state.save(self.settings.run, self.settings.metadata)
         self._write_results()
         self.accelerator.wait_for_everyone()
+        self._check_unreadable()
+
+    def _check_unreadable(self) -> None:
+        """The limit of a data set is for all processes; each by itself sees only when it alone exceeds it."""
+        dataset = self.state.loader.dataset
+        limit, count = getattr(dataset, "limit", None), len(self.state.unreadable())
+        if limit is not None and count > limit:
+            raise TrainingError(
+                f"{count} of {len(dataset)} images cannot be read, over all processes, and {limit} are allowed: "
+                "repair those that the warnings name, or allow more and resume"
+            )
 
     def _write_results(self) -> None:
         if self.accelerator.is_main_process:

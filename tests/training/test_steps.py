@@ -10,6 +10,7 @@ from groupdetr_fast.build import build_criterion
 from groupdetr_fast.data import CocoDataset, EpochSampler, collate, train_transforms
 from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
+from groupdetr_fast.training.faults import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,17 @@ def test_a_state_is_saved_and_restored_within_an_epoch(trainer_in):
     assert first.sums.keys() == second.sums.keys()
     assert all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
     assert not trainer_in("another").resume()
+
+
+def test_one_limit_of_unreadable_images_is_for_all_processes(trainer_in):
+    trainer = trainer_in("run")
+    dataset = trainer.state.loader.dataset
+    dataset.limit, dataset.unreadable = 2, [1, 4]
+    trainer.save()
+    dataset.unreadable = [1, 4, 7]  # as when processes have met others each, and none too many
+    with pytest.raises(TrainingError, match="3 of 10 images cannot be read, over all processes, and 2 are"):
+        trainer.save()
+    assert latest_checkpoint(trainer.settings.run) is not None
 
 
 def test_settings_do_not_change_while_a_training_runs(trainer_in):
