@@ -38,6 +38,10 @@ __all__ = ["Trainer", "TrainerSettings", "build_accelerator"]
 
 logger = logging.getLogger(__name__)
 
+MAX_OVERFLOWS_IN_A_ROW = (
+    25  # the first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large
+)
+
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
     """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
@@ -289,26 +293,41 @@ class Trainer:
         parts, norm = self._add_gradients(batches)
         losses = add_losses(*parts)
         scaler = self.accelerator.scaler
-        # With a scaler, gradients overflow now and then; it skips the step itself, and lowers the scale.
+        # With a scaler, gradients overflow now and then; it leaves out the step itself, and lowers the scale.
         broken = ~losses["loss"].isfinite() if scaler is not None else ~(losses["loss"] + norm).isfinite()
         broken = anywhere(self.accelerator, broken)
+        overflowed = False
         if not broken:
-            state.optimizer.step()
+            overflowed = not self._step_optimizer()
+        if not (broken or overflowed):
             state.current.steps += 1
             state.current.sums = add_losses(state.current.sums, losses)
-            if state.average is not None and not state.optimizer.step_was_skipped:
+            if state.average is not None:
                 state.average.update()
         else:
             for buffer, before in statistics:
                 buffer.copy_(before)
-            if scaler is not None:
+            if broken and scaler is not None:
                 scaler.update()
         state.scheduler.step()
         state.optimizer.zero_grad()
         if broken:
             image_ids = [batch.image_ids for batch in batches]
             self._note_skipped_step(state.current.batches, image_ids, [part["loss"] for part in parts])
-        return None if broken else losses
+        elif scaler is not None:
+            self._note_overflow(overflowed)
+        return None if broken or overflowed else losses
+
+    def _step_optimizer(self) -> bool:
+        """Returns whether the weights have changed; a scaler may have left out the step."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.state.optimizer.step()
+            return True
+        # A fused optimiser is called either way and decides on the device: only the scale tells what the scaler found.
+        before = scaler.get_scale()
+        self.state.optimizer.step()
+        return scaler.get_scale() >= before
 
     def _add_gradients(self, batches: list[Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Forward and backward passes of a step. Returns each batch's detached losses, and the gradient's norm."""
@@ -365,11 +384,25 @@ class Trainer:
                 "their boxes, or lower the learning rate"
             )
 
+    def _note_overflow(self, overflowed: bool) -> None:
+        """Count a step with a loss scaler."""
+        current = self.state.current
+        current.overflowed += overflowed
+        current.overflows_in_a_row = current.overflows_in_a_row + 1 if overflowed else 0
+        if current.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+            raise TrainingError(
+                f"gradients overflowed in the last {current.overflows_in_a_row} steps, though the loss scale of fp16 "
+                f"fell to {self.accelerator.scaler.get_scale():g}: train with precision bf16 or no, or lower the "
+                "learning rate"
+            )
+
     def _save_where_asked(self) -> None:
         """Write a checkpoint within the epoch if it is time for one, or if the training is to stop."""
         current, every = self.state.current, self.settings.checkpoint_every
         stop = self._asked_to_stop()
-        due = every and (current.steps + current.skipped + (self._enqueued is not None)) % every == 0
+        due = (
+            every and (current.steps + current.skipped + current.overflowed + (self._enqueued is not None)) % every == 0
+        )
         if stop or due:
             self.save()
         if stop:
@@ -450,6 +483,7 @@ class Trainer:
             "seconds": round(current.seconds, 2),
             "peak_memory_mib": peak_memory_mib(),
             "skipped_steps": current.skipped,
+            **({} if self.accelerator.scaler is None else {"overflowed_steps": current.overflowed}),
             **graphs,
             "unreadable_images": len(self.state.unreadable()),
             "train": {name: (total / current.steps).item() for name, total in mean_losses(current.sums).items()},

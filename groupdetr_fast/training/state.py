@@ -39,6 +39,8 @@ class EpochState:
         batches: that have ended, of this process.
         steps: optimiser steps that were taken.
         skipped: optimiser steps that were not, since the loss or the gradient was not finite.
+        overflowed: optimiser steps that the loss scaler of fp16 left out, since a scaled gradient was too large.
+        overflows_in_a_row: those of them since the last step that was taken.
         without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
@@ -47,6 +49,8 @@ class EpochState:
     batches: int = 0
     steps: int = 0
     skipped: int = 0
+    overflowed: int = 0
+    overflows_in_a_row: int = 0
     without_graph: int = 0
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +98,8 @@ class TrainingState:
 
     def next_epoch(self) -> None:
         """Count the current epoch as ended, and begin the one after it."""
-        self.epoch, self.current = self.epoch + 1, EpochState()
+        begun = EpochState(overflows_in_a_row=self.current.overflows_in_a_row)
+        self.epoch, self.current = self.epoch + 1, begun
 
     def unreadable(self) -> list[int]:
         """Indices of the samples that could not be read so far, each once, however many processes met it."""
