@@ -59,11 +59,15 @@ def _loader(
 ) -> DataLoader:
     sampler = EpochSampler(range(len(dataset))[:images], shuffle=shuffle, seed=config.optimization.seed)
     workers = config.data.workers
+    # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
+    # computed, the batches of the next are loaded, and one more of each process.
+    ahead = -(-config.optimization.accumulate // workers) + 1 if workers else None
     return DataLoader(
         dataset,
         config.optimization.batch_size,
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=ahead,
         collate_fn=partial(collate, min_size=min_size),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
