@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
-	$(BIN)/python examples/train_coco.py
+	$(BIN)/python examples/train_coco.py --overwrite
 
 # Every part of the package; test-all adds the tests marked slow (kernels at full length, every GPU architecture).
 test: $(VENV)/.test

@@ -45,12 +45,12 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
         parse()()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {shown(str(error), LONGEST_MESSAGE)}")
-    except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluation": {"boxes", "groups", "targets", "data"},
     "build": {"models", "losses"},
     "prediction": {"models", "data"},
-    "runs": {"files", "build", "prediction", "models", "losses", "training", "data", "evaluation"},
+    "runs": {"files", "random_state", "build", "prediction", "models", "losses", "training", "data", "evaluation"},
     "analysis": {"files", "runs", "build", "models", "losses", "training", "data", "evaluation", "groups"},
     "commands": {
         "files",

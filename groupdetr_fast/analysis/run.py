@@ -54,6 +54,7 @@ class Run:
             optimization=self.training.optimization.resolved(),
             output=Path(),
             resume=False,
+            overwrite=False,
             eval_only=False,
             pictures=0,
         )

@@ -25,7 +25,8 @@ class TrainCommand(CocoTrainingConfig):
     A run of the paper on COCO:
     groupdetr train --recipe group_dab_detr_r50_12e --coco-path DIR
 
-    After an interruption: the same command with --resume. Once more, with another seed:
+    After an interruption: the same command with --resume. To begin again in the same folder: --overwrite.
+    Once more, with another seed:
     groupdetr train --config runs/coco/config.yaml --seed 1 --output runs/again
 
     To use the result: groupdetr predict runs/coco/checkpoints/best IMAGES
@@ -43,14 +44,7 @@ class TrainCommand(CocoTrainingConfig):
         if self.eval_only:
             evaluate_checkpoint(self)
         else:
-            if not self.resume and os.environ.get("RANK", "0") == "0":  # others may look after this one has begun
-                _refuse_another_run(self.output)
             train(self)
-
-
-def _refuse_another_run(output: Path) -> None:
-    if any((output / "checkpoints").glob("epoch_*")):
-        raise ValueError(f"{output} holds a run: --resume goes on with it, and another --output begins a new one")
 
 
 @dataclass(frozen=True)

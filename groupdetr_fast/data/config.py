@@ -69,7 +69,7 @@ class DataConfig(DataPaths):
             themselves, as the original repositories do (91 classes on COCO).
         workers: processes that load images, per training process.
         cache_images: keep decoded images in memory; for small data sets.
-        max_unreadable_images: images to train on that may be missing or damaged, in each process; another one stands
+        max_unreadable_images: images to train on that may be missing or damaged, over all processes; another one stands
             in for each.
     """
 

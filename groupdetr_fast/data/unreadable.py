@@ -22,7 +22,8 @@ class SkipUnreadable(Dataset):
 
     Args:
         dataset: asked for ``dataset[epoch, index]``.
-        limit: largest number of unreadable samples to go on with in this process; 0 for none.
+        limit: largest number of unreadable samples to go on with; 0 for none. It includes those that other processes
+            found, as far as this one was told.
     """
 
     def __init__(self, dataset: Dataset, limit: int):

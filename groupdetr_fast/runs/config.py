@@ -20,7 +20,7 @@ __all__ = ["CocoTrainingConfig", "ModelConfig"]
 
 logger = logging.getLogger(__name__)
 
-STARTED = ("resume", "eval_only")  # how a run is started, not what it is: not in its configuration's file
+STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what it is: not in its configuration's file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,7 @@ class CocoTrainingConfig:
         positives: queries that each target gets, or None for ``num_groups``.
         output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
         resume: continue from the newest checkpoint in ``output``.
+        overwrite: replace the run that ``output`` holds; without ``resume`` or this, such a folder is refused.
         eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
         evaluate_every: epochs between evaluations.
         early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
@@ -150,6 +151,7 @@ class CocoTrainingConfig:
     positives: int | None = None
     output: Path = Path("runs/coco")
     resume: bool = False
+    overwrite: bool = False
     eval_only: bool = False
     evaluate_every: int = 1
     early_stopping: int = 0
@@ -161,6 +163,8 @@ class CocoTrainingConfig:
     pictures: int = 12
 
     def __post_init__(self):
+        if self.resume and self.overwrite:
+            raise ValueError("give resume or overwrite, not both")
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         check_selection(self.top_k)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,23 @@ from torch.utils.data import DataLoader
 from ..data import CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.visualize import draw_detections
-from ..files import write_json
+from ..files import write_json, write_whole
 from ..models import postprocess
 from ..models.checkpoints import CheckpointMismatch, read_header
 from ..prediction import class_table
+from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
+from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
 from .loaders import evaluation_loader, evaluation_set
 
-__all__ = ["evaluate", "evaluate_checkpoint"]
+__all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 LONGEST_NAME = 40  # characters of a category that are printed
+REHEARSED_BATCHES = 2  # of each process
 PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
 
 
@@ -77,28 +82,83 @@ def _per_category(aps: dict[str, float | None]) -> str:
     return " AP by category: " + ", ".join(f"{name[:LONGEST_NAME]} {ap:.3f}" for ap, name in known)
 
 
-@torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, dataset: CocoDataset, config: CocoTrainingConfig
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    dataset: CocoDataset,
+    config: CocoTrainingConfig,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """COCO metrics of a model; writes ``detections.json`` and ``predictions.png`` into the folder of the run."""
-    model.eval()
+    """COCO metrics of a model, the same in every process.
+
+    The main process computes them, and writes ``detections.json`` and ``predictions.png`` into the folder of the run.
+
+    Args:
+        accelerator, model, loader: the loader and the model as the accelerator prepared them.
+        dataset: of the loader.
+        config: the run.
+        between_batches: called after every batch, in all processes as many times; may raise.
+    """
+    evaluator = _evaluator(dataset, config)
+    shown = _detect(model, loader, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
+    states = gather_object([evaluator.state])
+
+    def summarize() -> dict[str, Any]:
+        evaluator.merge(states)
+        metrics = evaluator.summarize()
+        write_whole(config.output / "detections.json", json.dumps(evaluator.results) + "\n")
+        _draw(dataset, shown, config)
+        return metrics
+
+    # Two processes have seen an image that fills a last batch, padded differently: each would have metrics of its own.
+    return on_main_process(accelerator, summarize)
+
+
+def rehearse_evaluation(
+    accelerator: Accelerator, model: nn.Module, dataset: CocoDataset, config: CocoTrainingConfig
+) -> None:
+    """Evaluate two batches of each process and forget the result: what would fail after an epoch fails now.
+
+    Raises:
+        DataError: for a fault in the data; the sentence names the file or the id.
+    """
+    images = REHEARSED_BATCHES * config.optimization.batch_size * accelerator.num_processes
+    config = replace(config, data=replace(config.data, workers=0))
+    loader = accelerator.prepare(evaluation_loader(dataset, config, images=images))
+    evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+    with random_state_kept():
+        _detect(model, loader, evaluator, config)
+    on_main_process(accelerator, evaluator.summarize)
+
+
+def _evaluator(
+    dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
+) -> CocoEvaluator:
     iou_type = "segm" if config.model.predicts_masks else "bbox"
-    evaluator = CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids)
+    return CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
+
+
+@torch.no_grad()
+def _detect(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: CocoEvaluator,
+    config: CocoTrainingConfig,
+    show: Collection[int] = (),
+    between_batches: Callable[[], None] = lambda: None,
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Give the detections of a loader's images to the evaluator. Returns those of the images to show, by id."""
+    model.eval()
     shown: dict[int, dict[str, torch.Tensor]] = {}
-    wanted = set(dataset.image_ids[: config.pictures])
     for batch in loader:
         detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
         evaluator.update(batch.image_ids, detections)
         for image_id, detection in zip(batch.image_ids, detections, strict=True):
-            if image_id in wanted:
+            if image_id in show:
                 shown[image_id] = {name: value.cpu() for name, value in detection.items()}
-    evaluator.merge(gather_object([evaluator.state]))
-    metrics = evaluator.summarize()
-    if accelerator.is_main_process:
-        (config.output / "detections.json").write_text(json.dumps(evaluator.results) + "\n")
-        _draw(dataset, shown, config)
-    return metrics
+        between_batches()
+    return shown
 
 
 def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import CocoDataset, DataError, EpochSampler, collate, eval_transforms, train_transforms
+from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
 __all__ = ["evaluation_loader", "evaluation_set", "training_loader", "training_set"]
@@ -34,9 +35,9 @@ def training_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
     return _loader(dataset, config, shuffle=True, min_size=config.augmentation.jitter_size or 0)
 
 
-def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
-    """Batches of :func:`evaluation_set`, in its order."""
-    return _loader(dataset, config, shuffle=False)
+def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig, images: int | None = None) -> DataLoader:
+    """Batches of :func:`evaluation_set`, in its order; of the first ``images`` only, if that is given."""
+    return _loader(dataset, config, shuffle=False, images=images)
 
 
 def _dataset(
@@ -56,15 +57,22 @@ def _dataset(
     return dataset
 
 
-def _loader(dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0) -> DataLoader:
-    sampler = EpochSampler(dataset, shuffle=shuffle, seed=config.optimization.seed)
+def _loader(
+    dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0, images: int | None = None
+) -> DataLoader:
+    sampler = EpochSampler(range(len(dataset))[:images], shuffle=shuffle, seed=config.optimization.seed)
     workers = config.data.workers
+    # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
+    # computed, the batches of the next are loaded, and one more of each process.
+    ahead = -(-config.optimization.accumulate // workers) + 1 if workers else None
     return DataLoader(
         dataset,
         config.optimization.batch_size,
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=ahead,
         collate_fn=partial(collate, min_size=min_size),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=obey_parent_alone,
     )

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from ..build import build_criterion
@@ -14,10 +15,12 @@ from ..files import write_whole
 from ..models import Detector
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
-from ..training.checkpoint import BEST
+from ..training.checkpoint import BEST, latest_checkpoint
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
-from .config import CocoTrainingConfig
-from .evaluate import evaluate
+from .config import STARTED, CocoTrainingConfig
+from .config_file import from_yaml, to_plain
+from .evaluate import evaluate, rehearse_evaluation
+from .folder import clear, reserved
 from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
 
 __all__ = ["train"]
@@ -25,6 +28,9 @@ __all__ = ["train"]
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+# What resuming cannot change, besides the detector; and what it can change of that.
+FIXED = {"data.labels", "optimization.decay_norms", "optimization.seed"}
+FREE = {f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points")}
 
 
 def train(
@@ -41,25 +47,34 @@ def train(
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
-        TrainingStopped: after SIGTERM, once a checkpoint is written.
-        ValueError: for settings that do not fit together, and for ``eval_only``, which is
+        TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
+        ValueError: for settings that do not fit together, for an output folder that another training uses or that
+            holds a run that is neither to be resumed nor to be overwritten, and for ``eval_only``, which is
             :func:`~groupdetr_fast.runs.evaluate.evaluate_checkpoint`.
     """
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization.resolved(), config.output)
+    with reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite):
+        return _train(config, accelerator, observe)
+
+
+def _train(
+    config: CocoTrainingConfig,
+    accelerator: Accelerator,
+    observe: Callable[[int, nn.Module, Any, Any], None] | None,
+) -> dict[str, Any]:
+    """The training of :func:`train`, in a folder that no other one uses."""
     val_set, train_set = evaluation_set(config), training_set(config)
     _check_categories(train_set, val_set)
     model = config.model.build(val_set.num_classes)
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        return evaluate(accelerator, model, val_loader, val_set, config)
+        return evaluate(accelerator, model, val_loader, val_set, config, trainer.stop_if_asked)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
-    if accelerator.is_main_process:
-        write_whole(config.output / CONFIG_FILE, config.as_yaml())
     trainer = Trainer(
         accelerator,
         model,
@@ -69,8 +84,15 @@ def train(
         evaluate=run_evaluation,
         observe=observe,
     )
+    if config.resume and latest_checkpoint(config.output) is not None:
+        _compare_with_beginning(config, loud=accelerator.is_main_process)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
+    rehearse_evaluation(accelerator, trainer.state.model, val_set, config)
+    if accelerator.is_main_process:
+        if config.overwrite:  # not before everything that could be refused has been tried
+            clear(config.output)
+        write_whole(config.output / CONFIG_FILE, config.as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
         print(format_table(results["epochs"][-1]["metrics"]))
@@ -78,6 +100,36 @@ def train(
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")
     return results
+
+
+def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
+    """Say how a configuration differs from that of the run which it resumes.
+
+    Raises:
+        ValueError: if a setting differs that cannot change within a run.
+    """
+    path = config.output / CONFIG_FILE
+    if not path.exists():  # of a version that wrote none
+        return
+    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), config))
+    for name in now:
+        if now[name] == begun[name]:
+            continue
+        if name in FIXED or (name.startswith("model.") and name not in FREE):
+            raise ValueError(
+                f"{config.output} was begun with {name} = {begun[name]}, which cannot become {now[name]} on resuming: "
+                "leave it as it was, or begin another run with another output"
+            )
+        if loud:
+            logger.warning("resuming with %s = %s, which was %s", name, now[name], begun[name])
+
+
+def _flat(config: CocoTrainingConfig) -> dict[str, Any]:
+    """The settings by their full names, without those that say how a run is started and where it is."""
+    plain = to_plain(replace(config, optimization=config.optimization.resolved()))
+    rooms = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    flat = {name: plain[name] for name in plain.keys() - rooms.keys() - {*STARTED, "output", "recipe", "config"}}
+    return flat | {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
 
 
 def _header(config: CocoTrainingConfig, model: Detector, val_set: CocoDataset) -> CheckpointHeader:

@@ -26,6 +26,7 @@ from ..files import force_to_disk
 
 __all__ = [
     "CheckpointError",
+    "amend_checkpoint",
     "latest_checkpoint",
     "mark_best",
     "read_checkpoint",
@@ -73,7 +74,7 @@ def save_checkpoint(
         for leftover in folder.parent.glob(".*.unfinished"):  # of a process that was killed
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
+        save_file(weights, unfinished / WEIGHTS, metadata=_header(metadata))
         # safetensors lets nobody else read its files; the folder is as the umask says
         (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
         torch.save(state, unfinished / STATE)
@@ -88,6 +89,32 @@ def save_checkpoint(
         raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; {_whats_left(run)}") from None
     _remove_superseded(run, folder)
     return folder
+
+
+def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> None:
+    """Change what a checkpoint says beside its weights, such as metrics that came later; it is whole at any moment.
+
+    Args:
+        folder: of the checkpoint.
+        metadata: see :func:`save_checkpoint`; instead of what it had.
+        changes: entries of its state.
+
+    Raises:
+        CheckpointError: if it cannot be read or written. It is then as it was.
+    """
+    weights, state = read_checkpoint(folder)
+    try:
+        for name, write in (
+            (WEIGHTS, lambda path: save_file(weights, path, metadata=_header(metadata))),
+            (STATE, lambda path: torch.save({**state, **changes}, path)),
+        ):
+            unfinished = folder / f".{name}.unfinished"
+            write(unfinished)
+            force_to_disk(unfinished)
+            os.replace(unfinished, folder / name)  # the tensors are the same: old and new files go together
+        force_to_disk(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; it is as it was") from None
 
 
 def resumable_checkpoints(run: Path) -> list[Path]:
@@ -142,6 +169,10 @@ def mark_best(run: Path, epoch: int) -> None:
         force_to_disk(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
+
+
+def _header(metadata: dict[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "groupdetr_fast": json.dumps(metadata)}
 
 
 def _remove_superseded(run: Path, newest: Path) -> None:

@@ -38,6 +38,10 @@ __all__ = ["Trainer", "TrainerSettings", "build_accelerator"]
 
 logger = logging.getLogger(__name__)
 
+MAX_OVERFLOWS_IN_A_ROW = (
+    25  # the first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large
+)
+
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
     """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
@@ -108,7 +112,8 @@ class Trainer:
         criterion: called as ``criterion(output, targets, totals)``; the result's ``"loss"`` is minimised.
         loader: yields batches with ``images``, ``masks``, ``targets`` and ``image_ids``; its sampler has ``set_epoch``,
             and what it yields follows from the epoch. Its data set may have ``unreadable``, the
-            indices of samples that could not be read, whose number is reported, and ``remember`` to be told them.
+            indices of samples that could not be read, whose number is reported, ``remember`` to be told them, and
+            ``limit``, how many there may be over all processes.
         settings: how the training runs.
         evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch. None
             not to evaluate.
@@ -163,7 +168,7 @@ class Trainer:
             set_seed(config.seed + accelerator.process_index)
         scheduler = build_scheduler(optimizer, config, steps_per_epoch=-(-len(loader) // config.accumulate))
         average = AveragedWeights(bare, config.ema_decay) if config.ema_decay else None
-        return TrainingState(accelerator, model, optimizer, scheduler, average, loader)
+        return TrainingState(accelerator, model, optimizer, scheduler, average, loader, config.accumulate)
 
     def _build_graphs(self) -> StepGraphs:
         state = self.state
@@ -188,13 +193,15 @@ class Trainer:
         """Train the remaining epochs. Returns what ``results.json`` holds.
 
         Raises:
-            TrainingStopped: after SIGTERM, once a checkpoint is written.
-            TrainingError: if too many steps had to be skipped, or a process that loads images died.
+            TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
+            TrainingError: if too many steps had to be skipped or too many images could not be read, or a process that
+                loads images died.
             CheckpointError: if a checkpoint cannot be written.
         """
         self.accelerator.init_trackers("tensorboard")
         explained = deaths_of_workers_explained(self.state.loader.num_workers)
         with self.stop, self.progress.shown(self.config.lr), explained:
+            self._evaluate_what_was_interrupted()
             while self.state.epoch < self.config.epochs and not self._waited_long_enough():
                 self._run_epoch()
         self.accelerator.end_training()
@@ -204,12 +211,24 @@ class Trainer:
         current = self.state.current
         begin = time.perf_counter() - current.seconds
         self.state.model.train()
-        for batches in self.steps():
+        for batches in self._steps_until_stopped():
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin
             self.progress.step_ended(len(batches), losses)
             self._save_where_asked()
         self.finish_epoch()
+
+    def _steps_until_stopped(self) -> Iterator[list[Any]]:
+        """What :meth:`steps` gives; if a worker dies after a request to stop, that is what stops the training."""
+        try:
+            with deaths_of_workers_explained(self.state.loader.num_workers):
+                yield from self.steps()
+        except TrainingError:
+            # Other processes are at other places, and a checkpoint is of all.
+            if not self.stop.received or self.accelerator.num_processes > 1:
+                raise
+            self.save()
+            self._stop_in_epoch()
 
     def steps(self) -> Iterator[list[Any]]:
         """The batches of each optimiser step that remains in the epoch, for :meth:`run_step`."""
@@ -274,26 +293,41 @@ class Trainer:
         parts, norm = self._add_gradients(batches)
         losses = add_losses(*parts)
         scaler = self.accelerator.scaler
-        # With a scaler, gradients overflow now and then; it skips the step itself, and lowers the scale.
+        # With a scaler, gradients overflow now and then; it leaves out the step itself, and lowers the scale.
         broken = ~losses["loss"].isfinite() if scaler is not None else ~(losses["loss"] + norm).isfinite()
         broken = anywhere(self.accelerator, broken)
+        overflowed = False
         if not broken:
-            state.optimizer.step()
+            overflowed = not self._step_optimizer()
+        if not (broken or overflowed):
             state.current.steps += 1
             state.current.sums = add_losses(state.current.sums, losses)
-            if state.average is not None and not state.optimizer.step_was_skipped:
+            if state.average is not None:
                 state.average.update()
         else:
             for buffer, before in statistics:
                 buffer.copy_(before)
-            if scaler is not None:
+            if broken and scaler is not None:
                 scaler.update()
         state.scheduler.step()
         state.optimizer.zero_grad()
         if broken:
             image_ids = [batch.image_ids for batch in batches]
             self._note_skipped_step(state.current.batches, image_ids, [part["loss"] for part in parts])
-        return None if broken else losses
+        elif scaler is not None:
+            self._note_overflow(overflowed)
+        return None if broken or overflowed else losses
+
+    def _step_optimizer(self) -> bool:
+        """Returns whether the weights have changed; a scaler may have left out the step."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.state.optimizer.step()
+            return True
+        # A fused optimiser is called either way and decides on the device: only the scale tells what the scaler found.
+        before = scaler.get_scale()
+        self.state.optimizer.step()
+        return scaler.get_scale() >= before
 
     def _add_gradients(self, batches: list[Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Forward and backward passes of a step. Returns each batch's detached losses, and the gradient's norm."""
@@ -350,15 +384,43 @@ class Trainer:
                 "their boxes, or lower the learning rate"
             )
 
+    def _note_overflow(self, overflowed: bool) -> None:
+        """Count a step with a loss scaler."""
+        current = self.state.current
+        current.overflowed += overflowed
+        current.overflows_in_a_row = current.overflows_in_a_row + 1 if overflowed else 0
+        if current.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+            raise TrainingError(
+                f"gradients overflowed in the last {current.overflows_in_a_row} steps, though the loss scale of fp16 "
+                f"fell to {self.accelerator.scaler.get_scale():g}: train with precision bf16 or no, or lower the "
+                "learning rate"
+            )
+
     def _save_where_asked(self) -> None:
         """Write a checkpoint within the epoch if it is time for one, or if the training is to stop."""
         current, every = self.state.current, self.settings.checkpoint_every
         stop = self._asked_to_stop()
-        due = every and (current.steps + current.skipped + (self._enqueued is not None)) % every == 0
+        due = (
+            every and (current.steps + current.skipped + current.overflowed + (self._enqueued is not None)) % every == 0
+        )
         if stop or due:
             self.save()
         if stop:
-            self._stop(f"in epoch {self.state.epoch + 1}")
+            self._stop_in_epoch()
+
+    def _stop_in_epoch(self) -> NoReturn:
+        self._stop(f"in epoch {self.state.epoch + 1}")
+
+    def stop_if_asked(self) -> None:
+        """End the training if it was asked to stop; for evaluations, which come after a checkpoint.
+
+        Every process must call this at the same time.
+
+        Raises:
+            TrainingStopped: if it was.
+        """
+        if self._asked_to_stop():
+            self._stop(f"in the evaluation of epoch {self.state.epoch}")
 
     def _asked_to_stop(self) -> bool:
         received = self.stop.received
@@ -371,30 +433,46 @@ class Trainer:
         raise TrainingStopped(f"stopped as asked, {where}; a checkpoint is written, from which resuming goes on")
 
     def finish_epoch(self) -> None:
-        """Evaluate, if it is time to, begin the next epoch, write a checkpoint, and report.
+        """Write a checkpoint, begin the next epoch, evaluate the one that ended if it is time to, and report.
 
         Raises:
-            TrainingStopped: after SIGTERM, once the checkpoint is written.
+            TrainingStopped: after SIGTERM or Ctrl-C, once the checkpoint is written.
             CheckpointError: if the checkpoint cannot be written.
         """
         state = self.state
         self._settle()
-        row = self._row_of_epoch()
-        if self.evaluate is not None and (
-            row["epoch"] % self.settings.evaluate_every == 0 or row["epoch"] == self.config.epochs
-        ):
-            averaged = nullcontext() if state.average is None else state.average.in_model()
-            with random_state_kept(), averaged:
-                row["metrics"] = self.evaluate(state.model)
+        state.history.append(self._row_of_epoch())
         state.next_epoch()
-        state.history.append(row)
-        self.progress.log_metrics(row)
         self.save()
-        if best_epoch(state.history) is row:
-            self._mark_best()
-        self.progress.print_epoch(row)
+        self._evaluate_last_epoch()
+        self.progress.print_epoch(state.history[-1])
         if self._asked_to_stop() and state.epoch < self.config.epochs:
             self._stop(f"after epoch {state.epoch}")
+
+    def _evaluate_last_epoch(self) -> None:
+        """Evaluate the epoch that ended last, if it is time to, and add the metrics to its checkpoint.
+
+        The checkpoint comes first, so that a fault in an evaluation costs nothing but the evaluation.
+        """
+        state, row = self.state, self.state.history[-1]
+        if self.evaluate is None or (
+            row["epoch"] % self.settings.evaluate_every != 0 and row["epoch"] < self.config.epochs
+        ):
+            return
+        averaged = nullcontext() if state.average is None else state.average.in_model()
+        with random_state_kept(), averaged:
+            row["metrics"] = self.evaluate(state.model)
+        self.progress.log_metrics(row)
+        state.save_history(self.settings.run, self.settings.metadata)
+        self._write_results()
+        if best_epoch(state.history) is row:
+            self._mark_best()
+
+    def _evaluate_what_was_interrupted(self) -> None:
+        """Evaluate the epoch of a resumed checkpoint, if the run ended between the two."""
+        state = self.state
+        if state.history and not state.current.batches and "metrics" not in state.history[-1]:
+            self._evaluate_last_epoch()
 
     def _row_of_epoch(self) -> dict[str, Any]:
         """What the history says of the current epoch."""
@@ -405,6 +483,7 @@ class Trainer:
             "seconds": round(current.seconds, 2),
             "peak_memory_mib": peak_memory_mib(),
             "skipped_steps": current.skipped,
+            **({} if self.accelerator.scaler is None else {"overflowed_steps": current.overflowed}),
             **graphs,
             "unreadable_images": len(self.state.unreadable()),
             "train": {name: (total / current.steps).item() for name, total in mean_losses(current.sums).items()},
@@ -431,13 +510,27 @@ class Trainer:
 
         Raises:
             CheckpointError: if the checkpoint cannot be written.
+            TrainingError: once it is written, if all processes together could not read more samples than are allowed.
         """
         self._settle()
-        run = self.settings.run
-        self.state.save(run, self.settings.metadata)
-        if self.accelerator.is_main_process:
-            write_whole(run / "results.json", json.dumps(self._results(), indent=1) + "\n")
+        self.state.save(self.settings.run, self.settings.metadata)
+        self._write_results()
         self.accelerator.wait_for_everyone()
+        self._check_unreadable()
+
+    def _check_unreadable(self) -> None:
+        """The limit of a data set is for all processes; each by itself sees only when it alone exceeds it."""
+        dataset = self.state.loader.dataset
+        limit, count = getattr(dataset, "limit", None), len(self.state.unreadable())
+        if limit is not None and count > limit:
+            raise TrainingError(
+                f"{count} of {len(dataset)} images cannot be read, over all processes, and {limit} are allowed: "
+                "repair those that the warnings name, or allow more and resume"
+            )
+
+    def _write_results(self) -> None:
+        if self.accelerator.is_main_process:
+            write_whole(self.settings.run / "results.json", json.dumps(self._results(), indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
         history = self.state.history

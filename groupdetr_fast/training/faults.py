@@ -1,5 +1,6 @@
 """What can stop a training from outside, and how it ends then."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -7,7 +8,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["EXIT_STOPPED", "StopRequest", "TrainingError", "TrainingStopped", "deaths_of_workers_explained"]
+__all__ = [
+    "EXIT_STOPPED",
+    "StopRequest",
+    "TrainingError",
+    "TrainingStopped",
+    "deaths_of_workers_explained",
+    "obey_parent_alone",
+]
 
 WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a worker was killed
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again with --resume
@@ -22,13 +30,13 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT (Ctrl-C) are only noted, so that the training can stop with a checkpoint.
+    """A context in which SIGTERM and Ctrl-C are only noted: the training stops where a checkpoint can be written.
 
-    A second SIGINT interrupts at once. Python delivers signals to the main thread alone; in another one the context
+    A second Ctrl-C interrupts at once. Python delivers signals to the main thread alone; in another one the context
     changes nothing.
 
     Attributes:
-        received: whether the signal has come.
+        received: whether a signal has come.
     """
 
     def __init__(self):
@@ -41,13 +49,37 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+
+
+def obey_parent_alone(worker: int) -> None:
+    """Let a process that loads images end only when its training ends it; a ``worker_init_fn`` of a DataLoader.
+
+    A launcher, a scheduler or a terminal sends its signal to all processes at once, and a training whose workers have
+    died cannot go on to the place where a checkpoint can be written. Where the system does not tell who has sent a
+    signal (macOS), SIGTERM is obeyed.
+
+    Args:
+        worker: its number.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

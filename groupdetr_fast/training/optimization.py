@@ -9,7 +9,7 @@ from torch import nn
 
 from .graphs import GraphSizes
 
-__all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler"]
+__all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler", "go_on_at"]
 
 SCHEDULES = {"12e": (12, (11,)), "50e": (50, (40,))}  # name: (epochs, epochs after which the rates drop)
 
@@ -134,7 +134,11 @@ def _norms_and_embeddings(model: nn.Module) -> set[str]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule as a function of the optimiser step."""
+    """The schedule as a function of the optimiser step.
+
+    Rates drop after epochs; ``steps_per_epoch`` says where that is. A run that goes on with epochs of another length
+    goes on at the same epoch: see :func:`go_on_at`.
+    """
     total = max(config.epochs * steps_per_epoch, 1)
 
     def factor(step: int) -> float:
@@ -144,3 +148,12 @@ def build_scheduler(
         return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.lr_drop)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def go_on_at(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Set the position of a schedule, in steps of its own length, and the rates of its optimiser with it."""
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

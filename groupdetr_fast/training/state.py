@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..random_state import random_state, restore_random_state
-from .checkpoint import CheckpointError, read_checkpoint, resumable_checkpoints, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    amend_checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+    resumable_checkpoints,
+    save_checkpoint,
+)
 from .ema import AveragedWeights
+from .optimization import go_on_at
 from .processes import mean_losses
 from .sharding import gathered, sharded_like, sharded_optimizer_state
 
@@ -31,6 +39,8 @@ class EpochState:
         batches: that have ended, of this process.
         steps: optimiser steps that were taken.
         skipped: optimiser steps that were not, since the loss or the gradient was not finite.
+        overflowed: optimiser steps that the loss scaler of fp16 left out, since a scaled gradient was too large.
+        overflows_in_a_row: those of them since the last step that was taken.
         without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
@@ -39,6 +49,8 @@ class EpochState:
     batches: int = 0
     steps: int = 0
     skipped: int = 0
+    overflowed: int = 0
+    overflows_in_a_row: int = 0
     without_graph: int = 0
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -54,6 +66,7 @@ class TrainingState:
             ``remember``; see :class:`~groupdetr_fast.training.engine.Trainer`.
         scheduler: of the optimiser, one step per optimiser step.
         average: moving average of the weights, if one is kept.
+        accumulate: batches per optimiser step.
         epoch: number of epochs that have ended.
         current: the epoch after those.
         history: a row for each epoch that has ended, in types that json has.
@@ -65,6 +78,7 @@ class TrainingState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     average: AveragedWeights | None
     loader: DataLoader
+    accumulate: int = 1
     epoch: int = 0
     current: EpochState = field(default_factory=EpochState)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -74,13 +88,18 @@ class TrainingState:
         return len(self.loader)
 
     @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.batches_per_epoch // self.accumulate)
+
+    @property
     def batches(self) -> int:
         """Batches of the whole run that have ended, of this process."""
         return self.epoch * self.batches_per_epoch + self.current.batches
 
     def next_epoch(self) -> None:
         """Count the current epoch as ended, and begin the one after it."""
-        self.epoch, self.current = self.epoch + 1, EpochState()
+        begun = EpochState(overflows_in_a_row=self.current.overflows_in_a_row)
+        self.epoch, self.current = self.epoch + 1, begun
 
     def unreadable(self) -> list[int]:
         """Indices of the samples that could not be read so far, each once, however many processes met it."""
@@ -108,7 +127,6 @@ class TrainingState:
             "current": {**vars(self.current), "sums": sums},
             "batches_per_epoch": self.batches_per_epoch,
             "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random_states,
             "unreadable": unreadable,
@@ -119,6 +137,15 @@ class TrainingState:
             state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
         save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata))
+
+    def save_history(self, run: Path, metadata: dict[str, Any]) -> None:
+        """Write the history into the checkpoint of the epoch that has just ended. The main process alone writes.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        if self.accelerator.is_main_process:
+            amend_checkpoint(latest_checkpoint(run), self._description(metadata), history=json.dumps(self.history))
 
     def resume(self, run: Path) -> Path | None:
         """Restore the newest checkpoint of a run that can be used. Returns its folder; None if the run has none.
@@ -153,8 +180,10 @@ class TrainingState:
             model.load_state_dict(sharded_like(state.get("weights", weights), own))
             if self.average is not None:
                 self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
+            settings = [{**group} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
-            self.scheduler.load_state_dict(state["scheduler"])
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update({name: value for name, value in own.items() if name != "params"})  # as configured now
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             random_states, process = state["random"], self.accelerator.process_index
@@ -164,6 +193,7 @@ class TrainingState:
                 self.loader.dataset.remember(state["unreadable"])
             self.history = json.loads(state["history"])
             self.epoch, self.current = state["epoch"], current
+            go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise CheckpointError(f"checkpoint {folder} does not belong to this training: {reason}") from None

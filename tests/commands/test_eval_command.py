@@ -54,9 +54,7 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
         cli.main([str(argument) for argument in ["eval", tmp_path / "run", "--output", tmp_path / "again", *val]])
     assert "new_class_head" not in str(error.value)
 
-    with pytest.raises(
-        SystemExit, match="run holds a run: --resume goes on with it, and another --output begins a new"
-    ):
+    with pytest.raises(SystemExit, match="run holds a run: give resume to go on with it, overwrite to replace it"):
         cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
 
 

@@ -92,6 +92,20 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     ]
 
 
+def test_a_run_is_replaced_only_if_asked(config):
+    short = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    train(config)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(short)
+    missing = replace(short.data, train_images=Path("missing"))
+    with pytest.raises(DataError, match="missing"):
+        train(replace(short, overwrite=True, data=missing))
+    assert latest_checkpoint(config.output).name == "epoch_0003"  # a run that cannot begin replaces nothing
+    train(replace(short, overwrite=True))
+    assert [row["epoch"] for row in json.loads((config.output / "results.json").read_text())["epochs"]] == [1]
+    assert sorted(path.name for path in config.output.glob("checkpoints/*")) == ["best", "epoch_0001"]
+
+
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
     train(config)
     train(replace(config, output=tmp_path / "again"))
@@ -123,6 +137,56 @@ def test_resuming_continues_to_the_same_weights(config, tmp_path, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every step of the trainings of a test."""
+    found = []
+    run_step = engine.Trainer.run_step
+
+    def recording(trainer, batches):
+        found.append(trainer.state.optimizer.param_groups[0]["lr"])
+        return run_step(trainer, batches)
+
+    monkeypatch.setattr(engine.Trainer, "run_step", recording)
+    return found
+
+
+def after_one_epoch(config):
+    """The run, its first of three epochs done: the rate drops after the second."""
+    config = replace(config, evaluate_every=3, pictures=0)
+    train(replace(config, optimization=replace(config.optimization, epochs=1)))
+    return replace(config, resume=True)
+
+
+def test_rates_follow_the_epochs_of_a_run_that_is_resumed_with_other_batches(config, rates):
+    config = after_one_epoch(config)
+    assert rates == [1e-3] * 3
+    train(replace(config, optimization=replace(config.optimization, batch_size=2)))
+    assert rates[3:] == pytest.approx([1e-3] * 5 + [1e-4] * 5)
+
+
+def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, caplog):
+    config = after_one_epoch(config)
+    for change, name in (
+        ({"model": replace(config.model, num_groups=3)}, "model.num_groups = 2, which cannot become 3"),
+        ({"optimization": replace(config.optimization, seed=1)}, "optimization.seed = 42, which cannot become 1"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with {name} on resuming"):
+            train(replace(config, **change))
+    caplog.clear()
+    train(replace(config, optimization=replace(config.optimization, lr=5e-3, lr_drop=(1,), weight_decay=0.5)))
+    assert rates[3:] == pytest.approx([5e-4] * 6)
+    warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
+    assert warnings == [
+        "resuming with optimization.epochs = 3, which was 1",
+        "resuming with optimization.lr_drop = (1,), which was (2.0,)",
+        "resuming with optimization.lr = 0.005, which was 0.001",
+        "resuming with optimization.weight_decay = 0.5, which was 0.0001",
+    ]
+    state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.5}
+
+
 def test_a_damaged_checkpoint_is_refused(config):
     train(replace(config, optimization=replace(config.optimization, epochs=1)))
     state = latest_checkpoint(config.output) / "state.pt"
@@ -144,7 +208,7 @@ def test_accumulation_takes_one_step_for_several_batches(config):
     optimization = replace(config.optimization, epochs=1, batch_size=2, accumulate=2)
     train(replace(config, optimization=optimization))
     state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
-    assert state["scheduler"]["last_epoch"] == 3  # 10 images: 5 batches, of which the last stands alone
+    assert state["optimizer"]["state"][0]["step"] == 3  # 10 images: 5 batches, of which the last stands alone
 
 
 def test_mixed_precision_trains(config):

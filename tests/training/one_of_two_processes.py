@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from small_runs import data_in, small_config, terminate_before
+from small_runs import announce_calls, data_in, small_config, terminate_before
 
 from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
+from groupdetr_fast.evaluation.coco import CocoEvaluator
 from groupdetr_fast.runs import train
 
 
@@ -61,18 +62,36 @@ def forbid_writing(folder):
     sys.addaudithook(check)
 
 
+def forbid_metrics():
+    """Raise in this process if it computes metrics: that is for one process, as they need not be the same in all."""
+
+    def refuse(evaluator):
+        raise AssertionError(f"process {os.environ['RANK']} computes metrics")
+
+    CocoEvaluator.summarize = refuse
+
+
 def main():
     folder, output, kind, optimization = sys.argv[1:]
     torch.set_num_threads(1)
     config = config_of(Path(folder), Path(output), **json.loads(optimization))
     config = replace(config, resume=kind.endswith("resumed"))
+    if kind.startswith("announced "):  # and with processes that load images
+        config = replace(config, data=replace(config.data, workers=1))
+        announce_calls(kind.split()[1], 0.2)
     if kind.startswith("sharded"):
         shard_weights()
     if os.environ["RANK"] == "1":
         if kind.endswith("stopped"):  # one process is told to stop, and all do
             terminate_before("AdamW.step", 8)
         forbid_writing(output)
-    cli.run(lambda: lambda: train.train(config))
+        forbid_metrics()
+
+    def run():
+        found = [row.get("metrics") for row in train.train(config)["epochs"]]
+        sys.stderr.write(f"metrics of process {os.environ['RANK']}: {json.dumps(found)}\n")  # in one piece
+
+    cli.run(lambda: run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,43 @@ def terminate_before(place, number):
         return original(*args, **kwargs)
 
     _call_instead(place, number, terminate)
+
+
+def signal_group_before(number, place, call):
+    """A signal to the process and all that it has started, as a launcher or a terminal sends it, before a call."""
+    os.setpgid(0, 0)
+
+    def send(original, *args, **kwargs):
+        os.killpg(0, number)
+        return original(*args, **kwargs)
+
+    _call_instead(place, call, send)
+
+
+def stop_and_kill_workers_before(place, call):
+    """SIGTERM to the training and ``kill -9`` of its workers."""
+
+    def stop(original, *args, **kwargs):
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        _signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    _call_instead(place, call, stop)
+
+
+def announce_calls(place, seconds):
+    """Print the name of a function whenever it is called, and let every call take some time."""
+
+    def announce(original, *args, **kwargs):
+        print(place, flush=True)
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    owner, name = place.split(".")
+    original = getattr(OWNERS[owner], name)
+    setattr(OWNERS[owner], name, lambda *args, **kwargs: announce(original, *args, **kwargs))
 
 
 def kill_worker_at(image_id):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 from dataclasses import replace
 
@@ -17,14 +18,16 @@ from small_runs import (
     kill_worker_at,
     run_process,
     same_weights,
+    signal_group_before,
     small_config,
     spoil_images,
+    stop_and_kill_workers_before,
     terminate_before,
     write_images,
 )
 
 from groupdetr_fast.training.checkpoint import latest_checkpoint
-from groupdetr_fast.training.faults import EXIT_STOPPED
+from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,10 @@ SLOW = pytest.mark.slow
         pytest.param(kill_before, "AdamW.step", 6, "epoch_0001", id="step 6", marks=SLOW),
         pytest.param(kill_before, "Tensor.backward", 15, "epoch_0002_batch_000004", id="backward 15", marks=SLOW),
         # in an evaluation
-        pytest.param(kill_before, "CocoEvaluator.summarize", 1, "epoch_0001_batch_000004", id="evaluation", marks=SLOW),
+        pytest.param(kill_before, "CocoEvaluator.summarize", 2, "epoch_0002", id="evaluation", marks=SLOW),
+        # while its metrics are added to the checkpoint
+        pytest.param(kill_halfway, "checkpoint.save_file", 7, "epoch_0002", id="weights with metrics", marks=SLOW),
+        pytest.param(kill_halfway, "torch.save", 7, "epoch_0002", id="state with metrics", marks=SLOW),
         # while a checkpoint is written
         pytest.param(kill_halfway, "checkpoint.save_file", 3, "epoch_0000_batch_000004", id="weights"),
         pytest.param(kill_halfway, "torch.save", 4, "epoch_0001", id="state", marks=SLOW),
@@ -132,6 +138,43 @@ def test_sigterm_stops_at_the_next_step_with_a_checkpoint(data, tmp_path, undist
     assert "stopped as asked" in log
     assert "Traceback" not in log
     finish(config, undisturbed, start)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "call", "start", "where"),
+    [
+        pytest.param(signal.SIGTERM, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="SIGTERM"),
+        pytest.param(signal.SIGINT, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="Ctrl-C"),
+        pytest.param(  # the first two updates are of the evaluation that is tried before the first step
+            signal.SIGTERM, "CocoEvaluator.update", 3, "epoch_0002", "in the evaluation of epoch 2", id="evaluation"
+        ),
+    ],
+)
+def test_a_signal_to_all_processes_stops_with_a_checkpoint(
+    data, tmp_path, undisturbed, number, place, call, start, where
+):
+    config = small_config(replace(data, workers=2), tmp_path / "run")
+    status, log = run_process(config, signal_group_before, number, place, call)
+    assert status == EXIT_STOPPED, log
+    assert f"stopped as asked, {where}; a checkpoint is written" in log.strip().splitlines()[-1]
+    assert "Traceback" not in log
+    finish(config, undisturbed, start)
+
+
+def test_a_request_to_stop_comes_before_the_death_of_a_worker(data, tmp_path, undisturbed):
+    config = small_config(replace(data, workers=1), tmp_path / "run")
+    status, log = run_process(config, stop_and_kill_workers_before, "AdamW.step", 8)
+    assert status == EXIT_STOPPED, log
+    assert "stopped as asked, in epoch 2; a checkpoint is written" in log.strip().splitlines()[-1]
+    finish(config, undisturbed)
+
+
+def test_a_second_interrupt_does_not_wait():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +295,34 @@ def test_unreadable_images_are_left_out_and_counted(data, tmp_path, workers):
     assert status == 1, log
     assert "images cannot be read, and" not in log
     assert "cannot be read (" in log or "does not exist" in log
+
+
+def with_own_evaluation_images(config, folder):
+    """The same run, with images to evaluate on that a test may damage."""
+    subprocess.run(["cp", "-r", config.data.val_images, folder], check=True)
+    return replace(config, data=replace(config.data, val_images=folder))
+
+
+def test_a_fault_of_an_evaluation_loses_no_epoch(config, undisturbed, tmp_path):
+    config = with_own_evaluation_images(config, tmp_path / "images")
+    image = tmp_path / "images" / "09.png"
+    content = image.read_bytes()
+    image.write_bytes(b"no image")
+    status, log = run_process(config)  # evaluates after the second epoch
+    assert status == 1, log
+    assert log.strip().splitlines()[-1].startswith(f"error: image file {image}"), log
+    assert latest_checkpoint(config.output).name == "epoch_0002"
+    image.write_bytes(content)
+    finish(config, undisturbed, "epoch_0002")
+
+
+def test_evaluation_is_tried_before_the_first_step(config, tmp_path):
+    config = with_own_evaluation_images(config, tmp_path / "images")
+    (tmp_path / "images" / "03.png").write_bytes(b"no image")  # in the second batch
+    status, log = run_process(config)
+    assert status == 1, log
+    assert f"error: image file {tmp_path}/images/03.png" in log
+    assert latest_checkpoint(config.output) is None
 
 
 def test_a_killed_worker_ends_in_one_sentence(config, undisturbed):

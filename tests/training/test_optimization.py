@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
+from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler, go_on_at
 
 
 class Model(torch.nn.Module):
@@ -48,6 +48,21 @@ def test_step_drop_after_the_given_epoch():
 def test_several_drops_within_epochs():
     found = rates(OptimizationConfig(epochs=2, lr_drop=(0.5, 1.75)), steps=8, steps_per_epoch=4)
     assert [row[0] for row in found] == pytest.approx([1e-4] * 2 + [1e-5] * 5 + [1e-6])
+
+
+def test_a_schedule_goes_on_at_another_step():
+    config = OptimizationConfig(epochs=4, lr_drop=(3,), warmup_steps=4, lr=1.0, backbone_lr=0.5)
+    optimizer = build_optimizer(Model(), config)
+    scheduler = build_scheduler(optimizer, config, steps_per_epoch=2)
+    found = []
+    for step in (2, 6, 1):
+        go_on_at(scheduler, step)
+        found.append([group["lr"] for group in optimizer.param_groups])
+        assert scheduler.get_last_lr() == found[-1]
+    assert found == [pytest.approx(rates) for rates in ([0.75, 0.375], [0.1, 0.05], [0.5, 0.25])]
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.75)
 
 
 def test_cosine_with_warmup():

@@ -4,12 +4,15 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from small_runs import small_config, write_images
 
 from groupdetr_fast.build import build_criterion
 from groupdetr_fast.data import CocoDataset, EpochSampler, collate, train_transforms
+from groupdetr_fast.training import engine
 from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
+from groupdetr_fast.training.faults import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,55 @@ def test_a_state_is_saved_and_restored_within_an_epoch(trainer_in):
     assert first.sums.keys() == second.sums.keys()
     assert all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
     assert not trainer_in("another").resume()
+
+
+def test_one_limit_of_unreadable_images_is_for_all_processes(trainer_in):
+    trainer = trainer_in("run")
+    dataset = trainer.state.loader.dataset
+    dataset.limit, dataset.unreadable = 2, [1, 4]
+    trainer.save()
+    dataset.unreadable = [1, 4, 7]  # as when processes have met others each, and none too many
+    with pytest.raises(TrainingError, match="3 of 10 images cannot be read, over all processes, and 2 are"):
+        trainer.save()
+    assert latest_checkpoint(trainer.settings.run) is not None
+
+
+@pytest.fixture
+def scaled(trainer_in):
+    """A training with a loss scaler, on the CPU in float32, whose first scale is much too large."""
+    trainer = trainer_in("scaled", ema_decay=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-14)
+    trainer.accelerator.scaler = scaler
+    trainer.state.optimizer = AcceleratedOptimizer(trainer.state.optimizer.optimizer, scaler=scaler)
+    trainer.state.model.train()
+    return trainer
+
+
+def test_steps_that_the_scaler_leaves_out_are_counted_and_change_nothing(scaled):
+    trainer, before = scaled, {name: value.clone() for name, value in scaled.state.model.state_dict().items()}
+    steps = trainer.steps()
+    assert trainer.run_step(next(steps)) is None
+    current = trainer.state.current
+    assert (current.steps, current.overflowed, current.overflows_in_a_row, current.skipped) == (0, 1, 1, 0)
+    assert trainer.state.average.updates == 0
+    after = trainer.state.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())  # statistics of batch norms too
+    while current.overflows_in_a_row:
+        losses = trainer.run_step(next(steps))
+    assert losses["loss"].isfinite()
+    assert current.steps == trainer.state.average.updates == 1
+    assert 1 <= current.overflowed == current.batches - 1
+    assert trainer._row_of_epoch()["overflowed_steps"] == current.overflowed
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run(scaled, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_OVERFLOWS_IN_A_ROW", 3)
+    scaled.accelerator.scaler.set_backoff_factor(0.999)
+    steps = scaled.steps()
+    for _ in range(2):
+        assert scaled.run_step(next(steps)) is None
+    with pytest.raises(TrainingError, match=r"overflowed in the last 3 steps, though the loss scale of fp16 fell to"):
+        scaled.run_step(next(steps))
 
 
 def test_settings_do_not_change_while_a_training_runs(trainer_in):

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +20,7 @@ from test_passes import MASKS, MODELS, small_batch, small_model
 
 import groupdetr_fast as gd
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training.checkpoint import latest_checkpoint
 
 SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -86,6 +89,8 @@ def test_two_processes_train_and_evaluate_as_one(folder, one_process):
     assert images == [detection["image_id"] for detection in expected]  # each image once
     assert sorted(set(images)) == [1, 2, 3, 4, 5, 6, 7]
     assert [d["score"] for d in detections] == pytest.approx([d["score"] for d in expected], abs=1e-4)
+    metrics = dict(re.findall(r"metrics of process (\d): (.*)", done.stderr))
+    assert metrics["0"] == metrics["1"] == json.dumps([row["metrics"] for row in results(folder / "two")["epochs"]])
     assert len(list((folder / "two" / "tensorboard").glob("**/events*"))) == 1
 
 
@@ -137,6 +142,65 @@ def test_stopping_one_process_stops_both_and_resuming_is_exact(folder, tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
     for row, other in zip(results(whole)["epochs"], results(stopped)["epochs"], strict=True):
         assert row["train"] == pytest.approx(other["train"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one_with_twice_the_steps(folder, tmp_path, monkeypatch):
+    done = run_on_two(folder, tmp_path, "plain", batch_size=1, epochs=1)
+    assert done.returncode == 0, done.stderr
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1]
+    )
+    train(replace(config_of(folder, tmp_path, batch_size=1), resume=True))
+    assert rates == pytest.approx([1e-3] * 10 + [1e-4] * 10)  # drops after epoch 2, at steps 5 + 10
+
+
+def processes_below(pid):
+    """Ids of a process and of all that it has started, directly or not."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in processes_below(int(child)))]
+
+
+@pytest.mark.parametrize(
+    ("to", "place", "calls", "where"),
+    [
+        pytest.param("launcher", "AdamW.step", 4, "in epoch 1", id="launcher"),
+        pytest.param("all", "AdamW.step", 4, "in epoch 1", id="every process", marks=pytest.mark.slow),
+        # two processes, two calls each before the first step
+        pytest.param(
+            "launcher",
+            "CocoEvaluator.update",
+            5,
+            "in the evaluation of epoch 1",
+            id="evaluation",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_sigterm_to_a_launcher_leaves_a_checkpoint(folder, tmp_path, to, place, calls, where):
+    """The launcher sends it to the process groups of its processes, workers included; a scheduler sends it to all."""
+    arguments = [folder, tmp_path / "run", f"announced {place}", json.dumps({"batch_size": 1})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*TORCHRUN, SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as launcher:
+        seen = 0
+        while seen < calls and (line := launcher.stdout.readline()):
+            seen += line.count(place)
+        for pid in [launcher.pid] if to == "launcher" else reversed(processes_below(launcher.pid)):
+            os.kill(pid, signal.SIGTERM)
+        _, log = launcher.communicate(timeout=120)
+    assert log.count(f"stopped as asked, {where}; a checkpoint is written") == 2, log
+    assert "a process that loads images died" not in log
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint.name == "epoch_0001" if "evaluation" in where else checkpoint.name.startswith("epoch_0000_batch_")
 
 
 LAUNCHERS = {

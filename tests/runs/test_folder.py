@@ -1,0 +1,74 @@
+"""The folder of a run: which trainings may use it, and what they find and leave there."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from accelerate import Accelerator
+
+from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.folder import clear, reserved
+
+# Holds a folder until it is killed, and has a child that outlives it for a while, as a process that loads images may.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from groupdetr_fast.runs.folder import reserved
+with reserved(Accelerator(cpu=True), Path(sys.argv[1]), resume=False, overwrite=False):
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(20)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def reserve(folder, resume=False, overwrite=False):
+    with reserved(Accelerator(cpu=True), folder, resume=resume, overwrite=overwrite):
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the traces of a run, and a file of somebody else."""
+    for name in ("checkpoints/epoch_0001/state.pt", "tensorboard/events", "results.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "results.json"])
+def test_a_run_is_not_lost_unasked(folder, left):
+    removed = folder / ({"checkpoints", "results.json"} - {left}).pop()
+    removed.rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match=f"{folder} holds a run: give resume to go on with it, overwrite to replace"):
+        reserve(folder)
+    reserve(folder, resume=True)
+    reserve(folder, overwrite=True)
+    assert (folder / left).exists()  # nothing is removed before the new run begins
+
+
+def test_clearing_leaves_what_is_not_of_the_run(folder):
+    clear(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    reserve(folder)
+
+
+def test_one_training_at_a_time_uses_a_folder_until_its_process_dies(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"in use by another training \(process {holder.pid} on "):
+            reserve(tmp_path, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+    reserve(tmp_path)
+
+
+def test_resuming_and_overwriting_exclude_each_other():
+    with pytest.raises(ValueError, match="resume or overwrite, not both"):
+        replace(CocoTrainingConfig(), resume=True, overwrite=True)
