@@ -95,7 +95,8 @@ def _train(
         write_whole(config.output / CONFIG_FILE, config.as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
-        print(format_table(results["epochs"][-1]["metrics"]))
+        if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
+            print(format_table(results["epochs"][-1]["metrics"]))
         if results["best_epoch"] is not None:
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")

@@ -395,6 +395,36 @@ def test_wrong_settings_of_a_run_are_refused(settings, message):
         CocoTrainingConfig(**settings)
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within one"])
+def test_a_run_may_be_resumed_with_fewer_epochs_than_it_has(config, capsys, monkeypatch, within):
+    config = replace(config, evaluate_every=10, pictures=0, checkpoint_every=1)
+    stopped = "run_step" if within else "finish_epoch"
+    original = getattr(engine.Trainer, stopped)
+
+    def stop(trainer, *arguments):
+        if within and trainer.state.batches == 8:  # two of the third epoch's three
+            raise KeyboardInterrupt
+        result = original(trainer, *arguments)
+        if not within and trainer.state.epoch == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(engine.Trainer, stopped, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    capsys.readouterr()
+    fewer = replace(config.optimization, epochs=1)
+    results = train(replace(config, resume=True, optimization=fewer))
+    assert [("metrics" in row) for row in results["epochs"]] == [False, not within]
+    assert ("Average Precision" in capsys.readouterr().out) == (not within)
+
+
+def test_random_weights_are_not_evaluated(config):
+    with pytest.raises(ValueError, match="nothing to evaluate but random weights: give load"):
+        evaluate_checkpoint(config)
+
+
 def test_an_evaluation_is_no_training(config):
     with pytest.raises(ValueError, match="eval_only is not a training"):
         train(replace(config, eval_only=True))
