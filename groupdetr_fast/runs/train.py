@@ -159,10 +159,18 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSe
 
 
 def _check_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
-    ids = [{category["id"] for category in dataset.categories} for dataset in (train_set, val_set)]
-    if ids[0] != ids[1]:
-        differing = sorted(ids[0] ^ ids[1])
+    train, val = (
+        {category["id"]: category.get("name") for category in dataset.categories} for dataset in (train_set, val_set)
+    )
+    if train.keys() != val.keys():
+        differing = sorted(train.keys() ^ val.keys())
         raise DataError(
             f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
             f"(ids {differing[:5]} are in one only): give both files the same categories"
+        )
+    renamed = next((number for number in sorted(train) if train[number] != val[number]), None)
+    if renamed is not None:
+        raise DataError(
+            f"category {renamed} is {train[renamed]!r} in {train_set.annotation_file} and {val[renamed]!r} in "
+            f"{val_set.annotation_file}: give both files the same categories"
         )

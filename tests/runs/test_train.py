@@ -274,6 +274,14 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
         train(replace(config, data=replace(config.data, train_annotations=tmp_path / "more.json")))
 
 
+def test_categories_of_other_names_are_refused(config, digits, tmp_path):
+    content = json.loads(digits.val_annotations.read_text())
+    content["categories"][3]["name"] = "another"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"category 4 is '3' in .*train.*json and 'another' in .*val.json: give both"):
+        train(replace(config, data=replace(config.data, val_annotations=tmp_path / "val.json")))
+
+
 def with_aps(monkeypatch, *aps):
     """Let the evaluations of runs find these APs, epoch by epoch."""
     measured = iter(aps)
