@@ -88,7 +88,7 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
         steps.append(v2.RandomHorizontalFlip(config.flip))
     if config.jitter_size is not None:
         size = config.jitter_size
-        steps += [v2.ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
+        steps += [ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
         steps.append(v2.SanitizeBoundingBoxes())
         return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
     if config.crop > 0:
@@ -134,7 +134,25 @@ class ResizeShortSide(v2.Transform):
         return {"size": [short, long] if size[0] <= size[1] else [long, short]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return _resized_mask(inpt, params)
         return self._call_kernel(F.resize, inpt, **params)
+
+
+class ScaleJitter(v2.ScaleJitter):
+    """That of torchvision, with masks that stay on their images."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resized_mask(inpt, params) if isinstance(inpt, tv_tensors.Mask) else super().transform(inpt, params)
+
+
+def _resized_mask(mask: tv_tensors.Mask, params: dict[str, Any]) -> tv_tensors.Mask:
+    """Masks resized with aligned centres, as images are.
+
+    ``F.resize`` takes the pixel at the corner for a mask, and so moves it right and down by up to half a pixel.
+    """
+    pixels = mask.as_subclass(torch.Tensor)
+    return tv_tensors.wrap(F.resize_image(pixels, params["size"], v2.InterpolationMode.NEAREST_EXACT), like=mask)
 
 
 class RandomSizeCrop(v2.Transform):

@@ -47,8 +47,10 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
-        ValueError: for settings that do not fit together.
+        ValueError: for settings that do not fit together, and if there are no weights to evaluate.
     """
+    if config.model.load is None:
+        raise ValueError("there is nothing to evaluate but random weights: give load, a checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization.resolved(), config.output)
     dataset = evaluation_set(config)

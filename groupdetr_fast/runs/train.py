@@ -95,7 +95,8 @@ def _train(
         write_whole(config.output / CONFIG_FILE, config.as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
-        print(format_table(results["epochs"][-1]["metrics"]))
+        if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
+            print(format_table(results["epochs"][-1]["metrics"]))
         if results["best_epoch"] is not None:
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")
@@ -158,10 +159,18 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSe
 
 
 def _check_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
-    ids = [{category["id"] for category in dataset.categories} for dataset in (train_set, val_set)]
-    if ids[0] != ids[1]:
-        differing = sorted(ids[0] ^ ids[1])
+    train, val = (
+        {category["id"]: category.get("name") for category in dataset.categories} for dataset in (train_set, val_set)
+    )
+    if train.keys() != val.keys():
+        differing = sorted(train.keys() ^ val.keys())
         raise DataError(
             f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
             f"(ids {differing[:5]} are in one only): give both files the same categories"
+        )
+    renamed = next((number for number in sorted(train) if train[number] != val[number]), None)
+    if renamed is not None:
+        raise DataError(
+            f"category {renamed} is {train[renamed]!r} in {train_set.annotation_file} and {val[renamed]!r} in "
+            f"{val_set.annotation_file}: give both files the same categories"
         )

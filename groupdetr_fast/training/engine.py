@@ -28,7 +28,7 @@ from .graphs import DeviceStep, Flag, StepGraphs, StepOutcome, check_graphs, run
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler
 from .passes import GroupPasses, add_losses, average_gradients
 from .processes import anywhere, mean_losses
-from .progress import TrainingProgress, peak_memory_mib
+from .progress import TrainingProgress, peak_memory_mib, reset_peak_memory
 from .recompute import recompute_decoder_layers
 from .selection import best_epoch, epochs_without_gain
 from .sharding import check_sharding, whole
@@ -211,6 +211,7 @@ class Trainer:
         current = self.state.current
         begin = time.perf_counter() - current.seconds
         self.state.model.train()
+        reset_peak_memory()
         for batches in self._steps_until_stopped():
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin

@@ -16,7 +16,7 @@ from torch import Tensor
 from .processes import mean_losses
 from .state import TrainingState
 
-__all__ = ["TrainingProgress", "peak_memory_mib"]
+__all__ = ["TrainingProgress", "peak_memory_mib", "reset_peak_memory"]
 
 LOG_EVERY = 10  # batches between two points of a TensorBoard curve
 
@@ -94,11 +94,17 @@ class TrainingProgress:
 
 
 def peak_memory_mib() -> float:
-    """Peak memory in MiB: of the GPU if there is one, else of this process."""
+    """Peak memory in MiB: of the GPU since :func:`reset_peak_memory` if there is one, else of this process so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def reset_peak_memory() -> None:
+    """Let the peak of a GPU be counted anew; that of a process cannot be."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

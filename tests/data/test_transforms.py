@@ -196,6 +196,37 @@ def test_normalisation_follows_the_configuration():
         torch.testing.assert_close(image[:, 0, 0], torch.tensor([1.0, 2.0, 0.5]))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentationConfig(jitter_size=96, jitter_scale=(0.3, 2.0)),
+        AugmentationConfig(short_sides=(35, 41, 60, 130), max_size=None, crop=0.0),
+    ],
+    ids=["jitter", "short side"],
+)
+def test_masks_lie_on_their_images(config):
+    """The centroids of a white disc and of its mask agree: on average, and not half a pixel apart."""
+    rows, columns = torch.meshgrid(torch.arange(100), torch.arange(120), indexing="ij")
+    offsets = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        disc = (rows - 45) ** 2 + (columns - 60) ** 2 < 25**2
+        boxes = tv_tensors.BoundingBoxes([[35.0, 20.0, 86.0, 71.0]], format="XYXY", canvas_size=(100, 120))
+        objects = {"boxes": boxes, "labels": torch.tensor([0]), "masks": tv_tensors.Mask(disc[None].to(torch.uint8))}
+        image = tv_tensors.Image(disc.to(torch.uint8).mul(255).expand(3, -1, -1).contiguous())
+        image, objects = train_transforms(config)(image, objects)
+        if len(objects["masks"]):
+            offsets.append(centroid(objects["masks"][0].float()) - centroid(image[0] - image[0].min()))
+    assert len(offsets) > 50
+    assert torch.stack(offsets).mean(dim=0).abs().max() < 0.1
+
+
+def centroid(weights):
+    """Row and column of the centre of a map ``[H, W]``, in pixels."""
+    weights = weights.as_subclass(torch.Tensor) / weights.sum()
+    return torch.stack([(weights.sum(1 - dim) * torch.arange(weights.shape[dim])).sum() for dim in (0, 1)])
+
+
 def test_resize_draws_from_its_sizes():
     transform = ResizeShortSide((20, 30))
     image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))

@@ -308,6 +308,14 @@ def test_data_without_objects_are_refused(config, tmp_path, part):
         train(replace(config, data=replace(config.data, **{f"{part}_annotations": tmp_path / "empty.json"})))
 
 
+def test_categories_of_other_names_are_refused(config, digits, tmp_path):
+    content = json.loads(digits.val_annotations.read_text())
+    content["categories"][3]["name"] = "another"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"category 4 is '3' in .*train.*json and 'another' in .*val.json: give both"):
+        train(replace(config, data=replace(config.data, val_annotations=tmp_path / "val.json")))
+
+
 def with_aps(monkeypatch, *aps):
     """Let the evaluations of runs find these APs, epoch by epoch."""
     measured = iter(aps)
@@ -427,6 +435,36 @@ def test_evaluating_with_other_categories_is_warned_about(config, digits, tmp_pa
 def test_wrong_settings_of_a_run_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CocoTrainingConfig(**settings)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within one"])
+def test_a_run_may_be_resumed_with_fewer_epochs_than_it_has(config, capsys, monkeypatch, within):
+    config = replace(config, evaluate_every=10, pictures=0, checkpoint_every=1)
+    stopped = "run_step" if within else "finish_epoch"
+    original = getattr(engine.Trainer, stopped)
+
+    def stop(trainer, *arguments):
+        if within and trainer.state.batches == 8:  # two of the third epoch's three
+            raise KeyboardInterrupt
+        result = original(trainer, *arguments)
+        if not within and trainer.state.epoch == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(engine.Trainer, stopped, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    capsys.readouterr()
+    fewer = replace(config.optimization, epochs=1)
+    results = train(replace(config, resume=True, optimization=fewer))
+    assert [("metrics" in row) for row in results["epochs"]] == [False, not within]
+    assert ("Average Precision" in capsys.readouterr().out) == (not within)
+
+
+def test_random_weights_are_not_evaluated(config):
+    with pytest.raises(ValueError, match="nothing to evaluate but random weights: give load"):
+        evaluate_checkpoint(config)
 
 
 def test_an_evaluation_is_no_training(config):

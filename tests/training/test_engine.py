@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from small_runs import (
 
 from groupdetr_fast.runs.evaluate import evaluate_checkpoint
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training import engine, progress
 from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.optimization import OptimizationConfig
 
@@ -85,6 +87,36 @@ def test_results_report_the_peak_memory(config):
     train(with_options(config, epochs=1))
     results = json.loads((config.output / "results.json").read_text())
     assert results["peak_memory_mib"] == results["epochs"][0]["peak_memory_mib"] > 0
+
+
+class Gpu:
+    """What is asked of torch about the memory of a GPU."""
+
+    peak = 0
+
+    def is_available(self):
+        return True
+
+    def max_memory_allocated(self):
+        return self.peak * 2**20
+
+    def reset_peak_memory_stats(self):
+        self.peak = 0
+
+
+def test_the_peak_memory_of_an_epoch_is_its_own(config, monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(progress, "torch", SimpleNamespace(cuda=gpu))
+    run_step = engine.Trainer.run_step
+
+    def use_memory(trainer, batches):
+        gpu.peak = max(gpu.peak, (300, 500, 200)[trainer.state.epoch])
+        return run_step(trainer, batches)
+
+    monkeypatch.setattr(engine.Trainer, "run_step", use_memory)
+    results = train(config)
+    assert [row["peak_memory_mib"] for row in results["epochs"]] == [300, 500, 200]
+    assert results["peak_memory_mib"] == 500
 
 
 @pytest.mark.slow
