@@ -488,7 +488,7 @@ def test_the_example_trains_and_its_errors_are_one_sentence(config, digits, tmp_
     assert "Average Precision" in done.stdout
     assert (tmp_path / "runs" / "coco" / "results.json").is_file()
 
-    failed = run_example(*data[1:], "--train-images=nowhere", *sizes, cwd=tmp_path)
+    failed = run_example(*data[1:], "--train-images=nowhere", "--overwrite", *sizes, cwd=tmp_path)
     assert failed.returncode == 1
     assert failed.stderr.strip().splitlines()[-1].startswith("error: image folder nowhere does not exist")
     assert "Traceback" not in failed.stderr
