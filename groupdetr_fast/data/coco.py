@@ -169,6 +169,17 @@ class CocoDataset(Dataset):
             objects["masks"] = self._annotations.segmentations.masks(start, stop, *size)
         return objects
 
+    def indices_with_objects(self) -> list[int]:
+        """Indices of the images that have an object to train on; crowd regions are none.
+
+        Raises:
+            DataError: if there are none.
+        """
+        counts = torch.as_tensor(self._annotations.offsets).diff()
+        if not counts.any():
+            raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
+        return counts.nonzero().flatten().tolist()
+
     def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
         """The category id of a label, or of every entry of an integer tensor of any shape."""
         if isinstance(label, Tensor):

@@ -69,6 +69,7 @@ class DataConfig(DataPaths):
             themselves, as the original repositories do (91 classes on COCO).
         workers: processes that load images, per training process.
         cache_images: keep decoded images in memory; for small data sets.
+        filter_empty: train on images that have objects alone, as the original of Mask2Former does.
         max_unreadable_images: images to train on that may be missing or damaged, over all processes; another one stands
             in for each.
     """
@@ -76,4 +77,5 @@ class DataConfig(DataPaths):
     labels: Literal["contiguous", "category_id"] = "contiguous"
     workers: int = 2
     cache_images: bool = False
+    filter_empty: bool = False
     max_unreadable_images: int = 10

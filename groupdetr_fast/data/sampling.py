@@ -1,7 +1,7 @@
 """The order of samples, and random numbers that depend on nothing but seed, epoch and sample."""
 
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,17 +26,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
         dataset: anything with a length.
         shuffle: False for the order of the data set.
         seed: not negative.
+        indices: of the samples to yield; None for all.
 
     Raises:
         ValueError: for a negative seed or epoch.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int = 0):
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int = 0, indices: Sequence[int] | None = None):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.dataset = dataset
         self.shuffle = shuffle
         self.seed = seed
+        self.indices = range(len(dataset)) if indices is None else indices
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -46,17 +48,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, size = self.epoch, len(self.dataset)
+        epoch, size = self.epoch, len(self.indices)
         if self.shuffle:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
             order = torch.randperm(size, generator=generator).tolist()
         else:
             order = range(size)
         for index in order:
-            yield epoch, index
+            yield epoch, self.indices[index]
 
 
 @contextmanager

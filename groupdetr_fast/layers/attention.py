@@ -48,6 +48,7 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """``x``, ``position`` ``[B, S, d]``, ``padding`` ``[B, S]`` -> ``[B, S, d]``."""

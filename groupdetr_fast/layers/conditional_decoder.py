@@ -27,6 +27,7 @@ class _OutProjection(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
 
 
 class ConditionalDecoderLayer(nn.Module):

@@ -139,6 +139,7 @@ class CocoTrainingConfig:
         checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
         max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
         strict: stop at the first unreadable image and the first loss that is not finite.
+        eval_batch_size: images per process that are evaluated at a time, padded to one size; None for ``batch_size``.
         top_k: detections per image in evaluation.
         pictures: images in ``predictions.png``; 0 for no picture.
     """
@@ -159,6 +160,7 @@ class CocoTrainingConfig:
     checkpoint_every: int = 0
     max_skipped_steps: int = 10
     strict: bool = False
+    eval_batch_size: int | None = None
     top_k: int = 100
     pictures: int = 12
 
@@ -168,6 +170,8 @@ class CocoTrainingConfig:
         if self.evaluate_every < 1:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         check_selection(self.top_k)
+        if self.eval_batch_size is not None and self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
         for name in ("early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

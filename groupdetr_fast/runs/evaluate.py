@@ -24,7 +24,7 @@ from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
 from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
-from .loaders import evaluation_loader, evaluation_set
+from .loaders import evaluation_batch_size, evaluation_loader, evaluation_set
 
 __all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
 
@@ -125,7 +125,7 @@ def rehearse_evaluation(
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
     """
-    images = REHEARSED_BATCHES * config.optimization.batch_size * accelerator.num_processes
+    images = REHEARSED_BATCHES * evaluation_batch_size(config) * accelerator.num_processes
     config = replace(config, data=replace(config.data, workers=0))
     loader = accelerator.prepare(evaluation_loader(dataset, config, images=images))
     evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])

@@ -1,6 +1,6 @@
 """The data sets of a run, and batches of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..data import CocoDataset, DataError, EpochSampler, collate, eval_transform
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
-__all__ = ["evaluation_loader", "evaluation_set", "training_loader", "training_set"]
+__all__ = ["evaluation_batch_size", "evaluation_loader", "evaluation_set", "training_loader", "training_set"]
 
 
 def training_set(config: CocoTrainingConfig) -> CocoDataset:
@@ -30,14 +30,22 @@ def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
     return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
 
 
-def training_loader(dataset: Dataset, config: CocoTrainingConfig) -> DataLoader:
-    """Shuffled batches of :func:`training_set`, or of a data set around it."""
-    return _loader(dataset, config, shuffle=True, min_size=config.augmentation.jitter_size or 0)
+def training_loader(dataset: Dataset, config: CocoTrainingConfig, indices: Sequence[int] | None = None) -> DataLoader:
+    """Shuffled batches of :func:`training_set`, or of a data set around it; of the samples with these indices only."""
+    sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices)
+    min_size = config.augmentation.jitter_size or 0
+    return _loader(dataset, config, sampler, config.optimization.batch_size, min_size)
 
 
 def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig, images: int | None = None) -> DataLoader:
     """Batches of :func:`evaluation_set`, in its order; of the first ``images`` only, if that is given."""
-    return _loader(dataset, config, shuffle=False, images=images)
+    sampler = EpochSampler(dataset, shuffle=False, indices=range(len(dataset))[:images])
+    return _loader(dataset, config, sampler, evaluation_batch_size(config))
+
+
+def evaluation_batch_size(config: CocoTrainingConfig) -> int:
+    """Images per process that are evaluated at a time."""
+    return config.optimization.batch_size if config.eval_batch_size is None else config.eval_batch_size
 
 
 def _dataset(
@@ -58,16 +66,15 @@ def _dataset(
 
 
 def _loader(
-    dataset: Dataset, config: CocoTrainingConfig, *, shuffle: bool, min_size: int = 0, images: int | None = None
+    dataset: Dataset, config: CocoTrainingConfig, sampler: EpochSampler, batch_size: int, min_size: int = 0
 ) -> DataLoader:
-    sampler = EpochSampler(range(len(dataset))[:images], shuffle=shuffle, seed=config.optimization.seed)
     workers = config.data.workers
     # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
     # computed, the batches of the next are loaded, and one more of each process.
     ahead = -(-config.optimization.accumulate // workers) + 1 if workers else None
     return DataLoader(
         dataset,
-        config.optimization.batch_size,
+        batch_size,
         sampler=sampler,
         num_workers=workers,
         prefetch_factor=ahead,

@@ -82,15 +82,20 @@ class Recipe:
             optimization=optimization,
             output=Path("runs") / self.name,
             top_k=self.top_k,
+            eval_batch_size=1 if self.model.startswith("dab_") else None,  # as in the repository of DAB-DETR
         )
         return _as_mask2former(config) if config.model.predicts_masks else config
 
 
 def _as_mask2former(config: CocoTrainingConfig) -> CocoTrainingConfig:
-    """With the settings of Mask2Former's repository: 80 classes, large-scale jitter, another optimiser."""
+    """With the settings of Mask2Former's repository: 80 classes, large-scale jitter, another optimiser.
+
+    Images without objects are left out, and evaluated is one image at a time.
+    """
     return replace(
         config,
-        data=replace(config.data, labels="contiguous"),
+        data=replace(config.data, labels="contiguous", filter_empty=True),
+        eval_batch_size=1,
         augmentation=AugmentationConfig(jitter_size=1024),
         optimization=replace(
             config.optimization, warmup_steps=10, weight_decay=0.05, decay_norms=False, clip_norm=0.01

@@ -79,7 +79,7 @@ def _train(
         accelerator,
         model,
         build_criterion(model, assignment=config.assignment, positives=config.positives),
-        training_loader(readable_set, config),
+        training_loader(readable_set, config, train_set.indices_with_objects() if config.data.filter_empty else None),
         _settings(config, _header(config, model, val_set)),
         evaluate=run_evaluation,
         observe=observe,

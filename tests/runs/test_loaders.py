@@ -1,14 +1,18 @@
 """The loaders of a run."""
 
+import json
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from groupdetr_fast.data import CocoDataset, DataError
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig
-from groupdetr_fast.runs.loaders import training_loader
+from groupdetr_fast.runs.loaders import evaluation_loader, training_loader
+from groupdetr_fast.runs.recipes import find_recipe
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 
@@ -28,7 +32,7 @@ class CountedSamples:
         return torch.zeros(3, 4, 4), {**target, "original_size": size}
 
 
-@pytest.mark.parametrize(("workers", "accumulate"), [(2, 8), (3, 7), (2, 1)])
+@pytest.mark.parametrize(("workers", "accumulate"), [(2, 8), (2, 7), (1, 1)])
 def test_the_batches_of_the_next_step_are_loaded_while_one_is_computed(workers, accumulate):
     config = replace(
         CocoTrainingConfig(),
@@ -43,3 +47,52 @@ def test_the_batches_of_the_next_step_are_loaded_while_one_is_computed(workers, 
     while dataset.loaded.sum() < 2 * 2 * accumulate and time.monotonic() < deadline:
         time.sleep(0.05)
     assert dataset.loaded.sum() >= 2 * 2 * accumulate  # of two steps, two images a batch
+
+
+@pytest.fixture
+def some_empty(tmp_path):
+    """Five images: 1 and 4 have objects, 2 a crowd region, 3 and 5 nothing."""
+    images = [{"id": number, "file_name": f"{number}.png", "width": 8, "height": 8} for number in range(1, 6)]
+    for image in images:
+        Image.new("RGB", (8, 8)).save(tmp_path / image["file_name"])
+    box = {"category_id": 1, "bbox": [1, 1, 4, 4], "area": 16}
+    annotations = [
+        {"id": number, "image_id": image_id, "iscrowd": int(image_id == 2), **box}
+        for number, image_id in enumerate((1, 4, 4, 2), start=1)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return CocoDataset(tmp_path, tmp_path / "instances.json")
+
+
+def test_images_without_objects_are_left_out(some_empty):
+    config = CocoTrainingConfig(data=DataConfig(workers=0))
+    for indices, expected in ((None, [1, 2, 3, 4, 5]), (some_empty.indices_with_objects(), [1, 4])):
+        loader = training_loader(some_empty, config, indices)
+        assert sorted(image_id for batch in loader for image_id in batch.image_ids) == expected
+        assert len(loader) == -(-len(expected) // 2)
+
+
+def test_a_set_without_objects_is_not_emptied(some_empty):
+    content = json.loads(some_empty.annotation_file.read_text())
+    some_empty.annotation_file.write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(DataError, match="no image with objects"):
+        CocoDataset(some_empty.image_folder, some_empty.annotation_file).indices_with_objects()
+
+
+def test_evaluation_has_a_batch_size_of_its_own(some_empty):
+    config = CocoTrainingConfig(data=DataConfig(workers=0), optimization=OptimizationConfig(batch_size=3))
+    for size, expected in ((None, [[1, 2, 3], [4, 5]]), (1, [[1], [2], [3], [4], [5]])):
+        loader = evaluation_loader(some_empty, replace(config, eval_batch_size=size))
+        assert [batch.image_ids for batch in loader] == expected
+    assert [batch.image_ids for batch in evaluation_loader(some_empty, config, images=2)] == [[1, 2]]
+    with pytest.raises(ValueError, match="eval_batch_size must be at least 1"):
+        replace(config, eval_batch_size=0)
+
+
+def test_recipes_read_their_data_as_the_originals_do():
+    mask2former, dab, conditional = (
+        find_recipe(f"group_{name}_r50_12e").config() for name in ("mask2former", "dab_detr", "conditional_detr")
+    )
+    assert [each.data.filter_empty for each in (mask2former, dab, conditional)] == [True, False, False]
+    assert [each.eval_batch_size for each in (mask2former, dab, conditional)] == [1, 1, None]
