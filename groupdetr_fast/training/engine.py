@@ -82,6 +82,7 @@ class TrainerSettings:
         checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
         max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
             skipped.
+        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
     """
 
     optimization: OptimizationConfig
@@ -92,6 +93,7 @@ class TrainerSettings:
     early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
     max_skipped_steps: int = 10
+    keep_checkpoints: int = 0
 
 
 class Trainer:
@@ -514,7 +516,7 @@ class Trainer:
             TrainingError: once it is written, if all processes together could not read more samples than are allowed.
         """
         self._settle()
-        self.state.save(self.settings.run, self.settings.metadata)
+        self.state.save(self.settings.run, self.settings.metadata, self.settings.keep_checkpoints)
         self._write_results()
         self.accelerator.wait_for_everyone()
         self._check_unreadable()

@@ -21,6 +21,7 @@ from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
+from groupdetr_fast.training.faults import TrainingError
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_coco.py"
@@ -308,6 +309,20 @@ def test_a_run_stops_early_and_keeps_the_best(config, monkeypatch):
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(config.output, 2).items())
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, ["best", "epoch_0004", "epoch_0005"]), (3, ["best", "epoch_0003", "epoch_0004", "epoch_0005"])],
+)
+def test_as_many_checkpoints_are_kept_as_asked(config, monkeypatch, keep, kept):
+    with_aps(monkeypatch, 0.1, 0.4, 0.3, 0.2, 0.1)
+    epochs = replace(config.optimization, epochs=5)
+    config = replace(config, optimization=epochs, keep_checkpoints=keep, pictures=0)
+    assert train(config)["best_epoch"] == 2
+    assert sorted(path.name for path in config.output.glob("checkpoints/*")) == kept
+    assert best_metadata(config.output) == (2, 0.4)  # though the epoch's own folder is gone
+    assert train(replace(config, resume=True))["best_epoch"] == 2
+
+
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
 def test_early_stopping_and_the_best_epoch_survive_resuming(config, monkeypatch, stopped_after):
     aps = (0.3, 0.5, 0.52, 0.51, 0.9)
@@ -426,6 +441,22 @@ def test_a_run_may_be_resumed_with_fewer_epochs_than_it_has(config, capsys, monk
     results = train(replace(config, resume=True, optimization=fewer))
     assert [("metrics" in row) for row in results["epochs"]] == [False, not within]
     assert ("Average Precision" in capsys.readouterr().out) == (not within)
+
+
+def test_a_lack_of_memory_is_one_sentence_that_names_what_helps(config, monkeypatch):
+    def run_out(trainer, batches):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(engine.Trainer, "run_step", run_out)
+    with pytest.raises(TrainingError) as caught:
+        train(config)
+    message = str(caught.value)
+    assert all(
+        name in message for name in ("--groups-per-pass", "--recompute-layers", "--batch-size 4", "--accumulate")
+    )
+    assert message.endswith("(CUDA out of memory)")
 
 
 def test_random_weights_are_not_evaluated(config):
