@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..prediction import EVAL_SETTINGS
 from ..training.checkpoint import BEST, latest_checkpoint
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import lack_of_memory_explained
+from ..training.progress import logged_to
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
@@ -28,7 +30,7 @@ __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
 FIXED = {"data.labels", "optimization.decay_norms", "optimization.seed"}
 FREE = {f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points")}
@@ -61,6 +63,7 @@ def train(
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         lack_of_memory_explained(config.optimization.batch_size),
+        logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
         return _train(config, accelerator, observe)
 
