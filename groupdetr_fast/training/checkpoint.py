@@ -114,7 +114,9 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
             os.replace(unfinished, folder / name)  # the tensors are the same: old and new files go together
         force_to_disk(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; it is as it was") from None
+        for name in (WEIGHTS, STATE):
+            (folder / f".{name}.unfinished").unlink(missing_ok=True)
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; it can be resumed as it was") from None
 
 
 def resumable_checkpoints(run: Path) -> list[Path]:
