@@ -79,9 +79,12 @@ class Run:
         return self.training.optimization.epochs
 
     def epochs_done(self, folder: Path) -> int:
-        """Epochs that the run has finished in its folder."""
+        """Epochs that the run has finished in its folder; the last one is finished when it is evaluated."""
         rows = (read_json(folder / "results.json") or {}).get("epochs", [])
-        return rows[-1]["epoch"] if rows else 0
+        if not rows:
+            return 0
+        done = rows[-1]["epoch"]
+        return done - 1 if done == self.epochs and "metrics" not in rows[-1] else done
 
     def is_done(self, folder: Path) -> bool:
         """Whether the folder holds the complete results of this very run."""

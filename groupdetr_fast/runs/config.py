@@ -137,6 +137,8 @@ class CocoTrainingConfig:
         early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
         early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
         checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
+        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all. The two that
+            can be resumed are kept in any case.
         max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
         strict: stop at the first unreadable image and the first loss that is not finite.
         eval_batch_size: images per process that are evaluated at a time, padded to one size; None for ``batch_size``.
@@ -158,6 +160,7 @@ class CocoTrainingConfig:
     early_stopping: int = 0
     early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
+    keep_checkpoints: int = 0
     max_skipped_steps: int = 10
     strict: bool = False
     eval_batch_size: int | None = None
@@ -172,7 +175,7 @@ class CocoTrainingConfig:
         check_selection(self.top_k)
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
-        for name in ("early_stopping", "early_stopping_delta"):
+        for name in ("keep_checkpoints", "early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

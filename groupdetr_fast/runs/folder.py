@@ -14,7 +14,7 @@ from ..training.processes import on_main_process
 
 __all__ = ["clear", "reserved"]
 
-LOCK = ".lock"
+LOCK = ".training.lock"
 OF_A_RUN = ("checkpoints", "tensorboard", "results.json", "detections.json", "predictions.png")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
 from ..training.checkpoint import BEST, latest_checkpoint
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.faults import lack_of_memory_explained
+from ..training.progress import logged_to
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
@@ -27,7 +30,7 @@ __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
 FIXED = {"data.labels", "optimization.decay_norms", "optimization.seed"}
 FREE = {f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points")}
@@ -47,6 +50,7 @@ def train(
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
+        TrainingError: if memory runs out, or for what ``Trainer.fit`` raises it.
         TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
         ValueError: for settings that do not fit together, for an output folder that another training uses or that
             holds a run that is neither to be resumed nor to be overwritten, and for ``eval_only``, which is
@@ -56,7 +60,11 @@ def train(
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization.resolved(), config.output)
-    with reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite):
+    with (
+        reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
+        lack_of_memory_explained(config.optimization.batch_size),
+        logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
+    ):
         return _train(config, accelerator, observe)
 
 
@@ -154,6 +162,7 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSe
         early_stopping=config.early_stopping,
         early_stopping_delta=config.early_stopping_delta,
         checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
         max_skipped_steps=0 if config.strict else config.max_skipped_steps,
     )
 

@@ -2,8 +2,8 @@
 
 A run's folder holds ``checkpoints/epoch_0001/model.safetensors`` and so on, one per finished epoch. A checkpoint within
 an epoch is called ``epoch_0001_batch_000040``: one epoch has ended, and 40 batches of the next. The two newest
-checkpoints also have ``state.pt`` and can be resumed; older ones within an epoch are removed. ``checkpoints/best`` has
-the weights of the best epoch.
+checkpoints also have ``state.pt`` and can be resumed; older ones within an epoch are removed, and those of epochs too
+if only some are to be kept. ``checkpoints/best`` has the weights of the best epoch.
 
 A checkpoint is written under another name, forced to disk and renamed when it is complete, so that a folder that
 exists is whole whenever the process or the machine stops.
@@ -49,6 +49,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     state: dict[str, Any],
     metadata: dict[str, Any],
+    keep: int = 0,
 ) -> Path:
     """Write a checkpoint, and then remove what resuming no longer needs.
 
@@ -59,6 +60,7 @@ def save_checkpoint(
         weights: of the bare model.
         state: what else resuming needs, in types that ``torch.load(weights_only=True)`` reads.
         metadata: what is needed to rebuild the model; kept as json in the header of the weights file.
+        keep: epochs whose weights stay, the newest ones; 0 for all. What can be resumed and the best stay in any case.
 
     Returns:
         The checkpoint's folder.
@@ -87,7 +89,7 @@ def save_checkpoint(
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch wrap the system's errors
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; {_whats_left(run)}") from None
-    _remove_superseded(run, folder)
+    _remove_superseded(run, folder, keep)
     return folder
 
 
@@ -114,7 +116,9 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
             os.replace(unfinished, folder / name)  # the tensors are the same: old and new files go together
         force_to_disk(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; it is as it was") from None
+        for name in (WEIGHTS, STATE):
+            (folder / f".{name}.unfinished").unlink(missing_ok=True)
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {error}; it can be resumed as it was") from None
 
 
 def resumable_checkpoints(run: Path) -> list[Path]:
@@ -175,8 +179,8 @@ def _header(metadata: dict[str, Any]) -> dict[str, str]:
     return {"format": "pt", "groupdetr_fast": json.dumps(metadata)}
 
 
-def _remove_superseded(run: Path, newest: Path) -> None:
-    """Keep ``newest`` and the one before it resumable; those after it are of a run that was begun again, or damaged."""
+def _remove_superseded(run: Path, newest: Path, keep: int) -> None:
+    """Keep ``newest`` and the one before it resumable; those after it are damaged, or the run has gone back."""
     before = [folder for folder in resumable_checkpoints(run) if folder.name < newest.name]
     kept = {newest, *before[:1]}
     for folder in (run / "checkpoints").glob("epoch_*"):
@@ -185,6 +189,11 @@ def _remove_superseded(run: Path, newest: Path) -> None:
         (folder / STATE).unlink(missing_ok=True)
         if "_batch_" in folder.name:
             shutil.rmtree(folder)
+    if keep:
+        epochs = sorted(path for path in (run / "checkpoints").glob("epoch_*") if "_batch_" not in path.name)
+        for folder in epochs[:-keep]:
+            if folder not in kept:
+                shutil.rmtree(folder)
 
 
 def _whats_left(run: Path) -> str:

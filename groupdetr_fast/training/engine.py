@@ -82,6 +82,7 @@ class TrainerSettings:
         checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
         max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
             skipped.
+        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
     """
 
     optimization: OptimizationConfig
@@ -92,6 +93,7 @@ class TrainerSettings:
     early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
     max_skipped_steps: int = 10
+    keep_checkpoints: int = 0
 
 
 class Trainer:
@@ -157,6 +159,7 @@ class Trainer:
         self.state = self._begin(model, loader)
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
         self._enqueued: _EnqueuedStep | None = None
+        self._norm: Tensor | None = None  # of the gradient of the last step that was not a graph
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
         self.stop = StopRequest()
 
@@ -212,11 +215,15 @@ class Trainer:
         begin = time.perf_counter() - current.seconds
         self.state.model.train()
         reset_peak_memory()
+        asked = time.perf_counter()
         for batches in self._steps_until_stopped():
+            waited = time.perf_counter() - asked
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin
-            self.progress.step_ended(len(batches), losses)
+            images = sum(len(batch.image_ids) for batch in batches)
+            self.progress.step_ended(len(batches), losses, images=images, waited=waited, norm=self._norm)
             self._save_where_asked()
+            asked = time.perf_counter()
         self.finish_epoch()
 
     def _steps_until_stopped(self) -> Iterator[list[Any]]:
@@ -269,7 +276,7 @@ class Trainer:
         else:
             ids = [batch.image_ids for batch in batches]
             self._enqueued = _EnqueuedStep(state.current.batches, ids, outcome, Flag(outcome.broken))
-            losses = outcome.losses
+            losses, self._norm = outcome.losses, None
             state.scheduler.step()
         if self.graphs is not None and (outcome is None or not outcome.replayed):
             state.current.without_graph += 1
@@ -292,6 +299,7 @@ class Trainer:
         state = self.state
         statistics = [(buffer, buffer.clone()) for buffer in running_statistics(state.model)]
         parts, norm = self._add_gradients(batches)
+        self._norm = norm
         losses = add_losses(*parts)
         scaler = self.accelerator.scaler
         # With a scaler, gradients overflow now and then; it leaves out the step itself, and lowers the scale.
@@ -514,7 +522,7 @@ class Trainer:
             TrainingError: once it is written, if all processes together could not read more samples than are allowed.
         """
         self._settle()
-        self.state.save(self.settings.run, self.settings.metadata)
+        self.state.save(self.settings.run, self.settings.metadata, self.settings.keep_checkpoints)
         self._write_results()
         self.accelerator.wait_for_everyone()
         self._check_unreadable()

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+
 __all__ = [
     "EXIT_STOPPED",
     "StopRequest",
     "TrainingError",
     "TrainingStopped",
     "deaths_of_workers_explained",
+    "lack_of_memory_explained",
     "obey_parent_alone",
 ]
 
@@ -101,4 +104,23 @@ def deaths_of_workers_explained(workers: int) -> Iterator[None]:
         raise TrainingError(
             f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers "
             "help; resuming goes on from the newest checkpoint"
+        ) from None
+
+
+@contextmanager
+def lack_of_memory_explained(batch_size: int) -> Iterator[None]:
+    """Turn the error of a device without memory left into a sentence that says what takes less.
+
+    Args:
+        batch_size: images per process and step.
+
+    Raises:
+        TrainingError: if memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device ran out of memory: pass --groups-per-pass 1, --recompute-layers or --precision bf16, or less "
+            f"than --batch-size {batch_size} and as much more --accumulate ({str(error).partition('. ')[0]})"
         ) from None

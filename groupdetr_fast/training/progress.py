@@ -1,10 +1,19 @@
-"""What a training shows while it runs: a bar and a line per epoch on the console, and TensorBoard's curves."""
+"""What a training shows while it runs.
 
+On a terminal a bar and a line per epoch; elsewhere, and in a log file, also a line every so many steps; and
+TensorBoard's curves.
+"""
+
+import logging
 import math
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +25,16 @@ from torch import Tensor
 from .processes import mean_losses
 from .state import TrainingState
 
-__all__ = ["TrainingProgress", "peak_memory_mib", "reset_peak_memory"]
+__all__ = ["TrainingProgress", "logged_to", "peak_memory_mib", "reset_peak_memory"]
 
 LOG_EVERY = 10  # batches between two points of a TensorBoard curve
+LINE_EVERY = 50  # steps between two lines
+
+# What the console shows, for log files: without a handler of its own it goes nowhere, as the console has it already.
+_shown = logging.getLogger(f"{__name__}.shown")
+_shown.propagate = False
+_shown.addHandler(logging.NullHandler())
+_shown.setLevel(logging.INFO)
 
 
 class TrainingProgress:
@@ -35,6 +51,7 @@ class TrainingProgress:
         self.state = state
         self.epochs = epochs
         self.console = Console(stderr=True)
+        self._since = _Since(time.perf_counter())
 
     @contextmanager
     def shown(self, lr: float) -> Iterator[None]:
@@ -47,7 +64,7 @@ class TrainingProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        state, quiet = self.state, not self.accelerator.is_main_process
+        state, quiet = self.state, not (self.accelerator.is_main_process and self.console.is_terminal)
         with Progress(*columns, console=self.console, disable=quiet) as bar:
             self._bar = bar
             self._task = bar.add_task(
@@ -58,17 +75,35 @@ class TrainingProgress:
                 loss="",  # until there is one
                 lr=lr,
             )
+            self._since = _Since(time.perf_counter())
             yield
 
-    def step_ended(self, batches: int, losses: dict[str, Tensor] | None) -> None:
+    def step_ended(
+        self,
+        batches: int,
+        losses: dict[str, Tensor] | None,
+        *,
+        images: int = 0,
+        waited: float = 0.0,
+        norm: Tensor | None = None,
+    ) -> None:
         """Report an optimiser step, inside :meth:`shown`; every process must call this.
 
         Args:
             batches: of the step.
             losses: None if the step was skipped.
+            images: of the step, of this process.
+            waited: seconds until the batches were there.
+            norm: scalar, of the gradient before it was clipped; None if it is not known.
         """
         ended = self.state.batches
         self._bar.update(self._task, completed=ended)
+        since = self._since
+        since.steps, since.batches = since.steps + 1, since.batches + batches
+        since.images, since.waited = since.images + images, since.waited + waited
+        if since.steps == LINE_EVERY:
+            self._print_steps(losses, norm)
+            self._since = _Since(time.perf_counter())
         if losses is None or ended // LOG_EVERY == (ended - batches) // LOG_EVERY:
             return
         rate = self.state.scheduler.get_last_lr()[0]
@@ -88,9 +123,60 @@ class TrainingProgress:
             f"loss {row['train'].get('loss', math.nan):.3f}  {shown}"
         )
 
-    def print(self, line: str) -> None:
+    def _print_steps(self, losses: dict[str, Tensor] | None, norm: Tensor | None) -> None:
+        """A line on the steps since the last one; the loss and the gradient's norm are those of the newest, here."""
+        if not self.accelerator.is_main_process:
+            return
+        state, since = self.state, self._since
+        seconds = time.perf_counter() - since.begin
+        per_epoch = state.batches_per_epoch
+        left = (self.epochs * per_epoch - state.batches) * seconds / since.batches
+        parts = [
+            f"epoch {state.epoch + 1}/{self.epochs}  batch {state.current.batches}/{per_epoch}",
+            "skipped" if losses is None else f"loss {losses['loss'].item():.3f}",
+            f"lr {state.scheduler.get_last_lr()[0]:.2g}",
+            f"{since.images * self.accelerator.num_processes / seconds:.1f} images/s",
+            f"waited {100 * since.waited / seconds:.0f} % for data",
+            *([] if norm is None else [f"gradient {norm.item():.3g}"]),
+            f"{peak_memory_mib():.0f} MiB",
+            f"{timedelta(seconds=round(left))} left",
+        ]
+        self.print("  ".join(parts), on_terminal=False)
+
+    def print(self, line: str, *, on_terminal: bool = True) -> None:
+        """Show a line and give it to the log file; perhaps not where the bar shows as much."""
         if self.accelerator.is_main_process:
-            self.console.print(line)
+            _shown.info(line)
+            if on_terminal or not self.console.is_terminal:
+                # A file has no width to break lines at.
+                self.console.print(line, soft_wrap=True, highlight=self.console.is_terminal)
+
+
+@dataclass
+class _Since:
+    """What has happened since a line was printed."""
+
+    begin: float  # by time.perf_counter
+    steps: int = 0
+    batches: int = 0
+    images: int = 0
+    waited: float = 0.0
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Inside, a file gets what the package logs and what trainings show; it goes on where it ended."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = (logging.getLogger(__name__.partition(".")[0]), _shown)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
 
 
 def peak_memory_mib() -> float:

@@ -1,5 +1,6 @@
 """One real run of a sweep."""
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from filelock import FileLock
 
 from groupdetr_fast.analysis import run as run_module
 from groupdetr_fast.analysis.run import Run, RunError, RunResults, execute
+from groupdetr_fast.runs.evaluate import evaluate
 from groupdetr_fast.training.engine import Trainer
 
 
@@ -43,7 +45,18 @@ def test_a_finished_training_is_only_measured_again(training, folder, monkeypatc
     assert (folder / "results.json").read_text() == before
 
 
-@pytest.mark.parametrize(("interrupted_at", "epochs_done"), [("train", 1), ("evaluate_usages", 2)])
+def interrupt_at_the_second(function):
+    calls = itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(("interrupted_at", "epochs_done"), [("train", 1), ("evaluation", 1), ("evaluate_usages", 2)])
 def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, interrupted_at, epochs_done):
     run = Run(training, 0.6)
     run.prepare(folder)
@@ -58,6 +71,8 @@ def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, 
 
     if interrupted_at == "train":
         monkeypatch.setattr(Trainer, "finish_epoch", interrupt_after_an_epoch)
+    elif interrupted_at == "evaluation":  # of the last epoch, whose weights are there then
+        monkeypatch.setattr("groupdetr_fast.runs.train.evaluate", interrupt_at_the_second(evaluate))
     else:
         monkeypatch.setattr(run_module, "evaluate_usages", interrupt)
     with pytest.raises(KeyboardInterrupt):

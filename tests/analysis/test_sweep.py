@@ -33,7 +33,7 @@ results = folder / "results.json"
 done = json.loads(results.read_text())["epochs"] if results.is_file() else []
 for epoch in range(len(done) + 1, optimization["epochs"] + 1):
     time.sleep({seconds})
-    done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0}})
+    done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0, "metrics": {{}}}})
     results.write_text(json.dumps({{"epochs": done}}))
 (folder / "measured.json").write_text(json.dumps({{"nms_threshold": settings["nms_threshold"], "usages": {{}}}}))
 print("end", folder.name, file=note, flush=True)

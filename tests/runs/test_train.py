@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,9 @@ from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.evaluate import evaluate, evaluate_checkpoint
 from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
-from groupdetr_fast.training import checkpoint, engine
+from groupdetr_fast.training import checkpoint, engine, progress
 from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
-from groupdetr_fast.training.faults import StopRequest, TrainingStopped
+from groupdetr_fast.training.faults import StopRequest, TrainingError, TrainingStopped
 from groupdetr_fast.training.optimization import OptimizationConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_coco.py"
@@ -342,6 +343,20 @@ def test_a_run_stops_early_and_keeps_the_best(config, monkeypatch):
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(config.output, 2).items())
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, ["best", "epoch_0004", "epoch_0005"]), (3, ["best", "epoch_0003", "epoch_0004", "epoch_0005"])],
+)
+def test_as_many_checkpoints_are_kept_as_asked(config, monkeypatch, keep, kept):
+    with_aps(monkeypatch, 0.1, 0.4, 0.3, 0.2, 0.1)
+    epochs = replace(config.optimization, epochs=5)
+    config = replace(config, optimization=epochs, keep_checkpoints=keep, pictures=0)
+    assert train(config)["best_epoch"] == 2
+    assert sorted(path.name for path in config.output.glob("checkpoints/*")) == kept
+    assert best_metadata(config.output) == (2, 0.4)  # though the epoch's own folder is gone
+    assert train(replace(config, resume=True))["best_epoch"] == 2
+
+
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
 def test_early_stopping_and_the_best_epoch_survive_resuming(config, monkeypatch, stopped_after):
     aps = (0.3, 0.5, 0.52, 0.51, 0.9)
@@ -460,6 +475,43 @@ def test_a_run_may_be_resumed_with_fewer_epochs_than_it_has(config, capsys, monk
     results = train(replace(config, resume=True, optimization=fewer))
     assert [("metrics" in row) for row in results["epochs"]] == [False, not within]
     assert ("Average Precision" in capsys.readouterr().out) == (not within)
+
+
+def test_a_lack_of_memory_is_one_sentence_that_names_what_helps(config, monkeypatch):
+    def run_out(trainer, batches):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(engine.Trainer, "run_step", run_out)
+    with pytest.raises(TrainingError) as caught:
+        train(config)
+    message = str(caught.value)
+    assert all(
+        name in message for name in ("--groups-per-pass", "--recompute-layers", "--batch-size 4", "--accumulate")
+    )
+    assert message.endswith("(CUDA out of memory)")
+
+
+def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 4)
+    config = replace(config, pictures=0)
+    train(config)
+    printed = capsys.readouterr().err.splitlines()
+    steps = [line for line in printed if "images/s" in line]
+    # 9 steps of one batch; 10 images in batches of 4 make 3 batches an epoch
+    pattern = (
+        r"epoch {}/3  batch {}/3  loss \d+\.\d+  lr \S+  \d+\.\d images/s  waited \d+ % for data  "
+        r"gradient \S+  \d+ MiB  0:\d\d:\d\d left"
+    )
+    assert len(steps) == 2
+    for line, numbers in zip(steps, [(2, 1), (3, 2)], strict=True):
+        assert re.fullmatch(pattern.format(*numbers), line), line
+    log = (config.output / "train.log").read_text()
+    assert all(line.strip() in log for line in printed if line.startswith("epoch "))
+    train(replace(config, resume=True, optimization=replace(config.optimization, lr_drop=(1,))))
+    log = (config.output / "train.log").read_text().splitlines()
+    assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1,), which was (2.0,)") for line in log)
 
 
 def test_random_weights_are_not_evaluated(config):
