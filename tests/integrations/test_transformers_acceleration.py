@@ -1,6 +1,7 @@
 """transformers' models with this package's kernels against the untouched models."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -106,6 +107,45 @@ def test_the_op_is_what_runs(name, monkeypatch):
     assert len(calls) == len(exchanged_of(model))
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deformable_detr",
+        "grounding_dino",
+        "lw_detr",
+        "mm_grounding_dino",
+        "omdet_turbo",
+        "pp_doclayout_v2",
+        "pp_doclayout_v3",
+        "pp_doclayout_v4",
+        "rf_detr",
+        "rt_detr",
+    ],
+)
+def test_the_module_of_every_family(family):
+    """The one body that ten modeling files hold, here without the models around it."""
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = modeling.MultiScaleDeformableAttention()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (3, 4)]
+    inputs = [
+        torch.randn(2, 47, 4, 8, generator=generator, dtype=torch.float64),
+        torch.rand(2, 6, 4, 2, 3, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2,  # also outside of the maps
+        torch.rand(2, 6, 4, 2, 3, generator=generator, dtype=torch.float64),
+    ]
+
+    def run():
+        value, locations, weights = (tensor.requires_grad_() for tensor in inputs)
+        out = module(value, torch.tensor(shapes), shapes, torch.tensor([0, 35]), locations, weights, 64)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    expected = run()
+    assert attention.exchange(module)
+    torch.testing.assert_close(run(), expected)
+    attention.put_back(module)
+    assert type(module) is modeling.MultiScaleDeformableAttention
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_where_there_is_no_kernel_their_code_runs(name, monkeypatch):
     inputs = inputs_of(name)
@@ -179,6 +219,18 @@ def test_attention_is_exported(name):
     program = torch.export.export(module, args, kwargs)
     assert "groupdetr_fast.ms_deform_attn" in str(program.graph)
     torch.testing.assert_close(program.module()(*args, **kwargs)[0], module(*args, **kwargs)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DeformableDetr", "RTDetrV2"])
+def test_a_whole_model_is_compiled_and_exported(name):
+    model, images = accelerate(model_of(name)).eval(), inputs_of(name)["pixel_values"]
+    with torch.no_grad():
+        expected = model(images).logits
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(model)(images).graph_break_count == 0
+        program = torch.export.export(model, (images,), strict=False)
+        torch.testing.assert_close(program.module()(images)["logits"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -307,6 +359,7 @@ def test_other_versions_are_left_alone(version, monkeypatch):
 def test_without_kernels_the_model_is_left_alone(monkeypatch):
     references = {op: {"cpu": "reference", "cuda": "reference"} for op in ops.backends()}
     monkeypatch.setattr(ops, "backends", lambda: references)
+    monkeypatch.setattr(attention, "DEVICES", frozenset())  # which is read once, when the module is imported
     model = model_of("LwDetr")
     with pytest.warns(UserWarning, match="without its compiled kernels: the model is unchanged"):
         accelerate(model)
@@ -323,5 +376,5 @@ def test_what_is_refused():
         accelerate(model)
     assert not exchanged_of(model)
     backbone = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    with pytest.raises(ValueError, match="ResNetModel has no part that accelerate has a kernel for"):
+    with pytest.raises(ValueError, match="ResNetModel has neither the deformable attention nor the loss"):
         accelerate(backbone)

@@ -1,7 +1,8 @@
-"""This package's kernels in models of transformers, in place and there and back."""
+"""This package's kernels in models of transformers, exchanged in place and put back."""
 
 import warnings
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
@@ -29,9 +30,9 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     Exchanged are multi-scale deformable attention, in every part of the model that has it (Deformable DETR, Grounding
     DINO, MM Grounding DINO, LW-DETR, RF-DETR, RT-DETR, RT-DETR v2, D-FINE, DEIMv2, OmDet-Turbo, PP-DocLayout V2 to V4,
     Mask2Former, OneFormer), and matching and loss (``Conditional``, ``Dab``, ``Deformable``, ``Lw`` and
-    ``RfDetrForObjectDetection``), which are computed for all layers, images and groups at once. A part for which the
-    installed package has no kernel on any device stays as it is, and attention runs transformers' code on a device
-    that its kernel is missing for.
+    ``RfDetrForObjectDetection``), which are computed for all layers, images and groups at once. A loss for which the
+    installed package lacks a kernel on one of this machine's devices stays as it is, and attention runs transformers'
+    code on a device for which there is no kernel.
 
     Outputs, losses and gradients stay the same but for rounding. So do the class of the model, the keys of its state
     dict and what it can be used for: ``Trainer``, ``save_pretrained``, ``copy.deepcopy``, pickle, ``torch.compile``,
@@ -60,13 +61,14 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
             f"model must be a PreTrainedModel of transformers, got {type(model).__name__}: accelerate a model before "
             "it is wrapped or compiled"
         )
-    if model.use_kernels:
+    if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True puts other kernels in the same place: load the model without it")
     if not _is_tested(__version__):
         first, last = (".".join(map(str, version)) for version in _TESTED)
         _warn(f"accelerate was tested with transformers {first} to {last}, not {__version__}")
         return model
-    if not _serves("ms_deform_attn") and not _serves("linear_assignment"):
+    serves_losses = _serves_everywhere("linear_assignment")
+    if not attention.DEVICES and not serves_losses:
         _warn("groupdetr_fast was installed without its compiled kernels")
         return model
     exchanged = False
@@ -74,12 +76,15 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         for module in model.modules():
             exchanged |= attention.exchange(module)
     loss = _LOSSES.get(type(model).__name__)
-    if loss is not None and _serves("linear_assignment"):
+    if loss is not None and serves_losses:
         exchanged = True
         if "_loss_function" not in vars(model):
             model.loss_function = loss()
     if not exchanged:
-        raise ValueError(f"{type(model).__name__} has no part that accelerate has a kernel for: see its documentation")
+        raise ValueError(
+            f"{type(model).__name__} has neither the deformable attention nor the loss of a detector that accelerate "
+            "has kernels for: use it as it is"
+        )
     return model
 
 
@@ -97,9 +102,11 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _serves(op: str) -> bool:
-    """Whether an op has a kernel of its own on some device."""
-    return any(kind in ("C++", "CUDA") for kind in ops.backends()[op].values())
+def _serves_everywhere(op: str) -> bool:
+    """Whether an op has a compiled kernel on every kind of device that this machine has."""
+    kinds = ops.backends()[op]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return all(kinds[device] in ("C++", "CUDA") for device in devices)
 
 
 def _is_tested(version: str) -> bool:
