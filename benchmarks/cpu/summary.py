@@ -201,6 +201,7 @@ TITLES = {
     "training_step": "Conditional DETR R50, training step, 2 images of 480 x 640",
     "training_step_with_groups": "Conditional DETR R50, training step with K groups",
     "training_step_memory": "Peak memory of a training step with K groups",
+    "transformers_step": "Models of transformers, training step with integrations.transformers.accelerate and without",
     "mask_loss_memory": "Peak memory of Mask2Former's matching and loss, with backward, K groups",
     "mask2former_step_memory": "Peak memory of a training step of Mask2Former R50 with K groups",
 }

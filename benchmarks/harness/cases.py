@@ -209,12 +209,54 @@ class Segmentation:
         return gd.SegmentationOutput(*tensors, padding, groups)
 
 
+@dataclass(frozen=True)
+class Transformers:
+    """A model of transformers at the sizes of its own configuration, and square images for it."""
+
+    model: str
+    size: int = 320  # of the images, in pixels
+    batch: int = 2
+    targets: int = 7  # per image: the average of COCO
+
+    def __str__(self) -> str:
+        return f"{self.model}x{self.batch}x{self.size}"
+
+    def small(self) -> "Transformers":
+        """The same with few pixels, to see that a benchmark works."""
+        return replace(self, size=128)
+
+    def make(self, classes: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Images ``[B, 3, size, size]``, and labels, boxes and masks ``[T, size, size]`` of their objects."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+        steps = torch.arange(self.size) / self.size
+        targets = []
+        for _ in range(self.batch):
+            boxes = torch.rand(self.targets, 4, generator=generator) * 0.4 + 0.2
+            center_x, center_y, width, height = boxes[:, :, None, None].unbind(1)
+            inside = ((steps - center_x).abs() < width / 2) & ((steps[:, None] - center_y).abs() < height / 2)
+            labels = torch.randint(classes, (self.targets,), generator=generator)
+            targets.append({"labels": labels, "boxes": boxes, "masks": inside.float()})
+        return images, targets
+
+
 MATCHING = [Matching(5), Matching(20), Matching(60), Matching(100)]
 ATTENTION = [Attention(1), Attention(3), Attention(5), Attention(11)]
 DEFORMABLE = [Deformable(None), Deformable(300)]
 DETECTION = [Detection(1), Detection(5), Detection(11)]
 MASKS = [Segmentation(1), Segmentation(11)]
 SEGMENTATION = [Segmentation(1, size=512), Segmentation(11, size=512)]  # whole steps: the backbone wants memory, too
+TRANSFORMERS = [
+    Transformers(model)
+    for model in (
+        "DeformableDetr",
+        "Mask2Former",
+        "LwDetr",
+        "RfDetr",
+        "RTDetrV2",
+        "DFine",
+    )
+]
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
 GPU_BATCHES = (2, 16)

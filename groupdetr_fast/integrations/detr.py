@@ -175,7 +175,8 @@ class SetCriterion(nn.Module):
         if "enc_outputs" in outputs:
             layers["_enc"] = outputs["enc_outputs"]
         logits = torch.stack([layer["pred_logits"] for layer in layers.values()])  # [layers, B, K * N, C]
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers.values()]).float()  # [layers, B, K * N, 4]
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers.values()])  # [layers, B, K * N, 4]
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
         packed = _pack(targets)
         groups = _split(logits.shape[2], self._num_groups)
         if num_boxes is None:
@@ -184,7 +185,7 @@ class SetCriterion(nn.Module):
         matching = self.matcher.match(logits.detach(), boxes.detach(), packed, groups)
         labels = packed.labels.repeat(1, groups.num_groups)  # [B, K * T]
         predicted = _rows(boxes, matching.queries)  # [layers, B, K * T, 4]
-        expected = packed.boxes.float().repeat(1, groups.num_groups, 1)  # [B, K * T, 4]
+        expected = packed.boxes.to(boxes.dtype).repeat(1, groups.num_groups, 1)  # [B, K * T, 4]
         found = {}
         if "labels" in self.losses:
             iou = _aligned_iou(predicted.detach(), expected) if self.ia_bce_loss else None
@@ -240,7 +241,7 @@ class SetCriterion(nn.Module):
         if iou is None:
             return ops.sigmoid_focal_loss(logits, classes, alpha=self.focal_alpha, gamma=_GAMMA).sum(1)
         others = ops.sigmoid_focal_loss(logits, classes, alpha=0.0, gamma=_GAMMA).sum(1)
-        own = logits.flatten(2).gather(2, matching.queries * logits.shape[3] + labels).float()
+        own = logits.flatten(2).gather(2, matching.queries * logits.shape[3] + labels).to(iou.dtype)
         quality = own.detach().sigmoid() ** self.focal_alpha * iou ** (1 - self.focal_alpha)
         cross_entropy = F.binary_cross_entropy_with_logits(own, quality.clamp(min=_LEAST_QUALITY), reduction="none")
         return others + _sum(cross_entropy, matching.matched)

@@ -8,49 +8,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from tiny_transformers import CLASSES, model_of  # noqa: E402
+from tiny_transformers import QUERIES as SIZE  # noqa: E402
+
 from groupdetr_fast.integrations.transformers import add_groups, remove_groups  # noqa: E402
 
 NAMES = ["ConditionalDetr", "DabDetr", "DeformableDetr"]
-GROUPS, SIZE, CLASSES = 3, 5, 4
-
-
-def config_of(name, **overrides):
-    backbone = transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1, 1, 1, 1],
-        out_features=["stage3", "stage4"] if name == "DeformableDetr" else ["stage4"],
-        layer_type="basic",
-    )
-    options = {
-        "hidden_size" if name == "DabDetr" else "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "num_queries": SIZE,
-        "num_labels": CLASSES,
-        "dropout": 0.0,
-        "auxiliary_loss": True,
-        "backbone_config": backbone,
-        "backbone": None,
-        "use_timm_backbone": False,
-        "use_pretrained_backbone": False,
-    }
-    if name == "DeformableDetr":
-        options |= {"num_feature_levels": 2, "with_box_refine": True}
-    return getattr(transformers, f"{name}Config")(**{**options, **overrides})
-
-
-def model_of(name, **overrides):
-    torch.manual_seed(2)
-    model = getattr(transformers, f"{name}ForObjectDetection")(config_of(name, **overrides))
-    for parameter in model.parameters():  # some layers start at zero, which would hide what their inputs depend on
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model.train()
+GROUPS = 3
 
 
 def queries_of(model):
@@ -291,6 +255,8 @@ def test_what_is_not_supported_is_refused():
 
 def test_without_transformers_the_import_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "groupdetr_fast.integrations.transformers")
+    for module in list(sys.modules):
+        if module.startswith("groupdetr_fast.integrations.transformers"):
+            monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r"integrations.transformers needs transformers 5.2 or newer"):
         import groupdetr_fast.integrations.transformers  # noqa: F401

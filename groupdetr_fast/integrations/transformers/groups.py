@@ -6,28 +6,22 @@ names and its signature. Three things change: the learned queries have K * N row
 to groups, and the loss matches all layers, images and groups at once.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    ConditionalDetrForObjectDetection,
+    DabDetrForObjectDetection,
+    DeformableDetrForObjectDetection,
+    PreTrainedModel,
+)
+from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrDecoderSelfAttention
+from transformers.models.dab_detr.modeling_dab_detr import DabDetrAttention
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrSelfAttention
 
-from .. import ops
-from .detr import HungarianMatcher, SetCriterion
-
-try:
-    from transformers import (
-        ConditionalDetrForObjectDetection,
-        DabDetrForObjectDetection,
-        DeformableDetrForObjectDetection,
-        PretrainedConfig,
-        PreTrainedModel,
-    )
-    from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrDecoderSelfAttention
-    from transformers.models.dab_detr.modeling_dab_detr import DabDetrAttention
-    from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrSelfAttention
-except ImportError as error:
-    raise ImportError(f"{__name__} needs transformers 5.2 or newer ({error})") from error
+from ... import ops
+from .losses import DetectionLoss
 
 __all__ = ["add_groups", "remove_groups"]
 
@@ -68,6 +62,8 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
     _check_group(inference_group, num_groups, "inference_group")
     if isinstance(queries, _GroupedQueries):
         raise ValueError(f"the model has {queries.num_groups} groups already: call remove_groups first")
+    if isinstance(vars(model).get("_loss_function"), DetectionLoss):
+        raise ValueError("the model is accelerated: call add_groups before accelerate, or restore first")
     if "_loss_function" in vars(model):
         raise ValueError("the model has a loss function of its own, which groups would replace: delete it first")
     size, dim = queries.weight.shape
@@ -79,7 +75,7 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
     for attention in _self_attentions_of(model):
         attention.__class__ = _GROUPED[type(attention)]
         attention.queries_per_group = size
-    model.loss_function = _GroupLoss(size)
+    model.loss_function = DetectionLoss(queries_per_group=size)
     return model
 
 
@@ -219,51 +215,3 @@ def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, hea
         scale=attention.scaling,
     )
     return out.flatten(-2)
-
-
-class _ImageLoss(SetCriterion):
-    """Counts objects as transformers does, in place of DETR's rule: by a score above one half."""
-
-    @staticmethod
-    def _predicts_object(logits: Tensor) -> Tensor:
-        return logits.amax(-1) > 0
-
-
-class _GroupLoss:
-    """What transformers computes for these models, with the signature of its losses, for K groups.
-
-    The losses are means over groups; with one group they are those of transformers.
-    """
-
-    def __init__(self, queries_per_group: int):
-        self.queries_per_group = queries_per_group
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Sequence[Mapping[str, Tensor]],
-        device: torch.device,
-        pred_boxes: Tensor,
-        config: PretrainedConfig,
-        outputs_class: Tensor | None = None,
-        outputs_coord: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
-        """The weighted sum of the losses, the losses by name, and the outputs of all layers but the last."""
-        matcher = HungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
-        weights = {"loss_ce": 1, "loss_bbox": config.bbox_loss_coefficient, "loss_giou": config.giou_loss_coefficient}
-        num_groups = logits.shape[1] // self.queries_per_group
-        criterion = _ImageLoss(config.num_labels, matcher, weights, config.focal_alpha, group_detr=num_groups)
-        outputs = {"pred_logits": logits, "pred_boxes": pred_boxes}
-        auxiliary = None
-        if config.auxiliary_loss:
-            layers = list(zip(outputs_class[:-1], outputs_coord[:-1], strict=True))
-            outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in layers]
-            auxiliary = [{"logits": a, "pred_boxes": b} for a, b in layers]
-        losses = criterion(outputs, [{"labels": label["class_labels"], "boxes": label["boxes"]} for label in labels])
-        del losses["class_error"]  # transformers has none
-        # "loss_ce_0" weighs as "loss_ce"
-        total = sum(
-            weight * value for name, weight in weights.items() for key, value in losses.items() if key.startswith(name)
-        )
-        return total, losses, auxiliary
