@@ -56,7 +56,7 @@ class DetectionLoss:
             config.num_labels,
             HungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
             weights,
-            config.focal_alpha,
+            focal_alpha=config.focal_alpha,
             group_detr=logits.shape[1] // self._size_of_groups(logits, config),
             **self._options(),
         )
