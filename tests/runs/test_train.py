@@ -284,6 +284,15 @@ def interrupt(*_):
     time.sleep(0.1)  # in which Python handles the signal
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Shells let what they start in the background ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_writes_a_checkpoint_and_ends_in_a_sentence(config):
     message = r"stopped as asked, .* a checkpoint is written, from which resuming goes on"
     with pytest.raises(TrainingStopped, match=message):
