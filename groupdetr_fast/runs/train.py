@@ -1,6 +1,7 @@
 """Train a detector on COCO-format data: puts data, model, criterion, training loop and COCO evaluation together."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -80,7 +81,7 @@ def _train(
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        return evaluate(accelerator, model, val_loader, val_set, config, trainer.stop_if_asked)
+        return evaluate(accelerator, model, val_loader, val_set, config, lambda: own_trainer().stop_if_asked())
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(
@@ -92,6 +93,9 @@ def _train(
         evaluate=run_evaluation,
         observe=observe,
     )
+    # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
+    # them, which then abort it now and then (pytorch/pytorch#179291).
+    own_trainer = weakref.ref(trainer)
     if config.resume and latest_checkpoint(config.output) is not None:
         _compare_with_beginning(config, loud=accelerator.is_main_process)
     if config.resume and not trainer.resume():

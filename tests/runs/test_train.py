@@ -1,5 +1,6 @@
 """Whole runs on a few small images: training, resuming, evaluation, and what happens to wrong input."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +284,25 @@ def test_different_category_tables_are_refused(config, digits, tmp_path):
 def interrupt(*_):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)  # in which Python handles the signal
+
+
+def test_nothing_of_a_training_waits_for_the_garbage_collector(config, monkeypatch):
+    """Which may come at the end of the interpreter, when the threads of a process group must be gone."""
+    trainers = []
+    begin = engine.Trainer.__init__
+
+    def note(trainer, *arguments, **options):
+        trainers.append(weakref.ref(trainer))
+        begin(trainer, *arguments, **options)
+
+    monkeypatch.setattr(engine.Trainer, "__init__", note)
+    gc.collect()
+    gc.disable()
+    try:
+        train(config)
+        assert [trainer() for trainer in trainers] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
