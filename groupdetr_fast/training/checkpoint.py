@@ -76,9 +76,7 @@ def save_checkpoint(
         for leftover in folder.parent.glob(".*.unfinished"):  # of a process that was killed
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-        save_file(weights, unfinished / WEIGHTS, metadata=_header(metadata))
-        # safetensors lets nobody else read its files; the folder is as the umask says
-        (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)
+        _write_weights(unfinished / WEIGHTS, weights, metadata)
         torch.save(state, unfinished / STATE)
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
             force_to_disk(path)
@@ -107,7 +105,7 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
     weights, state = read_checkpoint(folder)
     try:
         for name, write in (
-            (WEIGHTS, lambda path: save_file(weights, path, metadata=_header(metadata))),
+            (WEIGHTS, lambda path: _write_weights(path, weights, metadata)),
             (STATE, lambda path: torch.save({**state, **changes}, path)),
         ):
             unfinished = folder / f".{name}.unfinished"
@@ -175,8 +173,10 @@ def mark_best(run: Path, epoch: int) -> None:
         raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
 
 
-def _header(metadata: dict[str, Any]) -> dict[str, str]:
-    return {"format": "pt", "groupdetr_fast": json.dumps(metadata)}
+def _write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    save_file(dict(weights), path, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
+    # safetensors lets nobody else read its files; the folder is as the umask says
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _remove_superseded(run: Path, newest: Path, keep: int) -> None:
