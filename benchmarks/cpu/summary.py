@@ -6,7 +6,7 @@ python benchmarks summary --write    and put tables and plots into docs/
 
 import argparse
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,10 @@ class SavedResults:
             if path.exists():
                 with path.open(newline="") as file:
                     self.comparisons[name] = list(csv.DictReader(file))
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for rows in self.comparisons.values() for row in rows]
 
     def row(self, comparison: str, case: object, contender: str) -> Row:
         """Raises LookupError if it was not measured."""
@@ -179,15 +183,17 @@ def comparison_table(rows: list[Row]) -> str:
     return table(["case", "contender", "version", unit, f"times {OURS}"], lines)
 
 
-def machine(results: SavedResults) -> str:
-    """One line on where and how the numbers came about."""
-    row = next(row for rows in results.comparisons.values() for row in rows)
-    threads = sorted({row["threads"] for rows in results.comparisons.values() for row in rows})
-    commits = sorted({row["commit"] for rows in results.comparisons.values() for row in rows})
+def machine(rows: list[Row]) -> str:
+    """One line on where and how numbers came about."""
+    threads, commits = (sorted({row[column] for row in rows}) for column in ("threads", "commit"))
     return (
-        f"`{COMMAND}` on {row['cpu']}, {' or '.join(threads)} threads, float32, torch {row['torch']}, "
-        f"commit {', '.join(commits)}."
+        f"`{COMMAND}` on {' and '.join(processors(rows))}, {' or '.join(threads)} threads, float32, "
+        f"torch {rows[0]['torch']}, commit {', '.join(commits)}."
     )
+
+
+def processors(rows: Iterable[Row]) -> list[str]:
+    return sorted({row["cpu"] for row in rows})
 
 
 TITLES = {
@@ -220,9 +226,13 @@ X_LABELS = {
 
 def report(results: SavedResults, images: str | None = None) -> str:
     """Everything in Markdown; ``images`` is where the plots are, as the document sees it, if there are any."""
-    parts = [machine(results), goals_table(results)]
+    parts = [machine(results.rows), goals_table(results)]
+    mixed = len(processors(results.rows)) > 1
     for name, rows in results.comparisons.items():
-        parts += [f"### {TITLES[name]}", comparison_table(rows)]
+        parts.append(f"### {TITLES[name]}")
+        if mixed:
+            parts.append(f"On {' and '.join(processors(rows))}.")
+        parts.append(comparison_table(rows))
         if images is not None:
             parts.append(f"![{TITLES[name]}]({images}bench_{name}.png)")
     return "\n\n".join(parts)
@@ -310,6 +320,6 @@ def main() -> None:
         print(report(results))
         return
     for name, rows in results.comparisons.items():
-        plot(name, rows, machine(results), IMAGES)
+        plot(name, rows, machine(rows), IMAGES)
     write_section(PERFORMANCE, SECTION, report(results, images="images/"))
-    print(machine(results), goals_table(results), sep="\n\n")
+    print(machine(results.rows), goals_table(results), sep="\n\n")

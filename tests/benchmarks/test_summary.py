@@ -68,6 +68,19 @@ def test_report_and_plots(folder):
     )
 
 
+def test_every_number_stands_beside_its_processor(folder):
+    results = summary.SavedResults(folder)
+    (here,) = summary.processors(results.rows)
+    assert "\nOn " not in summary.report(results)
+    for row in results.comparisons["ms_deform_attn"]:
+        row["cpu"] = "another processor"
+    report = summary.report(results)
+    assert f"`make bench` on {' and '.join(sorted((here, 'another processor')))}, " in report
+    sections = {part.partition("\n")[0]: part for part in report.split("### ")[1:]}
+    assert "\nOn another processor.\n" in sections[summary.TITLES["ms_deform_attn"]]
+    assert f"\nOn {here}.\n" in sections[summary.TITLES["grouped_attention"]]
+
+
 def test_sections_of_documents(tmp_path):
     document = tmp_path / "document.md"
     document.write_text("before\n\n<!-- a:begin -->\n\nold\n\n<!-- a:end -->\n\nafter\n")
