@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from .data import AugmentationConfig, collate, eval_transforms
 from .data.images import ChannelOrder, ImageLike, as_rgb
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
+from .models.detector import Detector
 from .models.postprocess import check_selection
 
-__all__ = ["EVAL_SETTINGS", "InferenceSettings", "class_table", "describe_model", "load_model", "predict"]
+__all__ = [
+    "EVAL_SETTINGS",
+    "InferenceSettings",
+    "class_table",
+    "describe_model",
+    "load_model",
+    "predict",
+    "settings_of",
+]
 
 # The settings of AugmentationConfig that inference needs; checkpoints carry them under "evaluation".
 EVAL_SETTINGS = ("eval_short_side", "eval_max_size", "image_mean", "image_std")
@@ -104,7 +113,7 @@ def load_model(
     num_groups: int = 1,
     device: torch.device | str | None = None,
     **settings: Any,
-) -> nn.Module:
+) -> Detector:
     """Build the detector that a checkpoint is of, and load it, for inference.
 
     Args:
@@ -129,7 +138,7 @@ def load_model(
     changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
     detector = build_detector(header, num_groups=num_groups, **changes)
     load_checkpoint(detector, checkpoint)
-    detector.inference_settings = InferenceSettings.from_header(header)
+    cast(Any, detector).inference_settings = InferenceSettings.from_header(header)
     return detector.to(device).eval()
 
 
@@ -144,6 +153,12 @@ def _find_device(device: torch.device | str | None) -> torch.device | str:
             f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda where there is a GPU"
         ) from None
     return device
+
+
+def settings_of(model: nn.Module) -> InferenceSettings:
+    """What the checkpoint of a model said that :func:`load_model` made; the defaults for another model."""
+    settings = getattr(model, "inference_settings", None)
+    return settings if isinstance(settings, InferenceSettings) else InferenceSettings()
 
 
 @torch.no_grad()
@@ -188,11 +203,12 @@ def predict(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_selection(top_k, score_threshold)
     if settings is None:
-        settings = getattr(model, "inference_settings", InferenceSettings())
+        settings = settings_of(model)
     single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     transform = eval_transforms(settings.augmentation)
     device = next(model.parameters()).device
-    remaining, detections = [images] if single else images, []
+    remaining = cast(Iterable[ImageLike], [images] if single else images)
+    detections: list[dict[str, Tensor]] = []
     with _in_eval_mode(model):
         # One image after another, and by map, which keeps none: a large one is gone before the next is read.
         samples = map(partial(_sample, transform=transform, channel_order=channel_order), remaining)

@@ -6,27 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses.matcher import GroupMatcher, Matching
-from ..models.conditional_detr import ConditionalDetr
+from ..models.detector import Detector
 
-__all__ = ["DistanceRecorder", "has_positions", "matching_distance", "perturbation_distance", "query_positions"]
+__all__ = ["DistanceRecorder", "matching_distance", "perturbation_distance", "query_positions"]
 
 COLUMNS = ("step", "perturbation_distance", "matching_distance")
 
 
-def has_positions(model: nn.Module) -> bool:
-    """Whether the queries of a model have learned positions (of the paper's detectors, not DINO and Mask2Former)."""
-    return isinstance(model, ConditionalDetr) or hasattr(model, "refpoint_embed")
-
-
 @torch.no_grad()
-def query_positions(model: nn.Module) -> Tensor:
+def query_positions(model: Detector) -> Tensor:
     """P(q) of equations 6 and 7: the learned reference points of all groups.
 
     Args:
-        model: a Conditional DETR, or a detector with learned anchors, of which the centres are taken.
+        model: a detector whose queries have learned positions: of the paper's all but DINO and Mask2Former.
 
     Returns:
         ``[K, N, 2]``, x and y relative to the image.
@@ -34,13 +29,10 @@ def query_positions(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if the model's queries have no learned positions.
     """
-    if not has_positions(model):
+    positions = model.query_positions()
+    if positions is None:
         raise ValueError(f"the queries of {type(model).__name__} have no learned positions")
-    if isinstance(model, ConditionalDetr):
-        positions = model.decoder.ref_point_head(model.query_embed.weight)
-    else:
-        positions = model.refpoint_embed.weight[:, :2]
-    return positions.float().sigmoid().unflatten(0, (model.config.num_groups, model.config.num_queries))
+    return positions.unflatten(0, (model.config.num_groups, model.config.num_queries))
 
 
 def perturbation_distance(positions: Tensor) -> Tensor:
@@ -108,11 +100,11 @@ class DistanceRecorder:
         self.every = every
         self._begun = False
 
-    def __call__(self, step: int, model: nn.Module, output: Any, targets: Any) -> None:
+    def __call__(self, step: int, model: Any, output: Any, targets: Any) -> None:
         """Record, if it is time to: see ``Trainer``."""
         if not self._begun:
             self._begin(step)
-        if (step != 1 and step % self.every) or not has_positions(model) or not any(targets.sizes):
+        if (step != 1 and step % self.every) or model.query_positions() is None or not any(targets.sizes):
             return
         positions = query_positions(model)
         matching = self.matcher(output.logits[-1].detach(), output.boxes[-1].detach(), targets, output.groups)

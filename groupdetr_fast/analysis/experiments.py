@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..losses.matcher import Assignment
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
 from .run import Run, RunResults
@@ -24,13 +25,15 @@ __all__ = [
 Row = dict[str, Any]
 
 # Table 7: the name of each row, whether self-attention stays inside the groups, and how targets are assigned.
-VARIANTS = {
+VARIANTS: dict[str, tuple[bool, Assignment]] = {
     "one group": (False, "one_to_one"),
     "neither (naive one-to-many)": (False, "one_to_many"),
     "separate self-attention only": (True, "one_to_many"),
     "group assignment only": (False, "group"),
     "both (Group DETR)": (True, "group"),
 }
+
+ASSIGNMENTS: tuple[Assignment, ...] = ("one_to_one", "one_to_many", "group")  # of figure 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Cell:
 
 
 def with_groups(
-    training: CocoTrainingConfig, num_groups: int, *, separate: bool = True, assignment: str = "group"
+    training: CocoTrainingConfig, num_groups: int, *, separate: bool = True, assignment: Assignment = "group"
 ) -> CocoTrainingConfig:
     """The same training with ``num_groups`` times as many queries, in which each object has as many positives.
 
@@ -58,12 +61,12 @@ def with_groups(
     positives = None
     if assignment != "one_to_one" and not separate:
         positives = num_groups
-    layout = {"num_groups": num_groups, "num_queries": size}
     if not separate:
-        layout = {"num_groups": 1, "num_queries": num_groups * size}
+        num_groups, size = 1, num_groups * size
         if assignment == "one_to_one":
             assignment = "group"  # of all queries as one group
-    return replace(training, model=replace(training.model, **layout), assignment=assignment, positives=positives)
+    layout = replace(training.model, num_groups=num_groups, num_queries=size)
+    return replace(training, model=layout, assignment=assignment, positives=positives)
 
 
 def group_cells(
@@ -87,7 +90,7 @@ def assignment_cells(training: CocoTrainingConfig, groups: Sequence[int], seeds:
     cells = []
     for seed in seeds:
         for num_groups in groups:
-            for assignment in ("one_to_one", "one_to_many", "group"):
+            for assignment in ASSIGNMENTS:
                 config = with_groups(training, num_groups, separate=assignment == "group", assignment=assignment)
                 labels = {"assignment": assignment, "queries": num_groups * size, "seed": seed}
                 cells.append(Cell(labels, _seeded(config, seed)))
@@ -132,7 +135,7 @@ def average(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str], *, 
         ``<value>_std`` (sample standard deviation; None for a single row). Missing numbers (None, nan) are left out;
         None if none is left.
     """
-    together: dict[tuple, list[Row]] = {}
+    together: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         together.setdefault(tuple(row[key] for key in keys), []).append(row)
     averages = []

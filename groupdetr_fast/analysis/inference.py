@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
 from ..data import CocoDataset
-from ..evaluation.coco import CocoEvaluator
+from ..evaluation.coco import CocoEvaluator, IouType
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
+from ..models.detector import Detector
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
 from ..runs.loaders import evaluation_loader, evaluation_set
@@ -74,8 +75,8 @@ def evaluate_usages(config: CocoTrainingConfig, checkpoint: Path, nms_threshold:
     one = everything
     if groups.num_groups > 1:
         # The same rows of queries as groups that do not see each other.
-        layout = {"num_groups": groups.num_groups, "num_queries": groups.queries_per_group}
-        model = _load(replace(config, model=replace(config.model, **layout)), checkpoint, data)
+        layout = replace(config.model, num_groups=groups.num_groups, num_queries=groups.queries_per_group)
+        model = _load(replace(config, model=layout), checkpoint, data)
         one = data.evaluate(model, _detect_with_one, nms_threshold)
     return {"one_group": one.plain, "one_group_nms": one.suppressed, **results}
 
@@ -92,7 +93,7 @@ def evaluate_groups(config: CocoTrainingConfig, checkpoint: Path) -> list[dict[s
 @dataclass
 class _Metrics:
     plain: dict[str, Any]
-    suppressed: dict[str, Any] | None
+    suppressed: dict[str, Any]  # empty where nothing was to be suppressed
 
 
 @dataclass
@@ -100,18 +101,18 @@ class _EvaluationData:
     """The evaluation set of a training, and how it is evaluated."""
 
     dataset: CocoDataset
-    loader: DataLoader
-    iou_type: str
+    loader: DataLoader[Any]
+    iou_type: IouType
     top_k: int
 
     @classmethod
     def load(cls, config: CocoTrainingConfig) -> "_EvaluationData":
         dataset = evaluation_set(config)
-        iou_type = "segm" if config.model.predicts_masks else "bbox"
+        iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
         return cls(dataset, evaluation_loader(dataset, config), iou_type, config.top_k)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, detect: Callable[..., Output], nms_threshold: float | None = None) -> _Metrics:
+    def evaluate(self, model: Detector, detect: Callable[..., Output], nms_threshold: float | None = None) -> _Metrics:
         plain, suppressed = (self._evaluator() for _ in range(2))
         for image_ids, sizes, output in self._outputs(model, detect):
             plain.update(image_ids, postprocess(output, sizes, top_k=self.top_k))
@@ -119,12 +120,12 @@ class _EvaluationData:
                 candidates = postprocess(output, sizes, top_k=NMS_CANDIDATES)
                 left = [suppress_duplicates(detections, nms_threshold) for detections in candidates]
                 suppressed.update(image_ids, [{k: v[: self.top_k] for k, v in each.items()} for each in left])
-        return _Metrics(plain.summarize(), None if nms_threshold is None else suppressed.summarize())
+        return _Metrics(plain.summarize(), {} if nms_threshold is None else suppressed.summarize())
 
     def _evaluator(self) -> CocoEvaluator:
         return CocoEvaluator(self.dataset.coco, self.iou_type, category_ids=self.dataset.category_ids)
 
-    def _outputs(self, model: nn.Module, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
+    def _outputs(self, model: Detector, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
         device = next(model.parameters()).device
         for batch in self.loader:
             moved = batch.to(device)
@@ -136,16 +137,16 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     model.load_state_dict(load_file(checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint))
 
 
-def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> nn.Module:
+def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:
     model = config.model.build_empty(data.dataset.num_classes)
     load_weights(model, checkpoint)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _detect_with_one(model: nn.Module, images: Tensor, masks: Tensor, group: int = 0) -> Output:
+def _detect_with_one(model: Detector, images: Tensor, masks: Tensor, group: int = 0) -> Output:
     return model(images, masks, num_groups=1, inference_group=group)
 
 
-def _detect_with_all(model: nn.Module, images: Tensor, masks: Tensor) -> Output:
+def _detect_with_all(model: Detector, images: Tensor, masks: Tensor) -> Output:
     output = model(images, masks, num_groups=model.config.num_groups)
     return replace(output, groups=QueryGroups(1, output.groups.matching_length))

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from ..build import build_criterion
 from ..files import read_json, write_json
+from ..losses.matcher import GroupMatcher
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_plain
@@ -48,7 +49,7 @@ class Run:
     training: CocoTrainingConfig
     nms_threshold: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         neutral = replace(
             self.training,
             optimization=self.training.optimization.resolved(),
@@ -65,7 +66,7 @@ class Run:
         """Name of the run's folder: what differs most between runs, and a digest of all settings of the training."""
         model, optimization = self.training.model, self.training.optimization
         queries = model.num_queries or model_config(model.model).num_queries
-        assignment = self.training.assignment
+        assignment: str = self.training.assignment
         if self.training.positives is not None:
             assignment += f"-p{self.training.positives}"
         digest = hashlib.sha256(json.dumps(to_json(self.training), sort_keys=True).encode()).hexdigest()[:8]
@@ -109,13 +110,13 @@ class RunResults:
         usages: metrics of the last checkpoint, see ``inference.evaluate_usages``.
         distances: see ``distances.DistanceRecorder``; empty for a run with one group, with queries without positions,
             or with ``groups_per_pass``.
-        checkpoint: folder of the last checkpoint.
+        checkpoint: folder of the last checkpoint; None if it is gone.
     """
 
     epochs: list[dict[str, Any]]
     usages: dict[str, dict[str, Any]]
     distances: list[dict[str, float]]
-    checkpoint: Path
+    checkpoint: Path | None
 
     @classmethod
     def read(cls, folder: Path) -> "RunResults":
@@ -126,6 +127,12 @@ class RunResults:
             read_distances(folder / DISTANCES),
             latest_checkpoint(folder),
         )
+
+    def weights(self) -> Path:
+        """The last checkpoint, where a measurement needs it."""
+        if self.checkpoint is None:
+            raise RunError("a finished run has no checkpoint: remove its folder, and the same command makes it again")
+        return self.checkpoint
 
 
 def execute(folder: Path) -> None:
@@ -152,13 +159,17 @@ def _train(run: Run, folder: Path) -> None:
     recorder = None
     # The distances need all groups of a batch at once.
     if config.model.num_groups > 1 and not config.optimization.groups_per_pass:
-        matcher = replace(build_criterion(model_config(config.model.model)).matcher, assignment="group", positives=None)
-        recorder = DistanceRecorder(folder / DISTANCES, matcher, DISTANCES_EVERY)
+        matcher = build_criterion(model_config(config.model.model)).matcher
+        if isinstance(matcher, GroupMatcher):
+            matcher = replace(matcher, assignment="group", positives=None)
+            recorder = DistanceRecorder(folder / DISTANCES, matcher, DISTANCES_EVERY)
     train(config, observe=recorder)
 
 
 def _measure(run: Run, folder: Path) -> None:
     last = latest_checkpoint(folder)
+    if last is None:
+        raise RunError(f"{folder} has no checkpoint of its training: remove it, and the sweep makes the run again")
     usages = evaluate_usages(run.training, last, run.nms_threshold)
     for checkpoint in last.parent.glob("epoch_*"):
         if checkpoint != last:

@@ -69,9 +69,9 @@ class EvalCommand:
         Raises:
             ValueError: if there is no checkpoint or two, or neither it nor the flags name the detector.
         """
-        if (self.checkpoint is None) == (self.load is None):
-            raise ValueError("name one checkpoint: groupdetr eval CHECKPOINT")
         checkpoint = self.checkpoint or self.load
+        if checkpoint is None or None not in (self.checkpoint, self.load):
+            raise ValueError("name one checkpoint: groupdetr eval CHECKPOINT")
         header = describe_model(checkpoint, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from ..models.inference_graph import export_onnx, export_program
-from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model
+from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model, settings_of
 from .flags import DetectorFlags
 
 __all__ = ["ExportCommand"]
@@ -43,7 +43,7 @@ class ExportCommand(DetectorFlags):
         for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node
             logging.getLogger(name).setLevel(logging.ERROR)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        described = _describe(model.inference_settings)
+        described = _describe(settings_of(model))
         if self.output.suffix == ".pt2":
             program = export_program(model, self.image_size, masks=self.masks)
             torch.export.save(program, self.output, extra_files=described)

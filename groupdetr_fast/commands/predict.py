@@ -26,7 +26,7 @@ from ..evaluation.visualize import (
 )
 from ..files import read_json, write_whole
 from ..models.postprocess import check_selection
-from ..prediction import InferenceSettings, load_model, predict
+from ..prediction import InferenceSettings, load_model, predict, settings_of
 from .flags import DetectorFlags
 
 __all__ = ["PredictCommand", "find_images"]
@@ -87,7 +87,7 @@ class PredictCommand(DetectorFlags):
         check_selection(self.top_k, self.score_threshold)
         paths = find_images(self.images, besides=self.output)
         model = load_model(self.checkpoint, device=self.device, **self.detector_settings())
-        settings = self._settings(model.inference_settings)
+        settings = self._settings(settings_of(model))
         writer = _Writer(self, settings)
         unreadable: list[Path] = []
         for start in range(0, len(paths), self.batch_size):
@@ -100,6 +100,7 @@ class PredictCommand(DetectorFlags):
                 batch_size=self.batch_size,
                 settings=settings,
             )
+            assert isinstance(detections, list)  # as those of several images are
             for image, detection in zip(images, detections, strict=True):
                 writer.add(image, detection)
         writer.finish()
@@ -178,9 +179,14 @@ def _read(paths: Sequence[Path], images: list[_Image], unreadable: list[Path]) -
             logger.warning("%s", error)
             unreadable.append(path)
             continue
-        images.append(_Image(path, tuple(pixels.shape[1:]), reduce_image(pixels, PICTURE_PIXELS)))
+        images.append(_Image(path, _size(pixels), reduce_image(pixels, PICTURE_PIXELS)))
         yield pixels
         del pixels  # before the next image is read
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    height, width = image.shape[1:]
+    return height, width
 
 
 class _Writer:
@@ -199,7 +205,7 @@ class _Writer:
         detection = {name: value for name, value in detection.items() if name != "class_names"}
         image_id = len(self.content["images"]) + 1
         height, width = image.size
-        entry = {"id": image_id, "file_name": str(image.path), "width": width, "height": height}
+        entry: dict[str, Any] = {"id": image_id, "file_name": str(image.path), "width": width, "height": height}
         self.content["images"].append(entry)
         results = to_coco_results([image_id], [detection], self.settings.category_ids)
         for index, result in enumerate(results):
@@ -209,21 +215,21 @@ class _Writer:
             number = len(self.content["annotations"]) + 1
             self.content["annotations"].append({"id": number, **result, "area": area, "iscrowd": 0})
         if self.command.annotated:
-            entry["picture"] = f"{PICTURES}/{self._file_name(image.path)}"
-            target = self.command.output / entry["picture"]
-            shown = scale_objects(detection, image.size, tuple(image.picture.shape[1:]))
+            entry["picture"] = picture = f"{PICTURES}/{self._file_name(image.path)}"
+            target = self.command.output / picture
+            shown = scale_objects(detection, image.size, _size(image.picture))
             draw_image(image.picture, shown, self.settings.class_names, target, self.command.score_threshold)
         if len(self.thumbnails) < self.command.contact_sheet:
             thumbnail = reduce_image(image.picture, CELL_PIXELS)
-            self.thumbnails.append((thumbnail, scale_objects(detection, image.size, tuple(thumbnail.shape[1:]))))
+            self.thumbnails.append((thumbnail, scale_objects(detection, image.size, _size(thumbnail))))
 
     def finish(self) -> None:
         self.content["categories"] = self._categories()
         write_whole(self.command.output / JSON, json.dumps(self.content) + "\n")
         if self.thumbnails:
-            images, detections = zip(*self.thumbnails, strict=True)
+            pictures, detections = zip(*self.thumbnails, strict=True)
             names, sheet = self.settings.class_names, self.command.output / SHEET
-            draw_detections(images, None, detections, names, sheet, self.command.score_threshold)
+            draw_detections(pictures, None, detections, names, sheet, self.command.score_threshold)
         images, annotations = len(self.content["images"]), len(self.content["annotations"])
         print(f"{annotations} detections in {images} images: {self.command.output}")
 
@@ -232,7 +238,7 @@ class _Writer:
         earlier = read_json(self.command.output / JSON)
         images = earlier.get("images") if isinstance(earlier, dict) else None
         for entry in images if isinstance(images, list) else ():
-            picture = entry.get("picture") if isinstance(entry, dict) else None
+            picture: Any = entry.get("picture") if isinstance(entry, dict) else None
             if is_inside(picture) and Path(picture).parent == Path(PICTURES):
                 (self.command.output / picture).unlink(missing_ok=True)
         if isinstance(images, list):

@@ -23,7 +23,7 @@ class RecipesCommand:
         if self.name is not None:
             print(find_recipe(self.name).config().as_yaml(), end="")
             return
-        rows = [("recipe", "K", "N", "epochs", "drop", "batch", "AP", "baseline")]
+        rows: list[tuple[str, ...]] = [("recipe", "K", "N", "epochs", "drop", "batch", "AP", "baseline")]
         for name, recipe in RECIPES.items():
             drops = "/".join(f"{epoch:g}" for epoch in recipe.lr_drop)
             numbers = (recipe.num_groups, recipe.num_queries, recipe.epochs, drops, recipe.images_per_step)

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -208,7 +208,7 @@ def _file_name(path: Path, image: dict) -> str:
     return name
 
 
-def is_inside(name: Any) -> bool:
+def is_inside(name: Any) -> TypeGuard[str]:
     """Whether a value is the name of a file that lies in the folder which it is relative to."""
     # The Windows flavour knows both separators and drives, so that one check serves every system.
     parsed = PureWindowsPath(name) if isinstance(name, str) else None

@@ -94,3 +94,7 @@ class ConditionalDetr(SingleLevelDetr):
         center = (offsets[..., :2] + inverse_sigmoid(reference.sigmoid())).sigmoid()
         boxes = torch.cat((center, offsets[..., 2:].sigmoid()), dim=-1)
         return DetectorOutput(self.class_embed(outputs), boxes, groups)
+
+    def query_positions(self) -> Tensor:
+        """See :meth:`Detector.query_positions`."""
+        return self.decoder.ref_point_head(self.query_embed.weight).float().sigmoid()

@@ -40,7 +40,7 @@ class BaseConfig:
     dilation: bool = False
     frozen_stages: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -92,7 +92,7 @@ class DenoisingConfig(DetectorConfig):
     box_noise: float = 0.4
     denoising_scope: Literal["first", "every"] = "first"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.denoising_queries < 0:
             raise ValueError(f"denoising_queries must not be negative, got {self.denoising_queries}")

@@ -103,7 +103,9 @@ class DabDeformableDetr(DeformableDetector):
         self.bbox_embed = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(layers))
         initialize_deformable(self.decoder)
         initialize_heads(self.class_embed, self.bbox_embed)
-        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2)  # the first layer makes the anchors smaller
+        nn.init.constant_(
+            self.bbox_embed.get_parameter("0.layers.2.bias")[2:], -2
+        )  # the first layer makes the anchors smaller
 
     def decode(
         self,
@@ -119,3 +121,7 @@ class DabDeformableDetr(DeformableDetector):
         contents, boxes = self.decoder(content, anchors, tokens, levels, groups, self.bbox_embed)
         logits = torch.stack([head(layer) for head, layer in zip(self.class_embed, contents, strict=True)])
         return DetectorOutput(logits, boxes, groups)
+
+    def query_positions(self) -> Tensor:
+        """See :meth:`Detector.query_positions`."""
+        return self.refpoint_embed.weight[:, :2].float().sigmoid()

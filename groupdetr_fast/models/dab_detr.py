@@ -124,6 +124,10 @@ class DabDetr(SingleLevelDetr):
         boxes = (self.bbox_embed(outputs) + inverse_sigmoid(entered, ANCHOR_EPS)).sigmoid()
         return DetectorOutput.from_sequence(self.class_embed(outputs), boxes, groups, denoising)
 
+    def query_positions(self) -> Tensor:
+        """See :meth:`Detector.query_positions`."""
+        return self.refpoint_embed.weight[:, :2].float().sigmoid()
+
     def _queries(
         self, anchors: Tensor, groups: QueryGroups, batch_size: int, targets: PackedTargets | None
     ) -> tuple[Tensor, Tensor, DenoisingQueries | None]:

@@ -33,7 +33,7 @@ class DeformableConfig(DetectorConfig):
     input_norm: bool = True
     position_temperature: float = 10000.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_points < 1:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")

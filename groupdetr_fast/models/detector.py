@@ -88,6 +88,15 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def query_positions(self) -> Tensor | None:
+        """Where the queries of all groups start to look: the centres of learned reference points or anchors.
+
+        Returns:
+            ``[K * N, 2]`` float32, x and y relative to the image, group-major; None for a detector whose queries have
+            no positions of their own.
+        """
+        return None
+
     def _choose_groups(self, num_groups: int | None, inference_group: int) -> tuple[QueryGroups, int]:
         """The layout of a forward pass and the first group that it uses."""
         total = self.config.num_groups

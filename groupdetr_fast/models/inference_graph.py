@@ -115,5 +115,6 @@ def export_onnx(
         output_names=["logits", "boxes"],
         verbose=False,
     )
+    assert exported is not None  # which it is for other exporters alone
     exported.model.metadata_props.update(metadata or {})
     exported.save(path)

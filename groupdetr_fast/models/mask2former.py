@@ -70,7 +70,7 @@ class Mask2FormerConfig(BaseConfig):
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_levels", "num_points", "encoder_dim_feedforward", "loss_points"):
             if getattr(self, name) < 1:
@@ -112,8 +112,8 @@ class PixelDecoder(nn.Module):
         self.mask_features = nn.Conv2d(dim, dim, 1)
         initialize_deformable(self.encoder)
         for convolution in (self.lateral[0], self.smooth[0], self.mask_features):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+            nn.init.kaiming_uniform_(convolution.get_parameter("weight"), a=1)
+        nn.init.zeros_(self.mask_features.get_parameter("bias"))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Decode.
@@ -176,13 +176,13 @@ class MaskedCrossAttention(nn.Module):
             ``[B, L, d]``.
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        heads = (
+        query, key, value = (
             split_heads(F.linear(x, weight, bias), self.num_heads).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         # One mask for all heads: it is broadcast, not repeated.
         out = F.scaled_dot_product_attention(
-            *heads, attn_mask=visible[:, None], dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=visible[:, None], dropout_p=self.dropout if self.training else 0.0
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -281,9 +281,9 @@ class Mask2FormerDecoder(nn.Module):
         contents = [self.norm(content)]
         embeddings = [mask_embed(contents[-1])]
         for index, layer in enumerate(self.layers):
-            level = index % len(memory.maps)
-            visible = visible_tokens(embeddings[-1], features[level])
-            content = layer(content, query_pos, keys[level], values[level], visible, groups)
+            turn = index % len(memory.maps)
+            visible = visible_tokens(embeddings[-1], features[turn])
+            content = layer(content, query_pos, keys[turn], values[turn], visible, groups)
             contents.append(self.norm(content))
             embeddings.append(mask_embed(contents[-1]))
         return torch.stack(contents), torch.stack(embeddings)

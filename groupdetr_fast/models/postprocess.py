@@ -59,8 +59,11 @@ def postprocess(
     batch, sizes = out.logits.shape[1], torch.as_tensor(image_sizes)
     if sizes.shape != (batch, 2):
         raise ValueError(f"image_sizes must have shape [{batch}, 2], got {list(sizes.shape)}")
-    detect = _detect_masks if isinstance(out, SegmentationOutput) else _detect_boxes
-    detections = detect(out, sizes, top_k, slice(*out.groups.group_range(group)))
+    rows = slice(*out.groups.group_range(group))
+    if isinstance(out, SegmentationOutput):
+        detections = _detect_masks(out, sizes, top_k, rows)
+    else:
+        detections = _detect_boxes(out, sizes, top_k, rows)
     if score_threshold > 0:
         for detection in detections:
             kept = detection["scores"] >= score_threshold
@@ -79,7 +82,7 @@ def _detect_boxes(out: DetectorOutput, image_sizes: Tensor, top_k: int, rows: sl
 def _detect_masks(out: SegmentationOutput, image_sizes: Tensor, top_k: int, rows: slice) -> list[dict[str, Tensor]]:
     scores, labels, queries = _best_pairs(out.logits[-1, :, rows].float().softmax(-1)[..., :-1], top_k)
     embeddings, features = out.mask_embeddings[-1, :, rows].float(), out.mask_features.float()
-    frame = out.padding.shape[1:]
+    frame = (out.padding.shape[1], out.padding.shape[2])
     # Images lie in the upper left corner of the frame.
     inner_sizes = torch.stack(((~out.padding[:, :, 0]).sum(1), (~out.padding[:, 0]).sum(1)), dim=1).tolist()
     detections = []

@@ -65,10 +65,10 @@ class SingleLevelDetr(Detector):
         features = self.input_norm(self.input_proj(self.backbone(images)[-1]))  # [B, d, h, w]
         dim, height, width = features.shape[1:]
         if masks is None:
-            padding = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
+            outside = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
         else:
-            padding = F.interpolate(masks[:, None].to(images.dtype), size=(height, width))[:, 0].bool()
-        position = image_position_embedding(padding, dim, self.position_temperature, features.dtype).flatten(1, 2)
+            outside = F.interpolate(masks[:, None].to(images.dtype), size=(height, width))[:, 0].bool()
+        position = image_position_embedding(outside, dim, self.position_temperature, features.dtype).flatten(1, 2)
         tokens = features.flatten(2).transpose(1, 2)
-        padding = None if masks is None else padding.flatten(1)
+        padding = None if masks is None else outside.flatten(1)
         return Memory(self.encoder(tokens, position, padding), position, padding)

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..losses.matcher import Assignment
 from ..models import build_model, load_checkpoint, model_config
 from ..models.checkpoints import CheckpointHeader
+from ..models.detector import Detector
 from ..models.postprocess import check_selection
 from ..training.optimization import OptimizationConfig
 from .config_file import to_yaml
@@ -92,7 +91,7 @@ class ModelConfig:
         """Whether the detector predicts masks, and not boxes."""
         return model_config(self.model).predicts_masks
 
-    def build(self, num_classes: int) -> nn.Module:
+    def build(self, num_classes: int) -> Detector:
         """The detector as a training begins with it, with the weights of ``load`` if that is given."""
         model = self._build(num_classes)
         if self.load is not None:
@@ -106,11 +105,11 @@ class ModelConfig:
             )
         return model
 
-    def build_empty(self, num_classes: int) -> nn.Module:
+    def build_empty(self, num_classes: int) -> Detector:
         """The detector with random weights everywhere, for those of a checkpoint to replace."""
         return replace(self, backbone_weights=None)._build(num_classes)
 
-    def _build(self, num_classes: int) -> nn.Module:
+    def _build(self, num_classes: int) -> Detector:
         own = ("model", "num_groups", "load", "new_class_head")
         overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         overrides = {name: value for name, value in overrides.items() if value is not None}

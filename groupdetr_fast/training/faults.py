@@ -42,7 +42,7 @@ class StopRequest:
         received: whether a signal has come.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = False
         self._previous: dict[int, Any] = {}
 

@@ -92,7 +92,7 @@ class Sweep(Analysis):
     evaluate_every: int = 1
     top_k: int = CocoTrainingConfig.top_k
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         if not 0 <= self.nms_threshold <= 1:

@@ -24,7 +24,7 @@ class GroupApCommand(OfCheckpoint):
         checkpoint = self.given_checkpoint()
         if checkpoint is None:
             models = {
-                f"seed {cell.labels['seed']}": (cell.training, results.checkpoint)
+                f"seed {cell.labels['seed']}": (cell.training, results.weights())
                 for cell, _, results in self.make(self.own_cells(self.seed_range()))
             }
         else:

@@ -21,7 +21,7 @@ class ReferencePointsCommand(OfCheckpoint):
         source = f"checkpoint {checkpoint}"
         if checkpoint is None:
             _, run, results = self.make(self.own_cells([self.optimization.seed]))[0]
-            checkpoint, source = results.checkpoint, f"run {run.name}"
+            checkpoint, source = results.weights(), f"run {run.name}"
         header = header_of(checkpoint)
         model = build_detector(header)
         load_weights(model, checkpoint)

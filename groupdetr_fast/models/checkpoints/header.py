@@ -50,7 +50,7 @@ class CheckpointHeader:
     model: str | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
     categories: list[dict[str, Any]] = field(default_factory=list)
-    labels: str = "category_id"
+    labels: Literal["contiguous", "category_id"] = "category_id"
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     AP: float | None = None
@@ -130,8 +130,8 @@ def _check_evaluation(header: CheckpointHeader) -> None:
 
 
 def _check_model(header: CheckpointHeader) -> None:
-    known = header.model in model_names()
-    hints = get_type_hints(type(model_config(header.model))) if known else {}
+    known = header.model if header.model in model_names() else None
+    hints = {} if known is None else get_type_hints(type(model_config(known)))
     for name, value in header.model_config.items():
         largest = _LARGEST.get(name, _LARGEST_SETTING)
         # For a setting that is not known what any has; whoever builds the detector refuses it.
@@ -140,8 +140,8 @@ def _check_model(header: CheckpointHeader) -> None:
         _require(f"model_config.{name}", value, expected, any(_fits(value, option, largest) for option in options))
     backbone = header.model_config.get("backbone", "resnet50")
     _require("model_config.backbone", backbone, "the name of a backbone", _is_backbone(backbone))
-    if known:
-        count = _count_parameters(header.model, json.dumps(header.model_config))
+    if known is not None:
+        count = _count_parameters(known, json.dumps(header.model_config))
         if count > _MOST_PARAMETERS:
             raise ValueError(
                 f"the header is of a model with {count} parameters, and at most {_MOST_PARAMETERS} are built"

@@ -47,8 +47,8 @@ def read_numpy_pickle(path: Path) -> dict[str, Any]:
     return _with_tensors(content)
 
 
-def _with_tensors(content: dict) -> dict:
-    converted = {}
+def _with_tensors(content: dict[Any, Any]) -> dict[str, Any]:
+    converted: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):
             value = _with_tensors(value)

@@ -36,7 +36,7 @@ class CheckpointFile:
     num_queries: int | None = None
     num_groups: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_queries", "num_groups"):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and 1 <= value <= _MOST_ROWS):
