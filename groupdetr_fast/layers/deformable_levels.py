@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from .position import image_position_embedding
 
-__all__ = ["InputProjections", "Levels", "join_levels", "norm_groups", "token_anchors"]
-
-ANCHOR_SIZE = 0.05  # of the tokens of the finest level, as a share of the image; it doubles with each level
+__all__ = ["InputProjections", "Levels", "join_levels", "norm_groups"]
 
 
 class Levels(NamedTuple):
@@ -119,25 +117,6 @@ def join_levels(
         centers=torch.cat(centers, dim=1),
     )
     return torch.cat(tokens, dim=1), torch.cat(positions, dim=1), levels
-
-
-def token_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
-    """The box that each token stands for in two-stage detectors (Deformable DETR, appendix A.4).
-
-    Returns:
-        Anchors ``[B or 1, S, 4]`` ``cxcywh`` before the sigmoid, and ``[B or 1, S]`` bool, which tokens have one:
-        padding and tokens at the very border have none, and infinity instead.
-    """
-    sizes = [
-        torch.full((height * width,), ANCHOR_SIZE * 2**level, device=levels.centers.device)
-        for level, (height, width) in enumerate(levels.shapes)
-    ]
-    size = torch.cat(sizes)[:, None].expand_as(levels.centers)
-    boxes = torch.cat((levels.centers, size), dim=-1)
-    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-    if levels.padding is not None:
-        valid = valid & ~levels.padding
-    return boxes.logit().where(valid[..., None], torch.inf), valid
 
 
 def _sizes_on_device(maps: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..groups import QueryGroups
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_decoder import DeformableDecoderLayer, boxes_in_levels
-from ..layers.deformable_levels import Levels, token_anchors
+from ..layers.deformable_levels import Levels
 from ..layers.denoising import DenoisingQueries, make_denoising_queries
 from ..layers.initialization import initialize_heads
 from ..layers.mlp import ANCHOR_EPS, MLP, inverse_sigmoid
@@ -29,7 +29,9 @@ from .deformable import DeformableConfig, DeformableDetector
 from .detector import group_rows
 from .output import DetectorOutput, EncoderOutput
 
-__all__ = ["Dino", "DinoConfig"]
+__all__ = ["Dino", "DinoConfig", "token_anchors"]
+
+ANCHOR_SIZE = 0.05  # of the tokens of the finest level, as a share of the image; it doubles with each level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,3 +287,22 @@ class Dino(DeformableDetector):
     def _encoder_features(self, tokens: Tensor, heads: slice) -> Tensor:
         """``[B, k, n, d]`` -> ``[B, k, n, d]``, each of the k groups by its own layers."""
         return self.enc_output_norm(self.enc_output(tokens, heads), heads)
+
+
+def token_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
+    """The box that each token stands for in two-stage detectors (Deformable DETR, appendix A.4).
+
+    Returns:
+        Anchors ``[B or 1, S, 4]`` ``cxcywh`` before the sigmoid, and ``[B or 1, S]`` bool, which tokens have one:
+        padding and tokens at the very border have none, and infinity instead.
+    """
+    sizes = [
+        torch.full((height * width,), ANCHOR_SIZE * 2**level, device=levels.centers.device)
+        for level, (height, width) in enumerate(levels.shapes)
+    ]
+    size = torch.cat(sizes)[:, None].expand_as(levels.centers)
+    boxes = torch.cat((levels.centers, size), dim=-1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+    if levels.padding is not None:
+        valid = valid & ~levels.padding
+    return boxes.logit().where(valid[..., None], torch.inf), valid

@@ -10,8 +10,9 @@ import groupdetr_fast as gd
 from groupdetr_fast.layers.deformable_attention import MultiScaleDeformableAttention, initialize_deformable
 from groupdetr_fast.layers.deformable_decoder import DeformableDecoderLayer, boxes_in_levels
 from groupdetr_fast.layers.deformable_encoder import DeformableEncoder
-from groupdetr_fast.layers.deformable_levels import InputProjections, join_levels, token_anchors
+from groupdetr_fast.layers.deformable_levels import InputProjections, join_levels
 from groupdetr_fast.layers.grouped_self_attention import GroupedSelfAttention
+from groupdetr_fast.models.dino import token_anchors
 from groupdetr_fast.testing import poisoned_memory
 
 DIM, HEADS, POINTS, FEEDFORWARD, QUERIES = 256, 8, 4, 64, 9

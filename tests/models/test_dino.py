@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import groupdetr_fast as gd
-from groupdetr_fast.layers.deformable_levels import token_anchors
-from groupdetr_fast.models.dino import GroupLayerNorm, GroupLinear, GroupMLP
+from groupdetr_fast.models.dino import GroupLayerNorm, GroupLinear, GroupMLP, token_anchors
 
 
 def small_dino(num_groups=3, **overrides):
