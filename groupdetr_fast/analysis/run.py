@@ -58,6 +58,7 @@ class Run:
             overwrite=False,
             eval_only=False,
             pictures=0,
+            report=False,
         )
         object.__setattr__(self, "training", neutral)
 

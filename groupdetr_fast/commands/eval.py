@@ -39,6 +39,7 @@ class EvalCommand:
         top_k: detections per image.
         output: folder for ``metrics.json``, ``detections.json`` and ``predictions.png``.
         pictures: images in ``predictions.png``; 0 for no picture.
+        report: whether to write ``index.html``, the page about the evaluation.
     """
 
     checkpoint: tyro.conf.Positional[Path | None] = None
@@ -59,6 +60,7 @@ class EvalCommand:
     top_k: int = CocoTrainingConfig.top_k
     output: Path = Path("runs/eval")
     pictures: int = CocoTrainingConfig.pictures
+    report: bool = CocoTrainingConfig.report
 
     def __call__(self) -> None:
         evaluate_checkpoint(self.config())
@@ -90,4 +92,5 @@ class EvalCommand:
             eval_only=True,
             top_k=self.top_k,
             pictures=self.pictures,
+            report=self.report,
         )

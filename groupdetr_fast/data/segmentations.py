@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-__all__ = ["Segmentation", "Segmentations", "parse_segmentation"]
+__all__ = ["Segmentation", "Segmentations", "parse_segmentation", "to_run_lengths"]
 
 Segmentation = list[np.ndarray] | dict[str, Any]  # polygons [x1, y1, x2, y2, ...], or compressed run lengths
 
@@ -86,6 +86,13 @@ def _decompress(text: str) -> list[int]:
     return counts
 
 
+def to_run_lengths(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
+    """The compressed run lengths of a segmentation in an image of this size."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return rle.merge(rle.frPyObjects(segmentation, height, width))
+
+
 @dataclass(frozen=True)
 class Segmentations:
     """Segmentations of ``M`` objects.
@@ -128,5 +135,4 @@ class Segmentations:
             return self.run_lengths[index]
         first, last = self.object_offsets[index : index + 2]
         bounds = self.polygon_offsets[first : last + 1]
-        polygons = [self.coordinates[a:b] for a, b in itertools.pairwise(bounds)]
-        return rle.merge(rle.frPyObjects(polygons, height, width))
+        return to_run_lengths([self.coordinates[a:b] for a, b in itertools.pairwise(bounds)], height, width)

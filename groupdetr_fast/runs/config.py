@@ -143,6 +143,7 @@ class CocoTrainingConfig:
         eval_batch_size: images per process that are evaluated at a time, padded to one size; None for ``batch_size``.
         top_k: detections per image in evaluation.
         pictures: images in ``predictions.png``; 0 for no picture.
+        report: whether to write ``index.html``, the page about the run, at its end.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -165,6 +166,7 @@ class CocoTrainingConfig:
     eval_batch_size: int | None = None
     top_k: int = 100
     pictures: int = 12
+    report: bool = True
 
     def __post_init__(self):
         if self.resume and self.overwrite:

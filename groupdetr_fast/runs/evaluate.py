@@ -25,6 +25,7 @@ from ..training.engine import build_accelerator
 from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_set
+from .report import write_report
 
 __all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
 
@@ -62,6 +63,8 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
         write_json(config.output / METRICS_FILE, metrics)
         print(format_table(metrics))
         print(_per_category(metrics["per_category"]))
+        if config.report and (page := write_report(config, dataset, metrics)):
+            print(f"report: {page}")
         print(f"results: {config.output}")
     return metrics
 

@@ -26,6 +26,7 @@ from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
 from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
+from .report import write_report
 
 __all__ = ["train"]
 
@@ -108,7 +109,10 @@ def _train(
     results = trainer.fit()
     if accelerator.is_main_process:
         if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
-            print(format_table(results["epochs"][-1]["metrics"]))
+            metrics = results["epochs"][-1]["metrics"]
+            print(format_table(metrics))
+            if config.report and (page := write_report(config, val_set, metrics, results["epochs"])):
+                print(f"report: {page}")
         if results["best_epoch"] is not None:
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")

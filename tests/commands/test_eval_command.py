@@ -24,7 +24,9 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     assert "loss nan" not in captured.out + captured.err
 
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
-    evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
+    assert f"report: {tmp_path / 'run' / 'index.html'}" in trained
+    assert "1 epochs in" in (tmp_path / "run" / "index.html").read_text()
+    evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0", "--no-report"]
     cli.main([str(argument) for argument in ["eval", *evaluation, *val]])
     table = re.compile(r"^.*Average.*$", re.MULTILINE)
     assert len(table.findall(trained)) >= 6
@@ -36,6 +38,8 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     cli.main([str(argument) for argument in ["eval", tmp_path / "run", "--output", tmp_path / "again", *val]])
     text = capsys.readouterr().out
     assert table.findall(text) == table.findall(trained)
+    assert "epochs in" not in (tmp_path / "again" / "index.html").read_text()
+    assert not (tmp_path / "eval" / "index.html").exists()
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["epochs"]
     assert metrics == rows[-1]["metrics"]
