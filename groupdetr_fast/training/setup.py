@@ -11,15 +11,17 @@ from torch import nn
 
 from .optimization import OptimizationConfig
 
-__all__ = ["build_accelerator", "send_buffers_only_if_trained"]
+__all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"]
 
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
     """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
 
     Raises:
-        ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing.
+        ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing; and if the launcher
+            asks for another precision than the configuration.
     """
+    config = config.as_launched().resolved()
     if config.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
         raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or no")
     # Accelerate keeps its precision in globals; a second run of one process may want another.
@@ -36,7 +38,15 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
     set_seed(config.seed)
+    round_products(accelerator.device, tf32=config.tf32)
     return accelerator
+
+
+def round_products(device: torch.device, *, tf32: bool) -> None:
+    """Whether matrices and convolutions on a CUDA device may be multiplied in TF32; the CPU stays as it is."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def send_buffers_only_if_trained(accelerator: Accelerator, model: nn.Module) -> None:
