@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "summary": ("cpu.summary", "goals, tables and plots of what make bench measured"),
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
+    "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),

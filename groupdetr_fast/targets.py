@@ -148,7 +148,8 @@ class StepTotals:
         """The totals of a step on some batches; every process must call this at the same time."""
         for targets in batches:
             check_packed(targets)
-        count = torch.stack([targets.num_targets.sum() for targets in batches]).sum().float()
+        numbers = [targets.num_targets for targets in batches]
+        count = (numbers[0] if len(numbers) == 1 else torch.cat(numbers)).sum(dtype=torch.float32)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()

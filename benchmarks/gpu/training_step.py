@@ -18,9 +18,11 @@ from torchvision.ops import FrozenBatchNorm2d
 import groupdetr_fast as gd
 from groupdetr_fast import ops
 from groupdetr_fast.targets import StepTotals
-from groupdetr_fast.training.graphs import WARM_UP, DeviceStep, Flag, GraphSizes, StepGraphs, StepInputs, StepOutcome
+from groupdetr_fast.training.device_step import HostCopy, StepOutcome
+from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
-from groupdetr_fast.training.passes import GroupPasses, add_losses
+from groupdetr_fast.training.passes import GroupPasses
+from groupdetr_fast.training.step_losses import Losses
 from harness import naive
 from harness.cases import Detection
 from harness.results import OURS
@@ -69,7 +71,7 @@ class Training:
         self.criterion = gd.build_criterion(self.model)
         self.optimizer = build_optimizer(self.model, CONFIG)
         self.scheduler = build_scheduler(self.optimizer, CONFIG, steps_per_epoch=1000)
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Losses()
 
     @property
     def static_bytes(self) -> int:
@@ -182,7 +184,7 @@ class Step:
         if self.checked:
             assert bool((losses["loss"] + norm).isfinite()), "the loss or the gradient is not finite"
         training.optimizer.step()
-        training.sums = add_losses(training.sums, losses)
+        training.sums += Losses.of(losses)
         training.scheduler.step()
         training.optimizer.zero_grad()
         self.mark("optimiser")
@@ -270,16 +272,16 @@ class GraphedStep(Step):
     """
 
     graphs: StepGraphs = field(kw_only=True)
-    flags: list[Flag] = field(default_factory=list)
+    flags: list[HostCopy] = field(default_factory=list)
 
     def __call__(self) -> Tensor:
         """See :meth:`Step.__call__`; the error is that of the step before."""
         training = self.training
         outcome = self._launch()
         if self.checked:
-            assert not (self.flags and self.flags.pop()), "the loss or the gradient is not finite"
-            self.flags.append(Flag(outcome.broken))
-        training.sums = add_losses(training.sums, outcome.losses)
+            assert not (self.flags and self.flags.pop().tolist()[0]), "the loss or the gradient is not finite"
+            self.flags.append(HostCopy(outcome.flags))
+        training.sums += outcome.losses
         training.scheduler.step()
         return outcome.losses["loss"]
 
@@ -324,7 +326,7 @@ def in_graph(step: Step) -> GraphedStep:
         return [{name: value.detach() for name, value in losses.items()}], norm
 
     sizes = GraphSizes(1, image_multiple=1, targets=(batch.packed().max_targets,))
-    graphs = StepGraphs(DeviceStep(add_gradients, training.model, training.optimizer), sizes)
+    graphs = StepGraphs(CapturableStep(add_gradients, training.model, training.optimizer), sizes)
     return GraphedStep(training, batch, "CUDA graph", graphs=graphs)
 
 

@@ -15,7 +15,7 @@ from . import peers
 from .interleave import Timing, quartiles
 from .memory import Peak
 
-__all__ = ["OURS", "ResultWriter"]
+__all__ = ["OURS", "ResultWriter", "processor"]
 
 OURS = "groupdetr_fast"  # the name of this package among the contenders
 
@@ -57,7 +57,7 @@ class ResultWriter:
             "note": note,
             "version": _version(contender),
             "threads": torch.get_num_threads(),
-            "cpu": _cpu(),
+            "cpu": processor(),
             "torch": torch.__version__,
             "commit": _commit(),
         }
@@ -97,7 +97,8 @@ def _version(contender: str) -> str:
 
 
 @functools.cache
-def _cpu() -> str:
+def processor() -> str:
+    """The name of this machine's."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -35,7 +35,8 @@ class EvalCommand:
         image_std: standard deviation of the same.
         batch_size: images per process and step.
         workers: processes that load images, per process.
-        precision: "no" for float32, or the type of mixed precision.
+        precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
+        tf32: round the factors of float32 products to TF32 on GPUs that have it.
         top_k: detections per image.
         output: folder for ``metrics.json``, ``detections.json`` and ``predictions.png``.
         pictures: images in ``predictions.png``; 0 for no picture.
@@ -56,7 +57,8 @@ class EvalCommand:
     image_std: tuple[float, float, float] | None = None
     batch_size: int = OptimizationConfig.batch_size
     workers: int = DataConfig.workers
-    precision: Literal["no", "bf16", "fp16"] = OptimizationConfig.precision
+    precision: Literal["no", "bf16", "fp16"] | None = OptimizationConfig.precision
+    tf32: bool = OptimizationConfig.tf32
     top_k: int = CocoTrainingConfig.top_k
     output: Path = Path("runs/eval")
     pictures: int = CocoTrainingConfig.pictures
@@ -87,7 +89,7 @@ class EvalCommand:
             ),
             model=ModelConfig.of_checkpoint(header, load=checkpoint, num_groups=1),  # one group is enough
             augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
-            optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision),
+            optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision, tf32=self.tf32),
             output=self.output,
             eval_only=True,
             top_k=self.top_k,

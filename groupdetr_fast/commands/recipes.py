@@ -23,12 +23,12 @@ class RecipesCommand:
         if self.name is not None:
             print(find_recipe(self.name).config().as_yaml(), end="")
             return
-        rows: list[tuple[str, ...]] = [("recipe", "K", "N", "epochs", "drop", "batch", "AP", "baseline")]
+        rows: list[tuple[str, ...]] = [("recipe", "K", "N", "epochs", "drop", "batch", "precision", "AP", "baseline")]
         for name, recipe in RECIPES.items():
             drops = "/".join(f"{epoch:g}" for epoch in recipe.lr_drop)
             numbers = (recipe.num_groups, recipe.num_queries, recipe.epochs, drops, recipe.images_per_step)
             baseline = "-" if recipe.baseline_ap is None else f"{recipe.baseline_ap:.1f}"
-            rows.append((name, *map(str, numbers), f"{recipe.ap:.1f}", baseline))
+            rows.append((name, *map(str, numbers), recipe.precision, f"{recipe.ap:.1f}", baseline))
         width = max(len(name) for name, *_ in rows)
         for name, *cells in rows:
             print(name.ljust(width), *(cell.rjust(12) for cell in cells))

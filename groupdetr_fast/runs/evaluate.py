@@ -53,7 +53,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     if config.model.load is None:
         raise ValueError("there is nothing to evaluate but random weights: give load, a checkpoint")
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(config.optimization.resolved(), config.output)
+    accelerator = build_accelerator(config.optimization, config.output)
     dataset = evaluation_set(config)
     model = _build(config, dataset)
     loader = accelerator.prepare(evaluation_loader(dataset, config))

@@ -60,8 +60,9 @@ def train(
     """
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
+    config = replace(config, optimization=config.optimization.as_launched())
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(config.optimization.resolved(), config.output)
+    accelerator = build_accelerator(config.optimization, config.output)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         lack_of_memory_explained(config.optimization.batch_size),

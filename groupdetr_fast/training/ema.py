@@ -1,5 +1,6 @@
 """Exponential moving average of the weights."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,7 +19,8 @@ class AveragedWeights:
     is at most ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``.
 
     Args:
-        model: the bare model; its weights are the first average.
+        model: the bare model; its weights are the first average. Its tensors must stay the same, whatever they hold:
+            they are looked up once, since that takes as long as to launch the average of all of them.
         decay: in [0, 1), the share of the average that an update keeps.
 
     Attributes:
@@ -29,9 +31,13 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float):
         self.model = model
         self.decay = decay
-        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        device = next(iter(self.average.values())).device
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        state = model.state_dict(keep_vars=True)
+        self.average = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(iter(state.values())).device)
+        pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for name, tensor in state.items():
+            pairs[tensor.dtype].append((self.average[name], tensor))
+        self._pairs = dict(pairs)
 
     @torch.no_grad()
     def restart(self, average: Mapping[str, Tensor], updates: int) -> None:
@@ -49,18 +55,14 @@ class AveragedWeights:
         """
         # 1 - min(decay, (1 + n) / (10 + n)), in a form that float32 holds precisely
         share = (9 / (10 + self.updates)).clamp(min=1 - self.decay)
-        if unless is not None:
-            share = share.where(~unless, 0)
-        self.updates += 1 if unless is None else ~unless
-        state = self.model.state_dict()
-        moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        averages, weights = ([own_part(tensors[name]) for name in moving] for tensors in (self.average, state))
-        moves = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(moves, share.to(moves[0].dtype))
-        torch._foreach_add_(averages, moves)
-        for name in state.keys() - set(moving):
-            value = state[name] if unless is None else torch.where(unless, self.average[name], state[name])
-            self.average[name].copy_(value)
+        taken = torch.ones_like(self.updates) if unless is None else (~unless).to(self.updates.dtype)
+        share = share * taken
+        self.updates += taken
+        for dtype, pairs in self._pairs.items():
+            averages, values = ([_numbers(own_part(pair[side])) for pair in pairs] for side in (0, 1))
+            moves = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(moves, (share if dtype.is_floating_point else taken).to(moves[0].dtype))
+            torch._foreach_add_(averages, moves)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -73,7 +75,13 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        # FSDP drops whole weights that it has put together when it is asked for the state, and only then.
         for name, tensor in self.model.state_dict().items():
             weights = tensor.clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(weights)
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A tensor that can be subtracted; it shares its memory."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor

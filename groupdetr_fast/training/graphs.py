@@ -13,30 +13,26 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..targets import PackedTargets
-from .ema import AveragedWeights
-from .passes import add_losses
+from .device_step import DeviceStep, StepOutcome
 
 if TYPE_CHECKING:
     from .optimization import OptimizationConfig
 
 __all__ = [
     "WARM_UP",
-    "DeviceStep",
-    "Flag",
+    "CapturableStep",
     "GraphSizes",
     "StepGraphs",
     "StepInputs",
-    "StepOutcome",
     "check_graphs",
-    "running_statistics",
 ]
 
 logger = logging.getLogger(__name__)
@@ -145,99 +141,35 @@ class StepInputs:
         self.targets.num_targets.copy_(batch.targets.num_targets, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step says of itself; nothing of it is on the host yet.
+class CapturableStep(DeviceStep):
+    """A step that reads even its learning rates from the device, so that a graph of it heeds the schedule.
 
-    Attributes:
-        names: of the losses.
-        values: ``[losses]``, summed over the batches of the step.
-        of_batches: ``[batches]``, the loss of each batch.
-        broken: scalar bool: the loss or the gradient was not finite, and the step has changed nothing.
-        replayed: whether it was a graph.
+    For the host they stay numbers, as schedulers and checkpoints have them; see :meth:`take_rates`. Arguments are those
+    of :class:`DeviceStep`.
     """
 
-    names: tuple[str, ...]
-    values: Tensor
-    of_batches: Tensor
-    broken: Tensor
-    replayed: bool = False
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.values.unbind(), strict=True))
-
-    def of_replay(self) -> "StepOutcome":
-        """A copy, which the next replay does not overwrite."""
-        return StepOutcome(self.names, self.values.clone(), self.of_batches.clone(), self.broken.clone(), replayed=True)
-
-
-class DeviceStep:
-    """An optimiser step that the host does not decide anything in: the function that is captured.
-
-    A step whose loss or gradient is not finite leaves weights, state of the optimiser, averaged weights and statistics
-    of batch norms as they were, by operations that every step does.
-
-    Args:
-        add_gradients: called with the inputs of a step; adds the gradients of its losses to those of the parameters,
-            clips them, and returns each batch's detached losses and the gradient's norm.
-        model: the bare model.
-        optimizer: AdamW with ``fused=True``, which leaves out a step on the device if its ``found_inf`` is 1; or
-            Accelerate's wrapper of it. Its learning rates stay numbers, as schedulers and checkpoints have them; see
-            :meth:`take_rates`.
-        average: moving average of the weights, if one is kept.
-    """
-
-    def __init__(
-        self,
-        add_gradients: Callable[[Sequence[StepInputs]], tuple[list[dict[str, Tensor]], Tensor]],
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None = None,
-    ):
-        self.add_gradients = add_gradients
-        self.model = model
-        self.optimizer = optimizer
-        self.average = average
-        self.device = optimizer.param_groups[0]["params"][0].device
-        self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
 
     def take_rates(self) -> None:
         """Let the next step have the optimiser's learning rates of now."""
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
 
-    def __call__(self, batches: Sequence[StepInputs]) -> StepOutcome:
-        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(self.model)]
-        parts, norm = self.add_gradients(batches)
-        losses = add_losses(*parts)
-        broken = ~(losses["loss"] + norm).isfinite()
-        with self._on_device(broken):
-            self.optimizer.step()
-        for buffer, before in statistics:
-            buffer.copy_(torch.where(broken, before, buffer))
-        if self.average is not None:
-            self.average.update(unless=broken)
-        self.optimizer.zero_grad()
-        of_batches = torch.stack([part["loss"] for part in parts])
-        return StepOutcome(tuple(losses), torch.stack(list(losses.values())), of_batches, broken)
-
     @contextmanager
-    def _on_device(self, broken: Tensor) -> Iterator[None]:
-        """Inside, the optimiser reads its learning rates, and whether to step, from the device."""
+    def _unless(self, broken: Tensor) -> Iterator[None]:
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        adam = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
-        adam.found_inf = broken.float()
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"], group["capturable"] = rate, capturing
         try:
-            yield
+            with super()._unless(broken):
+                yield
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"], group["capturable"] = rate, False
-            del adam.found_inf
 
 
 class StepGraphs:
@@ -256,7 +188,7 @@ class StepGraphs:
         warm_up: steps of a size before its capture.
     """
 
-    def __init__(self, step: DeviceStep, sizes: GraphSizes):
+    def __init__(self, step: CapturableStep, sizes: GraphSizes):
         self.step = step
         self.sizes = sizes
         self.warm_up = WARM_UP
@@ -370,25 +302,3 @@ def check_graphs(accelerator: Accelerator, config: "OptimizationConfig", *, obse
                 reason = f"do not work with {name}={getattr(config, name)}"
     if reason is not None:
         raise ValueError(f"cuda_graphs {reason}")
-
-
-class Flag:
-    """A bool on its way from the device to the host."""
-
-    def __init__(self, value: Tensor):
-        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
-        self._arrived = torch.cuda.Event() if value.device.type == "cuda" else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def __bool__(self) -> bool:
-        """Waits for it, and for nothing that was enqueued later."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._value)
-
-
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What a forward pass changes in a model that trains: the statistics of its batch norms."""
-    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False)]

@@ -1,8 +1,9 @@
 """Optimiser and learning-rate schedules of the paper (section 4.1)."""
 
 import math
+import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from .graphs import GraphSizes
 
 __all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler", "go_on_at"]
 
+PRECISIONS = ("bf16", "fp16")  # besides float32
+LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # the variable in which accelerate launch passes it on
 SCHEDULES = {"12e": (12, (11,)), "50e": (50, (40,))}  # name: (epochs, epochs after which the rates drop)
 
 
@@ -31,7 +34,9 @@ class OptimizationConfig:
         clip_norm: largest norm of the gradient; 0 for no clipping.
         batch_size: images per process and step.
         accumulate: batches per optimiser step.
-        precision: "no" for float32, or the type of mixed precision.
+        precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
+        tf32: round the factors of float32 products to TF32 on GPUs that have it, which is several times as fast; what
+            is added up stays float32.
         ema_decay: of the moving average of the weights, which is then what is evaluated and saved; 0 for none.
         groups_per_pass: groups of queries that the decoder and the loss take at a time, so that memory does not grow
             with the number of groups; 0 for all at once. The gradients are the same.
@@ -56,7 +61,8 @@ class OptimizationConfig:
     clip_norm: float = 0.1
     batch_size: int = 2
     accumulate: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    tf32: bool = True
     ema_decay: float = 0.0
     groups_per_pass: int = 0
     recompute_layers: bool = False
@@ -95,12 +101,31 @@ class OptimizationConfig:
         """Which sizes of steps have graphs; only with ``cuda_graphs``."""
         return GraphSizes(self.cuda_graphs, self.graph_image_multiple, self.graph_targets)
 
-    def resolved(self) -> "OptimizationConfig":
-        """The same settings with ``epochs`` and ``lr_drop`` taken from the named schedule, if there is one."""
-        if self.schedule is None:
+    def as_launched(self) -> "OptimizationConfig":
+        """The same settings, with the precision of ``accelerate launch --mixed_precision`` if there is one.
+
+        Raises:
+            ValueError: if it is another one than ``precision``, or none of this package.
+        """
+        launched: Any = os.environ.get(LAUNCHED_PRECISION, "no").lower()
+        if launched == "no":  # which accelerate launch says, too, where nothing was asked for
             return self
-        epochs, lr_drop = SCHEDULES[self.schedule]
-        return replace(self, schedule=None, epochs=epochs, lr_drop=lr_drop)
+        if launched not in PRECISIONS:
+            raise ValueError(f"accelerate launch asks for {launched}: train with {', '.join(PRECISIONS)} or no")
+        if self.precision not in (None, launched):
+            raise ValueError(
+                f"precision is {self.precision} in this run and {launched} for accelerate launch "
+                f"({LAUNCHED_PRECISION}): give it to one of them, or the same to both"
+            )
+        return replace(self, precision=launched)
+
+    def resolved(self) -> "OptimizationConfig":
+        """The same settings with a precision, and with ``epochs`` and ``lr_drop`` from the named schedule if any."""
+        config = replace(self, precision=self.precision or "no")
+        if config.schedule is None:
+            return config
+        epochs, lr_drop = SCHEDULES[config.schedule]
+        return replace(config, schedule=None, epochs=epochs, lr_drop=lr_drop)
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from ..groups import QueryGroups
 from ..targets import PackedTargets, StepTotals
+from .step_losses import Losses
 
-__all__ = ["DecodesGroups", "GroupPasses", "add_losses", "average_gradients"]
+__all__ = ["DecodesGroups", "GroupPasses", "average_gradients"]
 
 
 @runtime_checkable
@@ -101,7 +102,7 @@ class GroupPasses:
             memory = self.model.encode(images, masks)
         encoded, structure = pytree.tree_flatten(memory)
         cut = [part.detach().requires_grad_() if _has_gradient(part) else part for part in encoded]
-        losses: dict[str, Tensor] = {}
+        losses = Losses()
         for first in range(0, config.num_groups, self.groups_per_pass):
             groups = QueryGroups(min(self.groups_per_pass, config.num_groups - first), config.num_queries)
             own = targets if first == 0 or getattr(config, "denoising_scope", "every") == "every" else None
@@ -109,22 +110,13 @@ class GroupPasses:
                 output = self.model.decode(pytree.tree_unflatten(cut, structure), groups, first, own)
             part = self.criterion(output, targets, totals)
             backward(part["loss"])
-            losses = add_losses(losses, {name: value.detach() for name, value in part.items()})
+            losses = losses + Losses.of(part)
             del output, part  # before the next pass makes its own
         ends = [(whole, end.grad) for whole, end in zip(encoded, cut, strict=True) if _has_gradient(whole)]
         ends = [(whole, gradient) for whole, gradient in ends if gradient is not None]
         if ends:
             torch.autograd.backward(*zip(*ends, strict=True))
-        return losses
-
-
-def add_losses(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of the values of each name; a name need not be in every part."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total[name] + value if name in total else value
-    return total
+        return losses.by_name()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -3,29 +3,43 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from .passes import add_losses
+from .step_losses import Losses
 
-__all__ = ["anywhere", "mean_losses", "on_main_process"]
+__all__ = ["agreed", "anywhere", "mean_losses", "on_main_process"]
 
 T = TypeVar("T")
 
 
-def anywhere(accelerator: Accelerator, flag: Tensor) -> bool:
-    """Whether a flag is set in any process: so all of them skip a step or stop, or none."""
-    return bool(accelerator.reduce(flag.float(), "sum"))
+def agreed(accelerator: Accelerator, flags: Tensor) -> Tensor:
+    """Where a flag is set in any process; the host does not wait.
+
+    Args:
+        accelerator: of the training.
+        flags: ``[flags]`` bool, on its device.
+    """
+    return accelerator.reduce(flags.float(), "sum") > 0
 
 
-def mean_losses(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether a flag of the host is set in any process: so all of them stop, or none."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(agreed(accelerator, torch.tensor([flag], device=accelerator.device)))
+
+
+def mean_losses(losses: Losses) -> dict[str, Tensor]:
     """Means over processes, on the CPU: the losses of all their images.
 
     A loss that a process lacks is 0 there, such as that of denoising queries where no image has an object.
     """
-    parts = gather_object([{name: value.cpu() for name, value in losses.items()}])
-    return {name: total / len(parts) for name, total in add_losses(*parts).items()}
+    parts = gather_object([(losses.names, losses.values.cpu())])
+    total = sum((Losses(*part) for part in parts), start=Losses())
+    return {name: value / len(parts) for name, value in total.by_name().items()}
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:

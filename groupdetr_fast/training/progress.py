@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .processes import mean_losses
 from .state import TrainingState
+from .step_losses import Losses
 
 __all__ = ["TrainingProgress", "logged_to", "peak_memory_mib", "reset_peak_memory"]
 
@@ -81,7 +82,7 @@ class TrainingProgress:
     def step_ended(
         self,
         batches: int,
-        losses: dict[str, Tensor] | None,
+        losses: dict[str, Tensor],
         *,
         images: int = 0,
         waited: float = 0.0,
@@ -91,7 +92,7 @@ class TrainingProgress:
 
         Args:
             batches: of the step.
-            losses: None if the step was skipped.
+            losses: of the step, of this process.
             images: of the step, of this process.
             waited: seconds until the batches were there.
             norm: scalar, of the gradient before it was clipped; None if it is not known.
@@ -104,10 +105,10 @@ class TrainingProgress:
         if since.steps == LINE_EVERY:
             self._print_steps(losses, norm)
             self._since = _Since(time.perf_counter())
-        if losses is None or ended // LOG_EVERY == (ended - batches) // LOG_EVERY:
+        if ended // LOG_EVERY == (ended - batches) // LOG_EVERY:
             return
         rate = self.state.scheduler.get_last_lr()[0]
-        values = {f"train/{name}": value.item() for name, value in mean_losses(losses).items()}
+        values = {f"train/{name}": value.item() for name, value in mean_losses(Losses.of(losses)).items()}
         self.accelerator.log({**values, "train/lr": rate}, step=ended)
         self._bar.update(self._task, epoch=self.state.epoch + 1, loss=f"loss {values['train/loss']:.3f}  ", lr=rate)
 
@@ -123,7 +124,7 @@ class TrainingProgress:
             f"loss {row['train'].get('loss', math.nan):.3f}  {shown}"
         )
 
-    def _print_steps(self, losses: dict[str, Tensor] | None, norm: Tensor | None) -> None:
+    def _print_steps(self, losses: dict[str, Tensor], norm: Tensor | None) -> None:
         """A line on the steps since the last one; the loss and the gradient's norm are those of the newest, here."""
         if not self.accelerator.is_main_process:
             return
@@ -133,7 +134,7 @@ class TrainingProgress:
         left = (self.epochs * per_epoch - state.batches) * seconds / since.batches
         parts = [
             f"epoch {state.epoch + 1}/{self.epochs}  batch {state.current.batches}/{per_epoch}",
-            "skipped" if losses is None else f"loss {losses['loss'].item():.3f}",
+            f"loss {losses['loss'].item():.3f}",
             f"lr {state.scheduler.get_last_lr()[0]:.2g}",
             f"{since.images * self.accelerator.num_processes / seconds:.1f} images/s",
             f"waited {100 * since.waited / seconds:.0f} % for data",

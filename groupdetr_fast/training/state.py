@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..random_state import random_state, restore_random_state
@@ -25,6 +25,7 @@ from .ema import AveragedWeights
 from .optimization import go_on_at
 from .processes import mean_losses
 from .sharding import gathered, sharded_like, sharded_optimizer_state
+from .step_losses import Losses
 
 __all__ = ["EpochState", "TrainingState"]
 
@@ -53,7 +54,7 @@ class EpochState:
     overflows_in_a_row: int = 0
     without_graph: int = 0
     seconds: float = 0.0
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: Losses = field(default_factory=Losses)
 
 
 @dataclass
@@ -205,13 +206,14 @@ class TrainingState:
 
     def _epoch_of(self, state: dict[str, Any]) -> EpochState:
         """How far the epoch of a checkpoint's state has come."""
-        current = EpochState(**state["current"])
+        sums = Losses.of(state["current"]["sums"])
+        current = EpochState(**{**state["current"], "sums": sums})
         if current.batches and state["batches_per_epoch"] != self.batches_per_epoch:
             raise ValueError(
                 f"it was written within an epoch of {state['batches_per_epoch']} batches, and now an epoch has "
                 f"{self.batches_per_epoch}: use the same data, batch_size and number of processes"
             )
-        current.sums = {name: value.to(self.accelerator.device) for name, value in current.sums.items()}
+        current.sums = Losses(sums.names, sums.values.to(self.accelerator.device))
         return current
 
     def _description(self, metadata: dict[str, Any]) -> dict[str, Any]:

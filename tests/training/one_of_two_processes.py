@@ -82,8 +82,8 @@ def main():
     if kind.startswith("sharded"):
         shard_weights()
     if os.environ["RANK"] == "1":
-        if kind.endswith("stopped"):  # one process is told to stop, and all do
-            terminate_before("AdamW.step", 8)
+        if kind.endswith("stopped"):  # one process is told to stop, and all do, two steps later
+            terminate_before("AdamW.step", 6)
         forbid_writing(output)
         forbid_metrics()
 

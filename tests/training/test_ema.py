@@ -51,3 +51,18 @@ def test_restarting_copies(model):
     average.update()
     assert all(not tensor.any() for tensor in given.values())
     torch.testing.assert_close(average.average["0.weight"], 0.1 * model[0].weight.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64])
+def test_buffers_of_every_kind_follow(dtype):
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("kept", torch.zeros(3, dtype=dtype))
+    average = AveragedWeights(model, 0.0)
+    model.kept.copy_(torch.tensor([1, 0, 1]))
+    average.update(unless=torch.tensor(True))
+    assert not average.average["kept"].any()
+    assert average.updates == 0
+    average.update(unless=torch.tensor(False))
+    average.update()
+    assert torch.equal(average.average["kept"], model.kept)
+    assert average.updates == 2

@@ -1,12 +1,19 @@
 """Half precision on the CPU: autocast computes nearly what float32 does, and is refused where it would do nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_runs import small_config, write_images
 from test_passes import MODELS, small_batch, small_model
 
 import groupdetr_fast as gd
+from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.engine import build_accelerator
 from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.setup import round_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -39,3 +46,66 @@ def test_losses_and_gradients_are_those_of_float32(name, overrides, dtype):
 def test_fp16_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precision fp16 needs a GPU; on the CPU use bf16 or no"):
         build_accelerator(OptimizationConfig(precision="fp16"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "launched", "taken"),
+    [
+        (None, None, "no"),
+        (None, "no", "no"),  # of accelerate launch without the flag
+        (None, "bf16", "bf16"),
+        ("bf16", "bf16", "bf16"),
+        ("bf16", "no", "bf16"),
+        ("bf16", None, "bf16"),
+    ],
+)
+def test_the_precision_of_accelerate_launch_is_taken_where_none_is_given(tmp_path, monkeypatch, given, launched, taken):
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    accelerator = build_accelerator(OptimizationConfig(precision=given), tmp_path, cpu=True)
+    assert accelerator.mixed_precision == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "launched", "message"),
+    [
+        ("no", "bf16", "precision is no in this run and bf16 for accelerate launch"),
+        ("bf16", "fp16", "precision is bf16 in this run and fp16 for accelerate launch"),
+        (None, "fp8", "accelerate launch asks for fp8: train with bf16, fp16 or no"),
+    ],
+)
+def test_two_precisions_are_refused(tmp_path, monkeypatch, given, launched, message):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(ValueError, match=message):
+        build_accelerator(OptimizationConfig(precision=given), tmp_path, cpu=True)
+
+
+def test_a_run_writes_down_the_precision_that_it_was_launched_with(tmp_path, monkeypatch):
+    config = small_config(write_images(tmp_path), tmp_path / "run")
+    config = replace(config, optimization=replace(config.optimization, epochs=1))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(config)["optimization"]["precision"] == "bf16"
+    assert from_yaml(CocoTrainingConfig, config.output / "config.yaml").optimization.precision == "bf16"
+
+
+@pytest.fixture
+def float32_products():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_products_are_rounded_to_tf32_on_gpus_where_asked(float32_products):
+    torch.set_float32_matmul_precision("highest")
+    round_products(torch.device("cpu"), tf32=True)
+    assert torch.get_float32_matmul_precision() == "highest"  # the same bits as ever
+    for tf32, precision in ((True, "high"), (False, "highest")):
+        round_products(torch.device("cuda"), tf32=tf32)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")  # what our kernels go by
+
+
+def test_tf32_is_on_unless_it_is_turned_off():
+    assert OptimizationConfig().tf32

@@ -166,8 +166,8 @@ def processes_below(pid):
 @pytest.mark.parametrize(
     ("to", "place", "calls", "where"),
     [
-        pytest.param("launcher", "AdamW.step", 4, "in epoch 1", id="launcher"),
-        pytest.param("all", "AdamW.step", 4, "in epoch 1", id="every process", marks=pytest.mark.slow),
+        pytest.param("launcher", "AdamW.step", 2, "in epoch 1", id="launcher"),
+        pytest.param("all", "AdamW.step", 2, "in epoch 1", id="every process", marks=pytest.mark.slow),
         # two processes, two calls each before the first step
         pytest.param(
             "launcher",

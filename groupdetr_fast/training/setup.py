@@ -1,0 +1,59 @@
+"""What a training stands on: devices, processes, precision and seeds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from torch import nn
+
+from .optimization import OptimizationConfig
+
+__all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"]
+
+
+def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
+    """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
+
+    Raises:
+        ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing; and if the launcher
+            asks for another precision than the configuration.
+    """
+    config = config.as_launched().resolved()
+    if config.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
+        raise ValueError("precision fp16 needs a GPU; on the CPU use bf16 or no")
+    # Accelerate keeps its precision in globals; a second run of one process may want another.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        # Without an accelerator, Accelerate would take the processes of a launcher for so many single ones.
+        cpu=cpu or not torch.accelerator.is_available(),
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+        step_scheduler_with_optimizer=False,
+        # The loaders pin batches for CUDA. A copy that the host waits for would wait for the step before it, too.
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+    )
+    set_seed(config.seed)
+    round_products(accelerator.device, tf32=config.tf32)
+    return accelerator
+
+
+def round_products(device: torch.device, *, tf32: bool) -> None:
+    """Whether matrices and convolutions on a CUDA device may be multiplied in TF32; the CPU stays as it is."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def send_buffers_only_if_trained(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let DDP send the buffers of process 0 to all others before every forward pass only if training changes them.
+
+    The statistics of frozen batch norms are the same everywhere, from the beginning to the end.
+    """
+    trained = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    accelerator.ddp_handler = replace(handler, broadcast_buffers=trained)

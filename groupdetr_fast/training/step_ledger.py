@@ -1,0 +1,110 @@
+"""What became of optimiser steps: counted one step late, so that the host does not wait for the device."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .device_step import HostCopy, StepOutcome
+from .faults import TrainingError
+from .state import TrainingState
+
+__all__ = ["StepLedger"]
+
+logger = logging.getLogger(__name__)
+
+MAX_OVERFLOWS_IN_A_ROW = (
+    25  # the first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large
+)
+
+
+class StepLedger:
+    """Counts steps in the state of a training, and warns of those that were skipped.
+
+    Args:
+        state: of the training.
+        max_skipped_steps: of an epoch.
+
+    Attributes:
+        stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
+    """
+
+    def __init__(self, state: TrainingState, max_skipped_steps: int):
+        self.state = state
+        self.max_skipped_steps = max_skipped_steps
+        self.stopping = False
+        self._enqueued: _EnqueuedStep | None = None
+
+    @property
+    def begun(self) -> int:
+        """Optimiser steps of the epoch, counted or not yet."""
+        current = self.state.current
+        return current.steps + current.skipped + current.overflowed + (self._enqueued is not None)
+
+    def enqueue(self, batches: Sequence[Any], outcome: StepOutcome) -> None:
+        """Note a step that is on its way, and count the one before it, which has ended or soon will.
+
+        Raises:
+            TrainingError: if too many steps had to be skipped.
+        """
+        self.settle()
+        current = self.state.current
+        ids = [batch.image_ids for batch in batches]
+        self._enqueued = _EnqueuedStep(current.batches, ids, outcome, HostCopy(outcome.flags))
+        current.batches += len(batches)
+
+    def settle(self) -> None:
+        """Count the step that was enqueued last, if it has not been yet; the host waits for its end.
+
+        Raises:
+            TrainingError: if too many steps had to be skipped.
+        """
+        step, self._enqueued = self._enqueued, None
+        if step is None:
+            return
+        broken, *stopping = step.flags.tolist()
+        self.stopping |= any(stopping)
+        overflowed = step.outcome.overflowed
+        if broken:
+            self._note_skipped(step)
+            return
+        if not overflowed:
+            self.state.current.steps += 1
+            self.state.current.sums += step.outcome.losses
+        if overflowed is not None:
+            self._note_scaled(overflowed)
+
+    def _note_skipped(self, step: "_EnqueuedStep") -> None:
+        current, epoch, allowed = self.state.current, self.state.epoch + 1, self.max_skipped_steps
+        current.skipped += 1
+        losses = step.outcome.of_batches.isfinite().tolist()
+        guilty = [ids for ids, finite in zip(step.image_ids, losses, strict=True) if not finite]
+        what = "loss" if guilty else "gradient"
+        ids = [image_id for of_batch in guilty or step.image_ids for image_id in of_batch]
+        where = f"epoch {epoch}, batches {step.first + 1} to {step.first + len(step.image_ids)}"
+        logger.warning("%s: the %s is not finite: step skipped; image ids %s", where, what, ids)
+        if current.skipped > allowed:
+            raise TrainingError(
+                f"{current.skipped} steps of epoch {epoch} had a loss or a gradient that is not finite, "
+                f"and {allowed} are allowed; the last on the image ids {ids}: look at these images and "
+                "their boxes, or lower the learning rate"
+            )
+
+    def _note_scaled(self, overflowed: bool) -> None:
+        """Count a step with a loss scaler."""
+        current, scaler = self.state.current, self.state.accelerator.scaler
+        current.overflowed += overflowed
+        current.overflows_in_a_row = current.overflows_in_a_row + 1 if overflowed else 0
+        if current.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+            raise TrainingError(
+                f"gradients overflowed in the last {current.overflows_in_a_row} steps, though the loss scale of fp16 "
+                f"fell to {scaler.get_scale():g}: train with precision bf16 or no, or lower the learning rate"
+            )
+
+
+class _EnqueuedStep(NamedTuple):
+    """A step that the host has not looked at since it launched it."""
+
+    first: int  # batches of the epoch before it
+    image_ids: list[list[int]]  # of each batch
+    outcome: StepOutcome
+    flags: HostCopy

@@ -1,0 +1,147 @@
+"""Runs that go on, and that begin again: with the same settings and with others."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from digit_runs import weights
+
+from groupdetr_fast.data import DataError
+from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.train import train
+from groupdetr_fast.training import engine
+from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
+
+
+def test_a_run_is_replaced_only_if_asked(config):
+    short = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    train(config)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(short)
+    missing = replace(short.data, train_images=Path("missing"))
+    with pytest.raises(DataError, match="missing"):
+        train(replace(short, overwrite=True, data=missing))
+    assert latest_checkpoint(config.output).name == "epoch_0003"  # a run that cannot begin replaces nothing
+    train(replace(short, overwrite=True))
+    assert [row["epoch"] for row in json.loads((config.output / "results.json").read_text())["epochs"]] == [1]
+    assert sorted(path.name for path in config.output.glob("checkpoints/*")) == ["best", "epoch_0001"]
+
+
+def test_resuming_continues_to_the_same_weights(config, tmp_path, monkeypatch):
+    train(config)
+    interrupted = replace(config, output=tmp_path / "interrupted")
+
+    from groupdetr_fast.training import engine
+
+    finish = engine.Trainer.finish_epoch
+
+    def stop_after_the_first(trainer):
+        finish(trainer)
+        if trainer.state.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Trainer, "finish_epoch", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted)
+    monkeypatch.undo()
+    assert latest_checkpoint(interrupted.output).name == "epoch_0001"
+    results = train(replace(interrupted, resume=True))
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
+    first, second = weights(config.output, 3), weights(interrupted.output, 3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every step of the trainings of a test."""
+    found = []
+    run_step = engine.Trainer.run_step
+
+    def recording(trainer, batches):
+        found.append(trainer.state.optimizer.param_groups[0]["lr"])
+        return run_step(trainer, batches)
+
+    monkeypatch.setattr(engine.Trainer, "run_step", recording)
+    return found
+
+
+def after_one_epoch(config):
+    """The run, its first of three epochs done: the rate drops after the second."""
+    config = replace(config, evaluate_every=3, pictures=0)
+    train(replace(config, optimization=replace(config.optimization, epochs=1)))
+    return replace(config, resume=True)
+
+
+def test_rates_follow_the_epochs_of_a_run_that_is_resumed_with_other_batches(config, rates):
+    config = after_one_epoch(config)
+    assert rates == [1e-3] * 3
+    train(replace(config, optimization=replace(config.optimization, batch_size=2)))
+    assert rates[3:] == pytest.approx([1e-3] * 5 + [1e-4] * 5)
+
+
+def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, caplog):
+    config = after_one_epoch(config)
+    for change, name in (
+        ({"model": replace(config.model, num_groups=3)}, "model.num_groups = 2, which cannot become 3"),
+        ({"optimization": replace(config.optimization, seed=1)}, "optimization.seed = 42, which cannot become 1"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with {name} on resuming"):
+            train(replace(config, **change))
+    caplog.clear()
+    train(replace(config, optimization=replace(config.optimization, lr=5e-3, lr_drop=(1,), weight_decay=0.5)))
+    assert rates[3:] == pytest.approx([5e-4] * 6)
+    warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
+    assert warnings == [
+        "resuming with optimization.epochs = 3, which was 1",
+        "resuming with optimization.lr_drop = (1,), which was (2.0,)",
+        "resuming with optimization.lr = 0.005, which was 0.001",
+        "resuming with optimization.weight_decay = 0.5, which was 0.0001",
+    ]
+    state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.5}
+
+
+def test_a_damaged_checkpoint_is_refused(config):
+    train(replace(config, optimization=replace(config.optimization, epochs=1)))
+    state = latest_checkpoint(config.output) / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint .*epoch_0001 cannot be read"):
+        train(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within one"])
+def test_a_run_may_be_resumed_with_fewer_epochs_than_it_has(config, capsys, monkeypatch, within):
+    config = replace(config, evaluate_every=10, pictures=0, checkpoint_every=1)
+    stopped = "run_step" if within else "finish_epoch"
+    original = getattr(engine.Trainer, stopped)
+
+    def stop(trainer, *arguments):
+        if within and trainer.state.batches == 8:  # two of the third epoch's three
+            raise KeyboardInterrupt
+        result = original(trainer, *arguments)
+        if not within and trainer.state.epoch == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(engine.Trainer, stopped, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    capsys.readouterr()
+    fewer = replace(config.optimization, epochs=1)
+    results = train(replace(config, resume=True, optimization=fewer))
+    assert [("metrics" in row) for row in results["epochs"]] == [False, not within]
+    assert ("Average Precision" in capsys.readouterr().out) == (not within)
+
+
+def test_a_run_starts_again_from_its_configuration(config, tmp_path, capsys):
+    short = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0)
+    train(short)
+    again = from_yaml(CocoTrainingConfig, config.output / "config.yaml")
+    assert again == short
+    train(replace(again, output=tmp_path / "again"))
+    first, second = weights(config.output, 1), weights(tmp_path / "again", 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
