@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -190,8 +191,8 @@ def test_frozen_model_can_train_its_groups(batch):
     assert model(**batch).logits.shape[1] == GROUPS * SIZE
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_trainer(name, batch, tmp_path):
+def trainer_of(model, batch, folder, **options):
+    """A ``Trainer`` of two batches an epoch, each of both images, that saves every step."""
     pytest.importorskip("accelerate")
     images = [
         {"pixel_values": batch["pixel_values"][index], "labels": batch["labels"][index]} for index in (0, 1, 0, 1)
@@ -203,30 +204,65 @@ def test_trainer(name, batch, tmp_path):
             "labels": [example["labels"] for example in examples],
         }
 
-    model = add_groups(model_of(name), GROUPS)
-    before = queries_of(model).weight.detach().clone()
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         per_device_train_batch_size=2,
-        max_steps=2,
         save_steps=1,
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
         report_to=[],
         use_cpu=True,
         remove_unused_columns=False,
         eval_do_concat_batches=False,
         disable_tqdm=True,
+        **options,
     )
-    trainer = transformers.Trainer(
+    return transformers.Trainer(
         model=model, args=arguments, train_dataset=images, eval_dataset=images, data_collator=collate
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trainer(name, batch, tmp_path):
+    model = add_groups(model_of(name), GROUPS)
+    before = queries_of(model).weight.detach().clone()
+    trainer = trainer_of(model, batch, tmp_path, max_steps=2)
     assert trainer.train().global_step == 2
     assert (queries_of(model)._parameters["weight"] != before).any(1).all()
     assert trainer.evaluate()["eval_loss"] > 0
-    arguments.max_steps = 3
-    assert trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 3
     remove_groups(model, 1)
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_training_ends_as_one_without_interruption(name, batch, tmp_path):
+    """In a model that is built anew, with other weights. transformers itself leaves half of them as they are."""
+    model = add_groups(model_of(name), GROUPS)
+    trainer_of(model, batch, tmp_path, max_steps=3).train()
+    other = model_of(name)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    add_groups(other, GROUPS)
+    resumed = trainer_of(other, batch, tmp_path / "resumed", max_steps=3)
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 3
+    expected = model.state_dict()
+    differing = [key for key, value in other.state_dict().items() if not torch.equal(value, expected[key])]
+    assert differing == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_weights_are_loaded_into_copies_and_under_their_own_names_too(name, tmp_path):
+    model = add_groups(model_of(name), GROUPS)
+    model.save_pretrained(tmp_path)
+    saved, own = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    assert (saved.keys() <= own.keys()) == (name == "DabDetr")  # whose names did not change
+    for state in (saved, own):
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert not other.load_state_dict(state, strict=False).unexpected_keys
+        assert all(torch.equal(value, own[key]) for key, value in other.state_dict().items())
+    assert not remove_groups(other)._load_state_dict_pre_hooks
 
 
 def test_what_is_not_supported_is_refused():

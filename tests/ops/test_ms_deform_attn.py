@@ -380,3 +380,22 @@ def test_kernel_checks_what_it_indexes_with():
         OP(value, flat, locations[:, :4], weights)
     with pytest.raises(RuntimeError, match="shape of the result"):
         OP_BACKWARD(torch.zeros(2, 5, 8), value, flat, locations, weights)
+
+
+def test_gradients_of_a_single_image_reach_its_batch_norm(device):
+    """They are those of the same image twice, where the values are maps as they come out of a batch norm.
+
+    torch's batch norm permutes some layouts of the gradient of a single image (torch 2.14.1).
+    """
+    shapes, heads, dim = [(4, 5), (2, 3)], 2, 4
+    norm = torch.nn.BatchNorm2d(heads * dim).to(device, torch.float64)
+    sizes = [*((heads * dim, *shape) for shape in shapes), (6, heads, 2, 3, 2), (6, heads, 2, 3), (6, heads * dim)]
+    *inputs, grad = (torch.rand(1, *size, device=device, dtype=torch.float64) for size in sizes)
+
+    def gradients(images):
+        *maps, locations, weights = (x.repeat(images, *[1] * (x.dim() - 1)) for x in inputs)
+        value = torch.cat([norm(x).flatten(2).transpose(1, 2) for x in maps], dim=1).unflatten(-1, (heads, dim))
+        out = ms_deform_attn(value, shapes, locations, weights)
+        return torch.autograd.grad((out * grad).sum() / images, tuple(norm.parameters()))
+
+    torch.testing.assert_close(gradients(1), gradients(2), rtol=1e-9, atol=1e-12)

@@ -133,24 +133,7 @@ def _attend_unequal_points(
         [F.pad(points, (0, most - points.shape[-1])) for points in attention_weights.split(num_points_list, dim=-1)],
         dim=-2,
     )
-    return _attend(_GradientByChannel.apply(value), value_spatial_shapes, locations, weights)
-
-
-class _GradientByChannel(torch.autograd.Function):
-    """The identity on ``[B, S, H, D]``, whose gradient lies in memory as ``[B, H, D, S]``.
-
-    No linear layer stands between these values and the feature maps, so that the maps' gradient takes the layout of
-    the values'. The op's own would give the map of a single image the strides (C, 1, W * C, C), for which the backward
-    pass of torch's BatchNorm2d on CPUs permutes the gradient (torch 2.14.1).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return _attend(value, value_spatial_shapes, locations, weights)
 
 
 class _RTDetrV2Attention(RTDetrV2MultiscaleDeformableAttention):

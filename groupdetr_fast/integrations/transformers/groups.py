@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     ConditionalDetrForObjectDetection,
     DabDetrForObjectDetection,
@@ -22,6 +23,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 from ... import ops
 from .losses import DetectionLoss
+from .saved_names import load_saved_names
 
 __all__ = ["add_groups", "remove_groups"]
 
@@ -40,7 +42,8 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
     decoder's self-attention are not returned for several groups: they are None.
 
     Call this before an optimiser or a ``Trainer`` is made, and :func:`remove_groups` before the model is saved for use:
-    what a ``Trainer`` saves in between has K * N queries, which loads into a model with groups only.
+    what a ``Trainer`` saves in between has K * N queries, which loads into a model with groups only. For that,
+    ``load_state_dict`` also takes the names under which transformers saves tensors.
 
     Args:
         model: ``ConditionalDetrForObjectDetection``, ``DabDetrForObjectDetection`` or
@@ -72,6 +75,7 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
     queries.__class__ = _GroupedQueries
     queries.queries_per_group = size
     queries.inference_group = inference_group
+    queries.saved_names = load_saved_names(model)
     for attention in _self_attentions_of(model):
         attention.__class__ = _GROUPED[type(attention)]
         attention.queries_per_group = size
@@ -103,7 +107,8 @@ def remove_groups(model: Models, group: int = 0) -> Models:
     rows = queries.rows_of(group).detach().clone()
     queries.__class__ = nn.Embedding
     _replace_rows(queries, rows)
-    del queries.queries_per_group, queries.inference_group
+    queries.saved_names.remove()
+    del queries.queries_per_group, queries.inference_group, queries.saved_names
     for attention in _self_attentions_of(model):
         attention.__class__ = type(attention).__bases__[0]
         del attention.queries_per_group
@@ -150,6 +155,7 @@ class _GroupedQueries(nn.Embedding):
 
     queries_per_group: int
     inference_group: int
+    saved_names: RemovableHandle
 
     @property
     def num_groups(self) -> int:

@@ -128,8 +128,20 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         attention_weights,
         torch.are_deterministic_algorithms_enabled(),
     )
+    if grad_value.shape[0] == 1 and grad_value.device.type == "cpu":
+        grad_value = _by_channel(grad_value)
     no_grad_spatial_shapes = None
     return grad_value, no_grad_spatial_shapes, grad_locations, grad_weights
+
+
+def _by_channel(grad: Tensor) -> Tensor:
+    """The same ``[B, S, H, D]``, in memory as ``[B, H, D, S]``.
+
+    Where the values are feature maps, with no linear layer between, the maps' gradient takes the layout of the values'.
+    Token by token it would have, for a single image, the strides (C, 1, W * C, C), for which the backward pass of
+    torch's BatchNorm2d on CPUs permutes the gradient (torch 2.14.1).
+    """
+    return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 register_autograd("ms_deform_attn", setup_context=_setup_context, backward=_backward)
