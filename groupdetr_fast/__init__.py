@@ -21,6 +21,7 @@ from .targets import PackedTargets
 __version__ = "0.1.0"
 
 __all__ = [
+    "Detector",
     "DetectorOutput",
     "PackedTargets",
     "QueryGroups",
@@ -41,7 +42,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``load_model`` and ``predict``, which need the extra ``train``; the rest of the package does not."""
+    """``Detector``, ``load_model`` and ``predict``, which need the extra ``train``, as the rest does not."""
+    if name == "Detector":
+        from .detector import Detector
+
+        return Detector
     if name in ("load_model", "predict"):
         from . import prediction
 

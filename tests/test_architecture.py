@@ -46,6 +46,7 @@ ALLOWED = {
         "analysis",
         "runs",
         "prediction",
+        "exporting",
         "models",
         "training",
         "data",
@@ -53,9 +54,11 @@ ALLOWED = {
         "ops",
         "__version__",
     },
+    "exporting": {"models", "prediction"},
+    "detector": {"exporting", "models", "prediction", "runs", "training", "data"},
     "cli": {"commands", "training", "__version__"},
     "integrations": {"losses", "ops", "boxes", "groups", "targets"},
-    "__init__": {"build", "groups", "models", "ops", "prediction", "targets"},
+    "__init__": {"build", "detector", "groups", "models", "ops", "prediction", "targets"},
     "__main__": {"cli"},
 }
 

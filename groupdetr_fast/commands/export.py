@@ -1,15 +1,12 @@
 """The command ``groupdetr export``."""
 
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from ..models.inference_graph import export_onnx, export_program
-from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model, settings_of
+from ..exporting import check_suffix, export_file
+from ..prediction import load_model
 from .flags import DetectorFlags
 
 __all__ = ["ExportCommand"]
@@ -35,28 +32,7 @@ class ExportCommand(DetectorFlags):
     masks: bool = False
 
     def __call__(self) -> None:
-        if self.output.suffix not in (".onnx", ".pt2"):
-            raise ValueError(f"output must end in .onnx or .pt2, got {self.output}")
+        check_suffix(self.output)  # before the checkpoint is read
         model = load_model(self.checkpoint, device="cpu", **self.detector_settings())
-        if model.config.predicts_masks:
-            raise ValueError("models that predict masks cannot be exported")
-        for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        described = _describe(settings_of(model))
-        if self.output.suffix == ".pt2":
-            program = export_program(model, self.image_size, masks=self.masks)
-            torch.export.save(program, self.output, extra_files=described)
-        else:
-            try:
-                export_onnx(model, self.output, self.image_size, masks=self.masks, metadata=described)
-            except ImportError as error:
-                raise ValueError(f"{error}: ONNX needs pip install 'groupdetr_fast[export]'") from error
-        print(f"{self.output}: {self.output.stat().st_size / 1e6:.1f} MB")
-
-
-def _describe(settings: InferenceSettings) -> dict[str, str]:
-    """The settings as json, by name."""
-    values = {"class_names": settings.class_names, "category_ids": settings.category_ids}
-    values |= {name: getattr(settings.augmentation, name) for name in EVAL_SETTINGS}
-    return {name: json.dumps(value) for name, value in values.items()}
+        path = export_file(model, self.output, self.image_size, masks=self.masks)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

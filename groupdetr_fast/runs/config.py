@@ -1,5 +1,6 @@
 """The configuration of a run."""
 
+import difflib
 import logging
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -179,6 +180,24 @@ class CocoTrainingConfig:
         for name in ("keep_checkpoints", "early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def with_settings(self, **settings: Any) -> "CocoTrainingConfig":
+        """The same run with other settings, each under the name that its flag on the command line has (``lr``).
+
+        Raises:
+            ValueError: for a name that is no setting.
+        """
+        rooms = {name: getattr(self, name) for name in ("data", "model", "augmentation", "optimization")}
+        owners = {each.name: room for room, config in rooms.items() for each in fields(config)}
+        owners |= {each.name: "" for each in fields(CocoTrainingConfig) if each.name not in rooms}
+        changes: dict[str, dict[str, Any]] = {name: {} for name in ("", *rooms)}
+        for name, value in settings.items():
+            if name not in owners:
+                close = difflib.get_close_matches(name, owners, n=1)
+                raise ValueError(f"there is no setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+            changes[owners[name]][name] = value
+        replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
+        return replace(self, **replaced, **changes[""])
 
     def as_yaml(self) -> str:
         """The configuration as ``groupdetr train --config`` reads it."""

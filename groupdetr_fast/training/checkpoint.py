@@ -32,6 +32,7 @@ __all__ = [
     "read_checkpoint",
     "resumable_checkpoints",
     "save_checkpoint",
+    "write_weights",
 ]
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
@@ -76,7 +77,7 @@ def save_checkpoint(
         for leftover in folder.parent.glob(".*.unfinished"):  # of a process that was killed
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-        _write_weights(unfinished / WEIGHTS, weights, metadata)
+        write_weights(unfinished / WEIGHTS, weights, metadata)
         torch.save(state, unfinished / STATE)
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
             force_to_disk(path)
@@ -105,7 +106,7 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
     weights, state = read_checkpoint(folder)
     try:
         for name, write in (
-            (WEIGHTS, lambda path: _write_weights(path, weights, metadata)),
+            (WEIGHTS, lambda path: write_weights(path, weights, metadata)),
             (STATE, lambda path: torch.save({**state, **changes}, path)),
         ):
             unfinished = folder / f".{name}.unfinished"
@@ -173,7 +174,8 @@ def mark_best(run: Path, epoch: int) -> None:
         raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
 
 
-def _write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a file of weights, with what is needed to rebuild the model in its header."""
     save_file(dict(weights), path, metadata={"format": "pt", "groupdetr_fast": json.dumps(metadata)})
     # safetensors lets nobody else read its files; the folder is as the umask says
     path.chmod(path.parent.stat().st_mode & 0o666)

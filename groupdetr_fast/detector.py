@@ -1,0 +1,233 @@
+"""A detector and all that one does with it, as one class: train, evaluate, predict, export, share."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .data.images import ImageLike
+from .exporting import export_file
+from .models.checkpoints import CheckpointHeader
+from .models.detector import Detector as Model
+from .models.registry import model_config
+from .prediction import describe_model, load_model, predict, settings_of
+from .runs.config import CocoTrainingConfig, ModelConfig
+from .runs.evaluate import evaluate_checkpoint
+from .runs.recipes import find_recipe
+from .runs.train import train
+from .training.checkpoint import BEST, latest_checkpoint, write_weights
+
+__all__ = ["Detector"]
+
+logger = logging.getLogger(__name__)
+
+RUNS = Path("runs")
+OF_A_MODEL = ("*.safetensors", "*.json", "*.pth", "*.bin", "*.pkl")  # files that a checkpoint may consist of
+
+
+class Detector(ModelHubMixin, library_name="groupdetr_fast", tags=["object-detection", "detr", "group-detr"]):
+    """A detector, to train, evaluate, predict, export and share.
+
+    The same trainings and evaluations as those of ``groupdetr train`` and ``groupdetr eval``, with the same settings
+    under the same names::
+
+        detector = gd.Detector("conditional_detr_r50", num_groups=11, backbone_weights="imagenet")
+        detector.train("dataset/", epochs=12)
+        detector.evaluate("dataset/")["AP"]
+        detector.predict("photo.jpg")
+
+        detector = gd.Detector.from_pretrained("runs/train")
+
+    Args:
+        model: name of a detector; see ``gd.model_names``.
+        **settings: fields of ``runs.config.ModelConfig``, such as ``num_groups`` and ``backbone_weights``.
+
+    Attributes:
+        checkpoint: file or folder of the weights; None before the first training.
+        model: the detector with one group, in evaluation mode; None before the first training.
+
+    Raises:
+        ValueError: for an unknown detector or setting.
+    """
+
+    def __init__(self, model: str = "conditional_detr_r50", **settings: Any):
+        model_config(model)  # which knows what detectors there are
+        self._run = CocoTrainingConfig().with_settings(**settings, model=model)
+        self._header: CheckpointHeader | None = None
+        self._num_groups = self._run.model.num_groups  # in training
+        self.checkpoint: Path | None = None
+        self.model: Model | None = None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # with more kinds of files, and without what they do not need
+        cls,
+        checkpoint: str | Path,
+        *,
+        model: str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **settings: Any,
+    ) -> "Detector":
+        """Load a detector.
+
+        Args:
+            checkpoint: file or folder of this package, such as that of a run, of an original repository or of
+                transformers; or the id of a repository on the Hugging Face Hub that has one (``user/name``).
+            model: name of the detector, for checkpoints that do not say it.
+            device: where to; by default a GPU if there is one.
+            revision, token, cache_dir, local_files_only: of the repository on the Hub, see ``snapshot_download``.
+            **settings: sizes of the detector, for checkpoints that do not say them.
+
+        Raises:
+            FileNotFoundError: if there is no such path, and no such repository can be downloaded.
+            ValueError: as ``gd.load_model``.
+        """
+        path = Path(checkpoint)
+        if not path.exists():
+            path = _downloaded(
+                str(checkpoint),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        detector = cls.__new__(cls)
+        detector._load(path, model, device, settings)
+        return detector
+
+    def _load(
+        self, path: Path, model: str | None, device: torch.device | str | None, settings: Mapping[str, Any]
+    ) -> None:
+        header = describe_model(path, model)
+        self._num_groups = header.model_config.get("num_groups", ModelConfig.num_groups)
+        self.model = load_model(path, model=model, device=device, **settings)
+        self._header = replace(header, model_config={**asdict(self.model.config), "backbone_weights": None})
+        self.checkpoint = path
+        sizes = ModelConfig.of_checkpoint(self._header, load=path)
+        augmentation = settings_of(self.model).augmentation
+        self._run = replace(CocoTrainingConfig(), model=sizes, augmentation=augmentation)
+
+    def train(
+        self,
+        data: str | Path | None = None,
+        *,
+        output: str | Path | None = None,
+        recipe: str | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Train, and take the weights of the best epoch.
+
+        A detector that has weights starts from them, with a new class head where the number of classes differs.
+
+        Args:
+            data: folder in COCO's layout, that of Roboflow's COCO export, or YOLO's; or name the files by
+                ``train_images``, ``train_annotations``, ``val_images`` and ``val_annotations``.
+            output: folder of the run; by default a new one, ``runs/train``, ``runs/train-2`` and so on.
+            recipe: name of a run of the paper, whose schedule and sizes are the defaults of the other settings.
+            **settings: any other setting of ``groupdetr train``, under the name of its flag: ``epochs=12``,
+                ``lr=1e-4``, ``batch_size=4``, ``num_groups=11``, ``resume=True``.
+
+        Returns:
+            What ``results.json`` in the folder of the run holds.
+
+        Raises:
+            ValueError: for an unknown setting, and as ``runs.train.train``.
+        """
+        run = self._run if recipe is None else find_recipe(recipe).config(int(os.environ.get("WORLD_SIZE", "1")))
+        if recipe is not None and self.checkpoint is not None:
+            self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
+        if self.checkpoint is not None:
+            settings = {"new_class_head": True, "num_groups": self._num_groups, **settings}
+        folder = Path(output) if output is not None else _new_folder(RUNS / "train")
+        results = train(run.with_settings(**_of_data(data), output=folder, **settings))
+        best = folder / "checkpoints" / BEST
+        trained = best if best.exists() else latest_checkpoint(folder)
+        if trained is not None:
+            self._load(trained, None, None, {})
+        return results
+
+    def evaluate(
+        self, data: str | Path | None = None, *, output: str | Path | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """COCO's metrics of the detector, with one group.
+
+        Args:
+            data: as in :meth:`train`, of which the part to evaluate on is used.
+            output: folder for the metrics, the detections and the page about them; by default a new one, ``runs/eval``.
+            **settings: any other setting of an evaluation, under the name of its flag.
+
+        Returns:
+            AP and the other numbers, and ``"per_category"``: AP by category name.
+
+        Raises:
+            ValueError: if the detector has no weights yet, for an unknown setting, and as
+                ``runs.evaluate.evaluate_checkpoint``.
+        """
+        self._require_weights("evaluate")
+        folder = Path(output) if output is not None else _new_folder(RUNS / "eval")
+        run = self._run.with_settings(**{"num_groups": 1, **settings}, **_of_data(data), output=folder, eval_only=True)
+        return evaluate_checkpoint(run)
+
+    def predict(
+        self, images: ImageLike | Iterable[ImageLike], *, score_threshold: float = 0.3, **settings: Any
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Detect objects in images; arguments, results and errors are those of ``gd.predict``."""
+        return predict(self._require_weights("predict"), images, score_threshold=score_threshold, **settings)
+
+    def export(self, path: str | Path, image_size: tuple[int, int] | None = None, *, masks: bool = False) -> Path:
+        """Write an inference graph, ``.onnx`` or ``.pt2``; see ``exporting.export_file``."""
+        model = self._require_weights("export")
+        device = next(model.parameters()).device
+        try:
+            return export_file(model.cpu(), path, image_size, masks=masks)
+        finally:
+            model.to(device)
+
+    def to(self, device: torch.device | str) -> "Detector":
+        """Move the model."""
+        self._require_weights("move").to(device)
+        return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the weights of one group and their header, for ``save_pretrained`` and ``push_to_hub``."""
+        model = self._require_weights("save")
+        assert self._header is not None
+        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        write_weights(Path(save_directory) / "model.safetensors", weights, self._header.to_json())
+
+    def _require_weights(self, what: str) -> Model:
+        if self.model is None:
+            raise ValueError(f"there are only random weights to {what}: call train first, or from_pretrained")
+        return self.model
+
+
+def _of_data(data: str | Path | None) -> dict[str, Any]:
+    return {} if data is None else {"data_path": Path(data)}
+
+
+def _new_folder(path: Path) -> Path:
+    """The path, or with the first number behind it that is free."""
+    candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _downloaded(repository: str, **options: Any) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(OF_A_MODEL), **options))
+    except HFValidationError:
+        raise FileNotFoundError(f"{repository} does not exist, and is no id of a repository (user/name)") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repository} does not exist, and cannot be downloaded from the Hugging Face Hub ({reason})"
+        ) from None

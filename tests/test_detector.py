@@ -1,0 +1,142 @@
+"""The class that does everything: the same runs as the command line's."""
+
+import json
+
+import pytest
+import torch
+
+import groupdetr_fast as gd
+from groupdetr_fast.data import DigitsConfig, digits_dataset
+from groupdetr_fast.models.checkpoints import read_header
+
+SIZES = {
+    "num_queries": 5,
+    "d_model": 32,
+    "num_heads": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "dim_feedforward": 32,
+    "backbone": "conv:8-16",
+}
+AUGMENTATION = {"short_sides": (48,), "crop": 0.0, "eval_short_side": 48}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    size = DigitsConfig(image_size=48, train_images=6, val_images=4, max_objects=3, min_digit=12, max_digit=24)
+    return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)._asdict()
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A detector that was trained, the results, and the folder of the run."""
+    folder = tmp_path_factory.mktemp("run")
+    detector = gd.Detector(num_groups=3, **SIZES)
+    results = detector.train(**digits, **AUGMENTATION, epochs=1, lr=1e-2, workers=0, output=folder)
+    return detector, results, folder
+
+
+def test_a_detector_is_trained_evaluated_and_loaded(trained, digits, tmp_path, monkeypatch):
+    detector, results, folder = trained
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(json.dumps(results)) == json.loads((folder / "results.json").read_text())
+    assert detector.checkpoint.is_relative_to(folder)
+    evaluation = {name: digits[name] for name in ("val_images", "val_annotations")}
+    metrics = detector.evaluate(**evaluation, workers=0)
+    assert metrics == results["epochs"][-1]["metrics"]
+    assert (tmp_path / "runs/eval/index.html").exists()
+
+    again = gd.Detector.from_pretrained(folder)
+    image = torch.rand(3, 40, 60)
+    first, second = (each.predict(image, score_threshold=0.0) for each in (detector, again))
+    assert first.keys() == second.keys()
+    torch.testing.assert_close(first["boxes"], second["boxes"], rtol=0, atol=0)
+    assert len(first["boxes"]) == 50  # pairs of 5 queries, those of one group, and 10 classes
+
+
+def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
+    detector, *_ = trained
+    detector.save_pretrained(tmp_path / "saved")
+    header = read_header(tmp_path / "saved")
+    assert (header.model, header.model_config["num_groups"]) == ("conditional_detr_r50", 1)
+    image = torch.rand(3, 40, 60)
+    again = gd.Detector.from_pretrained(tmp_path / "saved")
+    expected, found = (each.predict(image, score_threshold=0.0) for each in (detector, again))
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=0)
+    assert found["class_names"] == expected["class_names"]
+
+
+def test_sharing_uploads_the_file(trained, monkeypatch):
+    detector, *_ = trained
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            uploaded[repo_id] = sorted(path.name for path in folder_path.iterdir())
+            return repo_id
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    detector.push_to_hub("somebody/digits")
+    assert uploaded == {"somebody/digits": ["README.md", "config.json", "model.safetensors"]}
+
+
+def test_a_repository_is_downloaded(trained, monkeypatch, tmp_path):
+    detector, *_ = trained
+    detector.save_pretrained(tmp_path / "saved")
+    asked = {}
+
+    def download(repository, **options):
+        asked[repository] = options["revision"]
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr("groupdetr_fast.detector.snapshot_download", download)
+    again = gd.Detector.from_pretrained("somebody/digits", revision="v1")
+    assert asked == {"somebody/digits": "v1"}
+    assert again.model.config == detector.model.config
+
+
+def test_training_goes_on_with_all_groups_and_other_classes_in_a_new_folder(trained, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "train").mkdir(parents=True)
+    detector = gd.Detector.from_pretrained(trained[2])
+    for part in ("train", "val"):
+        content = json.loads(digits[f"{part}_annotations"].read_text())
+        content["categories"].append({"id": 99, "name": "other"})
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+    files = {**digits, "train_annotations": tmp_path / "train.json", "val_annotations": tmp_path / "val.json"}
+    detector.train(**files, **AUGMENTATION, epochs=1, workers=0)
+    assert read_header(tmp_path / "runs/train-2").model_config["num_groups"] == 3
+    assert detector.checkpoint.is_relative_to("runs/train-2")
+    assert detector.model.config.num_classes == 11
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_export(trained, tmp_path, name):
+    detector, *_ = trained
+    assert detector.export(tmp_path / name, (48, 48)).stat().st_size > 10_000
+
+
+def test_what_does_not_work_ends_in_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown model 'yolo'"):
+        gd.Detector("yolo")
+    detector = gd.Detector(num_groups=2)
+    for call in (
+        lambda: detector.evaluate("data"),
+        lambda: detector.predict("photo.jpg"),
+        lambda: detector.export("model.onnx"),
+        lambda: detector.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match=r"only random weights to .*: call train first, or from_pretrained"):
+            call()
+    with pytest.raises(ValueError, match="there is no setting 'epoch': did you mean 'epochs'"):
+        detector.train("data", epoch=3)
+    with pytest.raises(FileNotFoundError, match=r"no/such/file.pth does not exist, and is no id of a repository"):
+        gd.Detector.from_pretrained("no/such/file.pth")
+    with pytest.raises(FileNotFoundError, match=r"somebody/nothing does not exist, and cannot be downloaded"):
+        gd.Detector.from_pretrained("somebody/nothing", local_files_only=True, cache_dir=tmp_path)
