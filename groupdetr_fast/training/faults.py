@@ -15,12 +15,15 @@ __all__ = [
     "StopRequest",
     "TrainingError",
     "TrainingStopped",
+    "deaths_of_processes_explained",
     "deaths_of_workers_explained",
     "lack_of_memory_explained",
     "obey_parent_alone",
 ]
 
 WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a worker was killed
+# What the errors of collectives say when a process at the other end is gone: gloo's, and NCCL's.
+PROCESS_DIED = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again with --resume
 
 
@@ -104,6 +107,24 @@ def deaths_of_workers_explained(workers: int) -> Iterator[None]:
         raise TrainingError(
             f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers "
             "help; resuming goes on from the newest checkpoint"
+        ) from None
+
+
+@contextmanager
+def deaths_of_processes_explained() -> Iterator[None]:
+    """Turn the error of a process that waits in vain for another one of its training into a sentence; others pass.
+
+    Raises:
+        TrainingError: if another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in PROCESS_DIED):
+            raise
+        raise TrainingError(
+            "another process of this training has ended: what it said last, or who killed it, is the reason, and not "
+            "this process; resuming goes on from the newest checkpoint"
         ) from None
 
 
