@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,7 +77,7 @@ class Display:
             finally:
                 self._bars = None
 
-    def evaluated(self, loader: DataLoader) -> Iterator[Any]:
+    def evaluated(self, loader: DataLoader) -> Generator[Any, None, None]:
         """The batches of a loader to evaluate, while it is shown how far they have come.
 
         Args:
