@@ -218,9 +218,7 @@ def test_a_step_on_fake_gpu_tensors_never_meets_the_host(model, kind):
                 parameter.grad = torch.zeros_like(parameter)
             return [losses], torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
 
-        step = kind(
-            add_gradients, detector, build_optimizer(detector, CONFIG), AveragedWeights(detector, decay=0.9)
-        )
+        step = kind(add_gradients, detector, build_optimizer(detector, CONFIG), AveragedWeights(detector, decay=0.9))
         targets = gd.PackedTargets(
             torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 4), torch.zeros(2, dtype=torch.int64), (4, 4)
         )
