@@ -23,6 +23,7 @@ from ..models.checkpoints import CheckpointMismatch, read_header
 from ..prediction import class_table
 from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
+from ..training.faults import deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
 from ..training.progress import Display
 from .config import CocoTrainingConfig
@@ -50,6 +51,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
+        TrainingError: if a process that loads images or another one that evaluates dies.
         ValueError: for settings that do not fit together, and if there are no weights to evaluate.
     """
     if config.model.load is None:
@@ -60,7 +62,10 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     model = _build(config, dataset)
     loader = accelerator.prepare(evaluation_loader(dataset, config))
     _compare_categories(config.model.load, dataset)
-    metrics = evaluate(accelerator, accelerator.prepare_model(model, evaluation_mode=True), loader, dataset, config)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    again = "run the same command again"
+    with deaths_of_workers_explained(config.data.workers, again), deaths_of_processes_explained(again):
+        metrics = evaluate(accelerator, model, loader, dataset, config)
     if accelerator.is_main_process:
         write_json(config.output / METRICS_FILE, metrics)
         print(format_table(metrics))

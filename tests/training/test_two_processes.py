@@ -115,8 +115,8 @@ def test_all_skip_a_step_that_is_broken_in_one_of_them_and_one_says_so(folder, t
     ("killed", "sentence"),
     [
         ("worker killed", "error: a process that loads images died"),
-        ("process 0 killed", "error: another process of this training has ended"),
-        ("process 1 killed", "error: another process of this training has ended"),
+        ("process 0 killed", "error: another process of this command has ended"),
+        ("process 1 killed", "error: another process of this command has ended"),
     ],
 )
 def test_what_is_killed_ends_the_training_in_a_sentence(folder, tmp_path, killed, sentence):
@@ -240,7 +240,8 @@ def test_sigterm_to_a_launcher_leaves_a_checkpoint(folder, tmp_path, to, place, 
 LAUNCHERS = {
     "torchrun": TORCHRUN,
     # With --cpu, accelerate starts one process; this is how it starts several, whatever they run on.
-    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    + ["--mixed_precision=bf16"],
 }
 SMALL = """--model conditional_detr_r50 --num-groups 2 --num-queries 4 --d-model 16 --num-heads 2 --encoder-layers 1
     --decoder-layers 2 --dim-feedforward 16 --backbone conv:8-16 --short-sides 32 --eval-short-side 32 --crop 0
@@ -258,6 +259,7 @@ def test_the_command_runs_under_launchers(folder, tmp_path, launcher):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1  # of one training, not of two
     assert (tmp_path / "predictions.png").exists()
+    assert results(tmp_path)["optimization"]["precision"] == ("bf16" if launcher == "accelerate" else "no")
     state = torch.load(tmp_path / "checkpoints" / "epoch_0001" / "state.pt", weights_only=True)
     assert state["batches_per_epoch"] == 3  # five batches
     assert len(state["random"]) == 2
