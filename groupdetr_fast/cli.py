@@ -1,7 +1,9 @@
 """Group DETR: check data, train, evaluate, predict, repeat the paper's measurements, show what runs where."""
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Union
 
@@ -30,6 +32,7 @@ _COMMANDS = {
     "recipes": RecipesCommand,
     "env": EnvCommand,
 }
+_OF_OWN_IMAGES = {"groupdetr_fast.data.unreadable"}  # loggers that speak of images which no other process has
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
 LONGEST_MESSAGE = 4000  # characters; names in a file of annotations have any length
 
@@ -41,6 +44,8 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
     ``--resume`` goes on from it. Other commands end with 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if os.environ.get("RANK", "0") != "0":
+        _warn_of_own_images_alone()
     try:
         parse()()
     except (OSError, ValueError) as error:
@@ -51,6 +56,18 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+
+
+def _warn_of_own_images_alone() -> None:
+    """Leave to the first of several processes what all of them would say; errors are everybody's own."""
+
+    def is_own(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.name in _OF_OWN_IMAGES
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(is_own)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

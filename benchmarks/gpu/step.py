@@ -340,7 +340,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
         attempt(recorder, "syncs", 3, (step,), count_syncs)
     for step in (many, one) if theirs else (many,):
         attempt(recorder, "kernels", 8, (step,), partial(profile_kernels, walls=walls))
-    # Without the check, which lets the host wait for the GPU, one sees the host's own time.
+    # Without the check, at which the host waits for the step before, one sees its own time.
     unchecked = [replace(step, contender="without the check", checked=False) for step in (one, many)]
     attempt(recorder, "step", 8, unchecked, time_steps)
     for step in (many, one):

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import groupdetr_fast as gd
 from groupdetr_fast import ops
 from groupdetr_fast.targets import StepTotals
-from groupdetr_fast.training.device_step import HostCopy, StepOutcome
+from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
 from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses
@@ -71,6 +71,8 @@ class Training:
         self.criterion = gd.build_criterion(self.model)
         self.optimizer = build_optimizer(self.model, CONFIG)
         self.scheduler = build_scheduler(self.optimizer, CONFIG, steps_per_epoch=1000)
+        self.parameters = list(self.model.parameters())
+        self.step = DeviceStep(lambda gradients: gradients[0](), self.model, self.optimizer)
         self.sums = Losses()
 
     @property
@@ -150,7 +152,8 @@ class Step:
         criterion: in the place of the detector's own.
         compiled: in the place of the detector's methods of these names.
         groups_per_pass: as in OptimizationConfig.
-        checked: whether the loss is checked, as the training loop does. Without it the host never waits.
+        checked: whether the host looks at what became of the step before, as the training loop does. Without it the
+            host never waits.
         mark: called with the name of each part at its end.
     """
 
@@ -163,6 +166,7 @@ class Step:
     groups_per_pass: int = 0
     checked: bool = True
     mark: Callable[[str], None] = _ignore
+    flags: list[HostCopy] = field(default_factory=list)  # of the last step
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -174,21 +178,27 @@ class Step:
         """Returns the loss.
 
         Raises:
-            AssertionError: if loss or gradient are not finite.
+            AssertionError: if loss or gradient of the step before were not finite.
         """
         training = self.training
         self.mark("start")
+        outcome = training.step([self._gradients])
+        self._check(outcome)
+        training.sums += outcome.losses
+        training.scheduler.step()
+        self.mark("optimiser")
+        return outcome.losses["loss"]
+
+    def _gradients(self) -> tuple[list[dict[str, Tensor]], Tensor]:
         with self._patched():
             losses = self._add_gradients()
-        norm = nn.utils.clip_grad_norm_(training.model.parameters(), CONFIG.clip_norm)
+        return [losses], nn.utils.clip_grad_norm_(self.training.parameters, CONFIG.clip_norm)
+
+    def _check(self, outcome: StepOutcome) -> None:
+        """Look at the step before, when this one is launched."""
         if self.checked:
-            assert bool((losses["loss"] + norm).isfinite()), "the loss or the gradient is not finite"
-        training.optimizer.step()
-        training.sums += Losses.of(losses)
-        training.scheduler.step()
-        training.optimizer.zero_grad()
-        self.mark("optimiser")
-        return losses["loss"]
+            assert not (self.flags and self.flags.pop().tolist()[0]), "the loss or the gradient is not finite"
+            self.flags.append(HostCopy(outcome.flags))
 
     def losses(self) -> dict[str, Tensor]:
         """What it computes without dropout."""
@@ -268,19 +278,15 @@ class GraphedStep(Step):
 
     Attributes:
         graphs: the one graph.
-        flags: of the last step, whether it had to be skipped, at which the next one looks.
     """
 
     graphs: StepGraphs = field(kw_only=True)
-    flags: list[HostCopy] = field(default_factory=list)
 
     def __call__(self) -> Tensor:
         """See :meth:`Step.__call__`; the error is that of the step before."""
         training = self.training
         outcome = self._launch()
-        if self.checked:
-            assert not (self.flags and self.flags.pop().tolist()[0]), "the loss or the gradient is not finite"
-            self.flags.append(HostCopy(outcome.flags))
+        self._check(outcome)
         training.sums += outcome.losses
         training.scheduler.step()
         return outcome.losses["loss"]
@@ -322,7 +328,7 @@ def in_graph(step: Step) -> GraphedStep:
             output = training.model(inputs.images, inputs.masks, inputs.targets)
         losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(training.model.parameters(), CONFIG.clip_norm)
+        norm = nn.utils.clip_grad_norm_(training.parameters, CONFIG.clip_norm)
         return [{name: value.detach() for name, value in losses.items()}], norm
 
     sizes = GraphSizes(1, image_multiple=1, targets=(batch.packed().max_targets,))

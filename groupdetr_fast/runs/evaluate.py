@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import CocoDataset
+from ..data import Batch, CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
@@ -22,7 +23,9 @@ from ..models.checkpoints import CheckpointMismatch, read_header
 from ..prediction import class_table
 from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
+from ..training.faults import deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
+from ..training.progress import Display
 from .config import CocoTrainingConfig
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_set
 from .report import write_report
@@ -48,6 +51,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
 
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
+        TrainingError: if a process that loads images or another one that evaluates dies.
         ValueError: for settings that do not fit together, and if there are no weights to evaluate.
     """
     if config.model.load is None:
@@ -58,7 +62,10 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     model = _build(config, dataset)
     loader = accelerator.prepare(evaluation_loader(dataset, config))
     _compare_categories(config.model.load, dataset)
-    metrics = evaluate(accelerator, accelerator.prepare_model(model, evaluation_mode=True), loader, dataset, config)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    again = "run the same command again"
+    with deaths_of_workers_explained(config.data.workers, again), deaths_of_processes_explained(again):
+        metrics = evaluate(accelerator, model, loader, dataset, config)
     if accelerator.is_main_process:
         write_json(config.output / METRICS_FILE, metrics)
         print(format_table(metrics))
@@ -94,6 +101,7 @@ def evaluate(
     dataset: CocoDataset,
     config: CocoTrainingConfig,
     between_batches: Callable[[], None] = lambda: None,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """COCO metrics of a model, the same in every process.
 
@@ -104,16 +112,19 @@ def evaluate(
         dataset: of the loader.
         config: the run.
         between_batches: called after every batch, in all processes as many times; may raise.
+        display: that of a training, whose bar is on the terminal; None for one of its own.
     """
     evaluator = _evaluator(dataset, config)
-    shown = _detect(model, loader, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
-    states = gather_object([evaluator.state])
+    with closing((display or Display(accelerator)).evaluated(loader)) as batches:
+        shown = _detect(model, batches, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
+    gathered = gather_object([(evaluator.state, shown)])
 
     def summarize() -> dict[str, Any]:
-        evaluator.merge(states)
+        evaluator.merge([state for state, _ in gathered])
         metrics = evaluator.summarize()
         write_whole(config.output / "detections.json", json.dumps(evaluator.results) + "\n")
-        _draw(dataset, shown, config)
+        # As in the metrics, the first of two processes that have seen an image.
+        _draw(dataset, {number: found for _, each in reversed(gathered) for number, found in each.items()}, config)
         return metrics
 
     # Two processes have seen an image that fills a last batch, padded differently: each would have metrics of its own.
@@ -147,16 +158,16 @@ def _evaluator(
 @torch.no_grad()
 def _detect(
     model: nn.Module,
-    loader: DataLoader,
+    batches: Iterable[Batch],
     evaluator: CocoEvaluator,
     config: CocoTrainingConfig,
     show: Collection[int] = (),
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Give the detections of a loader's images to the evaluator. Returns those of the images to show, by id."""
+    """Give the detections of images to the evaluator. Returns those of the images to show, by id."""
     model.eval()
     shown: dict[int, dict[str, torch.Tensor]] = {}
-    for batch in loader:
+    for batch in batches:
         detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
         evaluator.update(batch.image_ids, detections)
         for image_id, detection in zip(batch.image_ids, detections, strict=True):
@@ -184,8 +195,8 @@ def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:
 
 
 def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], config: CocoTrainingConfig) -> None:
-    """Write ``predictions.png`` for the first images, of those that this process evaluated."""
-    indices = [index for index in range(min(config.pictures, len(dataset))) if dataset.image_ids[index] in detections]
+    """Write ``predictions.png`` for the first images."""
+    indices = range(min(config.pictures, len(dataset)))
     if not indices:
         return
     draw_detections(

@@ -19,7 +19,7 @@ from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
 from ..training.checkpoint import BEST, latest_checkpoint
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
-from ..training.faults import lack_of_memory_explained
+from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
@@ -66,6 +66,7 @@ def train(
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         lack_of_memory_explained(config.optimization.batch_size),
+        deaths_of_processes_explained(),
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
         return _train(config, accelerator, observe)
@@ -83,7 +84,10 @@ def _train(
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        return evaluate(accelerator, model, val_loader, val_set, config, lambda: own_trainer().stop_if_asked())
+        running = own_trainer()
+        assert running is not None  # it is what calls this
+        display = running.progress.display
+        return evaluate(accelerator, model, val_loader, val_set, config, running.stop_if_asked, display)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(

@@ -22,7 +22,13 @@ from ..targets import StepTotals
 from .checkpoint import mark_best
 from .device_step import DeviceStep
 from .ema import AveragedWeights
-from .faults import StopRequest, TrainingError, TrainingStopped, deaths_of_workers_explained
+from .faults import (
+    StopRequest,
+    TrainingError,
+    TrainingStopped,
+    deaths_of_processes_explained,
+    deaths_of_workers_explained,
+)
 from .gradients import Observe, StepGradients
 from .graphs import CapturableStep, StepGraphs, check_graphs
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler
@@ -136,8 +142,8 @@ class Trainer:
     def _begin(self, bare: nn.Module, loader: DataLoader) -> TrainingState:
         """The state before the first step."""
         config, accelerator = self.config, self.accelerator
-        send_buffers_only_if_trained(accelerator, bare)
         model, optimizer, loader = accelerator.prepare(bare, build_optimizer(bare, config), loader)
+        send_buffers_only_if_trained(model)
         if accelerator.process_index > 0:  # the weights are one, dropout and noise are each process's own
             set_seed(config.seed + accelerator.process_index)
         scheduler = build_scheduler(optimizer, config, steps_per_epoch=-(-len(loader) // config.accumulate))
@@ -174,12 +180,12 @@ class Trainer:
         Raises:
             TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint is written.
             TrainingError: if too many steps had to be skipped or too many images could not be read, or a process that
-                loads images died.
+                loads images or another one that trains died.
             CheckpointError: if a checkpoint cannot be written.
         """
         self.accelerator.init_trackers("tensorboard")
         explained = deaths_of_workers_explained(self.state.loader.num_workers)
-        with self.stop, self.progress.shown(self.config.lr), explained:
+        with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
             self._evaluate_what_was_interrupted()
             while self.state.epoch < self.config.epochs and not self._waited_long_enough():
                 self._run_epoch()
@@ -336,7 +342,7 @@ class Trainer:
         waited = epochs_without_gain(history, self.settings.early_stopping_delta)
         if waited < patience:
             return False
-        self.progress.print(f"stopped early after epoch {self.state.epoch}: no better AP for {waited} epochs")
+        self.progress.display.print(f"stopped early after epoch {self.state.epoch}: no better AP for {waited} epochs")
         return True
 
     def _mark_best(self) -> None:

@@ -15,12 +15,16 @@ __all__ = [
     "StopRequest",
     "TrainingError",
     "TrainingStopped",
+    "deaths_of_processes_explained",
     "deaths_of_workers_explained",
     "lack_of_memory_explained",
     "obey_parent_alone",
 ]
 
 WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a worker was killed
+# What the errors of collectives say when a process at the other end is gone: gloo's, and NCCL's.
+PROCESS_DIED = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
+RESUME = "resuming goes on from the newest checkpoint"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again with --resume
 
 
@@ -86,11 +90,12 @@ def obey_parent_alone(worker: int) -> None:
 
 
 @contextmanager
-def deaths_of_workers_explained(workers: int) -> Iterator[None]:
+def deaths_of_workers_explained(workers: int, then: str = RESUME) -> Iterator[None]:
     """Turn the errors that a killed worker causes into a sentence; others pass.
 
     Args:
         workers: number of processes that load images.
+        then: how to go on.
 
     Raises:
         TrainingError: if one of them died.
@@ -102,8 +107,28 @@ def deaths_of_workers_explained(workers: int) -> Iterator[None]:
         if not (broken_pipe or str(error).startswith(WORKER_DIED)):
             raise
         raise TrainingError(
-            f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers "
-            "help; resuming goes on from the newest checkpoint"
+            f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers help; {then}"
+        ) from None
+
+
+@contextmanager
+def deaths_of_processes_explained(then: str = RESUME) -> Iterator[None]:
+    """Turn the error of a process that waits in vain for another one into a sentence; others pass.
+
+    Args:
+        then: how to go on.
+
+    Raises:
+        TrainingError: if another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in PROCESS_DIED):
+            raise
+        raise TrainingError(
+            "another process of this command has ended: what it said last, or who killed it, is the reason, and not "
+            f"this process; {then}"
         ) from None
 
 

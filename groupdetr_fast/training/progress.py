@@ -1,7 +1,7 @@
-"""What a training shows while it runs.
+"""What a training shows while it runs, and an evaluation.
 
-On a terminal a bar and a line per epoch; elsewhere, and in a log file, also a line every so many steps; and
-TensorBoard's curves.
+On a terminal a bar and a line per epoch; elsewhere, and in a log file, also a line every so many steps, and in long
+evaluations every half minute; and TensorBoard's curves.
 """
 
 import logging
@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,21 +21,94 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .processes import mean_losses
 from .state import TrainingState
 from .step_losses import Losses
 
-__all__ = ["TrainingProgress", "logged_to", "peak_memory_mib", "reset_peak_memory"]
+__all__ = ["Display", "TrainingProgress", "logged_to", "peak_memory_mib", "reset_peak_memory"]
 
 LOG_EVERY = 10  # batches between two points of a TensorBoard curve
 LINE_EVERY = 50  # steps between two lines
+SECONDS_BETWEEN_LINES = 30.0  # of an evaluation
 
 # What the console shows, for log files: without a handler of its own it goes nowhere, as the console has it already.
 _shown = logging.getLogger(f"{__name__}.shown")
 _shown.propagate = False
 _shown.addHandler(logging.NullHandler())
 _shown.setLevel(logging.INFO)
+
+
+class Display:
+    """Bars and lines of the main process; the others show nothing.
+
+    Args:
+        accelerator: of the training or the evaluation.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.console = Console(stderr=True)
+        self._bars: Progress | None = None
+
+    @contextmanager
+    def bars(self) -> Iterator[Progress]:
+        """Inside, the terminal has a place for bars; one inside another is the same.
+
+        Their tasks have the fields ``what``, which comes before the bar, and ``status``, after it.
+        """
+        if self._bars is not None:
+            yield self._bars
+            return
+        columns = (
+            TextColumn("{task.fields[what]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        quiet = not (self.accelerator.is_main_process and self.console.is_terminal)
+        with Progress(*columns, console=self.console, disable=quiet) as bars:
+            self._bars = bars
+            try:
+                yield bars
+            finally:
+                self._bars = None
+
+    def evaluated(self, loader: DataLoader) -> Generator[Any, None, None]:
+        """The batches of a loader to evaluate, while it is shown how far they have come.
+
+        Args:
+            loader: as the accelerator prepared it.
+        """
+        begin = shown = time.perf_counter()
+        images = 0
+        with self.bars() as bars:
+            task = bars.add_task("evaluate", total=len(loader), what="evaluating", status="")
+            try:
+                for done, batch in enumerate(loader, start=1):
+                    yield batch
+                    images += len(batch.image_ids)
+                    now = time.perf_counter()
+                    rate = images * self.accelerator.num_processes / (now - begin)
+                    bars.update(task, completed=done, status=f"{rate:.1f} images/s ")
+                    if now - shown >= SECONDS_BETWEEN_LINES:
+                        shown = now
+                        left = timedelta(seconds=round((now - begin) / done * (len(loader) - done)))
+                        line = f"evaluated batch {done}/{len(loader)}  {rate:.1f} images/s  {left} left"
+                        self.print(line, on_terminal=False)
+            finally:
+                bars.remove_task(task)
+
+    def print(self, line: str, *, on_terminal: bool = True) -> None:
+        """Show a line and give it to the log file; perhaps not where a bar shows as much."""
+        if self.accelerator.is_main_process:
+            _shown.info(line)
+            if on_terminal or not self.console.is_terminal:
+                # A file has no width to break lines at.
+                self.console.print(line, soft_wrap=True, highlight=self.console.is_terminal)
 
 
 class TrainingProgress:
@@ -45,36 +118,30 @@ class TrainingProgress:
         accelerator: of the training; its trackers draw the curves.
         state: of the training; it is only read.
         epochs: of the whole run.
+
+    Attributes:
+        display: where it is shown.
     """
 
     def __init__(self, accelerator: Accelerator, state: TrainingState, epochs: int):
         self.accelerator = accelerator
         self.state = state
         self.epochs = epochs
-        self.console = Console(stderr=True)
+        self.display = Display(accelerator)
         self._since = _Since(time.perf_counter())
 
     @contextmanager
     def shown(self, lr: float) -> Iterator[None]:
         """Inside, the console has the bar, which begins with this learning rate."""
-        columns = (
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}lr {task.fields[lr]:.2g}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        state, quiet = self.state, not (self.accelerator.is_main_process and self.console.is_terminal)
-        with Progress(*columns, console=self.console, disable=quiet) as bar:
-            self._bar = bar
-            self._task = bar.add_task(
+        state = self.state
+        with self.display.bars() as bars:
+            self._bars = bars
+            self._task = bars.add_task(
                 "train",
                 total=self.epochs * state.batches_per_epoch,
                 completed=state.batches,
-                epoch=state.epoch + 1,
-                loss="",  # until there is one
-                lr=lr,
+                what=f"epoch {state.epoch + 1}",
+                status=f"lr {lr:.2g}",  # until there is a loss
             )
             self._since = _Since(time.perf_counter())
             yield
@@ -98,7 +165,7 @@ class TrainingProgress:
             norm: scalar, of the gradient before it was clipped; None if it is not known.
         """
         ended = self.state.batches
-        self._bar.update(self._task, completed=ended)
+        self._bars.update(self._task, completed=ended)
         since = self._since
         since.steps, since.batches = since.steps + 1, since.batches + batches
         since.images, since.waited = since.images + images, since.waited + waited
@@ -110,7 +177,8 @@ class TrainingProgress:
         rate = self.state.scheduler.get_last_lr()[0]
         values = {f"train/{name}": value.item() for name, value in mean_losses(Losses.of(losses)).items()}
         self.accelerator.log({**values, "train/lr": rate}, step=ended)
-        self._bar.update(self._task, epoch=self.state.epoch + 1, loss=f"loss {values['train/loss']:.3f}  ", lr=rate)
+        status = f"loss {values['train/loss']:.3f}  lr {rate:.2g}"
+        self._bars.update(self._task, what=f"epoch {self.state.epoch + 1}", status=status)
 
     def log_metrics(self, row: dict[str, Any]) -> None:
         """Add an epoch's metrics to the curves."""
@@ -119,7 +187,7 @@ class TrainingProgress:
     def print_epoch(self, row: dict[str, Any]) -> None:
         metrics = _numbers(row)
         shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75") if name in metrics)
-        self.print(
+        self.display.print(
             f"epoch {row['epoch']}/{self.epochs}  {row['seconds']:.0f} s  "
             f"loss {row['train'].get('loss', math.nan):.3f}  {shown}"
         )
@@ -142,15 +210,7 @@ class TrainingProgress:
             f"{peak_memory_mib():.0f} MiB",
             f"{timedelta(seconds=round(left))} left",
         ]
-        self.print("  ".join(parts), on_terminal=False)
-
-    def print(self, line: str, *, on_terminal: bool = True) -> None:
-        """Show a line and give it to the log file; perhaps not where the bar shows as much."""
-        if self.accelerator.is_main_process:
-            _shown.info(line)
-            if on_terminal or not self.console.is_terminal:
-                # A file has no width to break lines at.
-                self.console.print(line, soft_wrap=True, highlight=self.console.is_terminal)
+        self.display.print("  ".join(parts), on_terminal=False)
 
 
 @dataclass

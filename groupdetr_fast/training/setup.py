@@ -1,12 +1,11 @@
 """What a training stands on: devices, processes, precision and seeds."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from torch import nn
 
 from .optimization import OptimizationConfig
@@ -49,11 +48,13 @@ def round_products(device: torch.device, *, tf32: bool) -> None:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def send_buffers_only_if_trained(accelerator: Accelerator, model: nn.Module) -> None:
+def send_buffers_only_if_trained(model: nn.Module) -> None:
     """Let DDP send the buffers of process 0 to all others before every forward pass only if training changes them.
 
-    The statistics of frozen batch norms are the same everywhere, from the beginning to the end.
+    The statistics of frozen batch norms are sent once, when the model is prepared.
+
+    Args:
+        model: as the accelerator prepared it.
     """
-    trained = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
-    accelerator.ddp_handler = replace(handler, broadcast_buffers=trained)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.broadcast_buffers = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from accelerate.utils import gather_object
+
 from .device_step import HostCopy, StepOutcome
 from .faults import TrainingError
 from .state import TrainingState
@@ -76,10 +78,16 @@ class StepLedger:
     def _note_skipped(self, step: "_EnqueuedStep") -> None:
         current, epoch, allowed = self.state.current, self.state.epoch + 1, self.max_skipped_steps
         current.skipped += 1
-        losses = step.outcome.of_batches.isfinite().tolist()
-        guilty = [ids for ids, finite in zip(step.image_ids, losses, strict=True) if not finite]
-        what = "loss" if guilty else "gradient"
-        ids = [image_id for of_batch in guilty or step.image_ids for image_id in of_batch]
+        finite = step.outcome.of_batches.isfinite().tolist()
+        guilty = [ids for ids, well in zip(step.image_ids, finite, strict=True) if not well]
+        everywhere = gather_object([(guilty, step.image_ids)])  # all processes are here
+        what = "loss" if any(of_process for of_process, _ in everywhere) else "gradient"
+        ids = [
+            image_id
+            for of_process in everywhere
+            for of_batch in of_process[0 if what == "loss" else 1]
+            for image_id in of_batch
+        ]
         where = f"epoch {epoch}, batches {step.first + 1} to {step.first + len(step.image_ids)}"
         logger.warning("%s: the %s is not finite: step skipped; image ids %s", where, what, ids)
         if current.skipped > allowed:

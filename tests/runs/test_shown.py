@@ -1,8 +1,16 @@
 """What a run shows while it trains and evaluates."""
 
+import io
 import re
+import time
+from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
+from rich.console import Console
+
+from groupdetr_fast.models import postprocess
+from groupdetr_fast.runs.evaluate import evaluate_checkpoint
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import progress
 
@@ -26,3 +34,46 @@ def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, mo
     train(replace(config, resume=True, optimization=replace(config.optimization, lr_drop=(1,))))
     log = (config.output / "train.log").read_text().splitlines()
     assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1,), which was (2.0,)") for line in log)
+
+
+def test_long_evaluations_say_how_far_they_are_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    config = replace(config, optimization=replace(config.optimization, epochs=1), eval_batch_size=2, pictures=0)
+    train(config)
+    printed = [line for line in capsys.readouterr().err.splitlines() if "evaluated" in line]
+    pattern = r"evaluated batch {}/2  \d+\.\d images/s  0:00:00 left"
+    assert len(printed) == 2
+    for number, line in enumerate(printed, start=1):
+        assert re.fullmatch(pattern.format(number), line), line
+        assert line in (config.output / "train.log").read_text()
+    load = config.output / "checkpoints" / "best"
+    alone = replace(config, model=replace(config.model, load=load, num_groups=1), output=config.output / "eval")
+    evaluate_checkpoint(alone)
+    assert capsys.readouterr().err.count("evaluated batch") == 2
+
+
+def test_a_terminal_shows_a_bar_of_the_training_and_one_of_the_evaluation(config, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "LOG_EVERY", 1)
+
+    def take_time(*arguments, **options):
+        time.sleep(0.25)  # longer than between two refreshments of a bar
+        return postprocess(*arguments, **options)
+
+    monkeypatch.setattr("groupdetr_fast.runs.evaluate.postprocess", take_time)
+    config = replace(config, optimization=replace(config.optimization, epochs=1), eval_batch_size=2, pictures=0)
+    train(config)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "epoch 1" in shown
+    assert re.search(r"loss \d+\.\d+  lr 0\.001", shown)
+    assert re.search(r"evaluating .*images/s", shown)
+    assert "evaluated batch" not in shown
+
+
+def test_a_stopped_evaluation_leaves_no_bar(config):
+    display = progress.Display(SimpleNamespace(is_main_process=True, num_processes=1))
+    with closing(display.evaluated([SimpleNamespace(image_ids=[1])] * 3)) as batches:
+        next(batches)
+        assert display._bars is not None
+    assert display._bars is None

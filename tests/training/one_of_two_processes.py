@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from small_runs import announce_calls, data_in, small_config, terminate_before
+from small_runs import (
+    announce_calls,
+    data_in,
+    kill_before,
+    kill_worker_at,
+    small_config,
+    spoil_images,
+    terminate_before,
+)
 
 from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
@@ -28,6 +36,7 @@ def config_of(folder, output, **optimization):
         augmentation=AugmentationConfig(short_sides=(32,), flip=0.0, crop=0.0, eval_short_side=32),
         optimization=replace(config.optimization, **optimization),
         evaluate_every=1,
+        pictures=5,
     )
 
 
@@ -81,7 +90,15 @@ def main():
         announce_calls(kind.split()[1], 0.2)
     if kind.startswith("sharded"):
         shard_weights()
+    if kind == "worker killed":
+        config = replace(config, data=replace(config.data, workers=1))
+    if kind == "spoiled":
+        spoil_images(4)
+    if kind == f"process {os.environ['RANK']} killed":
+        kill_before("AdamW.step", 7)
     if os.environ["RANK"] == "1":
+        if kind == "worker killed":
+            kill_worker_at(4)
         if kind.endswith("stopped"):  # one process is told to stop, and all do, two steps later
             terminate_before("AdamW.step", 6)
         forbid_writing(output)

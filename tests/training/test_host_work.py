@@ -1,14 +1,14 @@
 """What the host does in a step beside the model: few operators, no look-ups, no waiting."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
-from test_graphs import Operators, batches_of, trainer_in  # noqa: F401 (a fixture)
+import torch.distributed as dist
+from test_graphs import Operators, batches_of, build, trainer_in  # noqa: F401 (a fixture)
 from torch import nn
 
-import groupdetr_fast as gd
 from groupdetr_fast.training import setup
 from groupdetr_fast.training.device_step import HostCopy
 from groupdetr_fast.training.engine import _Agreement
@@ -113,17 +113,22 @@ def test_processes_exchange_once_a_step():
     assert sent == [[0.0, 0.0], [1.0, 1.0]]
 
 
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(("backbone", "sent"), [("resnet18", False), ("conv:8-8", True)])
-def test_buffers_are_sent_only_where_batch_norms_train(backbone, sent):
-    model = gd.build_model(
-        "conditional_detr_r50", num_classes=3, num_groups=2, backbone=backbone, backbone_weights=None
-    )
-    accelerator = SimpleNamespace(ddp_handler=None)
-    send_buffers_only_if_trained(accelerator, model)
-    assert accelerator.ddp_handler.broadcast_buffers == sent
-    accelerator.ddp_handler = DistributedDataParallelKwargs(bucket_cap_mb=7)
-    send_buffers_only_if_trained(accelerator, model)
-    assert (accelerator.ddp_handler.broadcast_buffers, accelerator.ddp_handler.bucket_cap_mb) == (sent, 7)
+def test_buffers_are_sent_only_where_batch_norms_train(one_process_group, backbone, sent):
+    model = build(backbone=backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        send_buffers_only_if_trained(wrapped)
+    assert wrapped.will_sync_module_buffers() == sent
+    send_buffers_only_if_trained(model)  # which is no DDP
 
 
 @pytest.mark.parametrize("cuda", [False, True])

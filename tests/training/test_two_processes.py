@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from one_of_two_processes import config_of
+from PIL import Image
 from safetensors.torch import load_file
 from small_runs import write_images
 from test_passes import MASKS, MODELS, small_batch, small_model
@@ -92,6 +93,39 @@ def test_two_processes_train_and_evaluate_as_one(folder, one_process):
     metrics = dict(re.findall(r"metrics of process (\d): (.*)", done.stderr))
     assert metrics["0"] == metrics["1"] == json.dumps([row["metrics"] for row in results(folder / "two")["epochs"]])
     assert len(list((folder / "two" / "tensorboard").glob("**/events*"))) == 1
+    pictures = [Image.open(output / "predictions.png") for output in (folder / "two", one_process)]
+    assert pictures[0].size == pictures[1].size  # every image, and not those of one process
+    assert done.stderr.count("the backbone resnet18 starts from random weights") == 1  # said by one of them
+    assert done.stderr.count("left out the") >= 2  # said by whoever met it
+    assert len(re.findall(r"^/.*Warning: ", done.stderr, re.MULTILINE)) <= 1, done.stderr
+
+
+@pytest.mark.slow
+def test_all_skip_a_step_that_is_broken_in_one_of_them_and_one_says_so(folder, tmp_path):
+    done = run_on_two(folder, tmp_path / "run", "spoiled", batch_size=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the loss is not finite: step skipped; image ids [4]") == 3  # one in each epoch
+    assert done.stderr.count("step skipped") == 3
+    assert [row["skipped_steps"] for row in results(tmp_path / "run")["epochs"]] == [1, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "sentence"),
+    [
+        ("worker killed", "error: a process that loads images died"),
+        ("process 0 killed", "error: another process of this command has ended"),
+        ("process 1 killed", "error: another process of this command has ended"),
+    ],
+)
+def test_what_is_killed_ends_the_training_in_a_sentence(folder, tmp_path, killed, sentence):
+    done = run_on_two(folder, tmp_path / "run", killed, batch_size=1)
+    assert done.returncode != 0
+    assert done.stderr.count(sentence) == 1, done.stderr
+    assert "[rank" not in done.stderr  # which begins the lines of tracebacks, but for the launcher's
+    if killed.startswith("process"):
+        assert latest_checkpoint(tmp_path / "run").name == "epoch_0001"
 
 
 @pytest.mark.slow
@@ -206,7 +240,8 @@ def test_sigterm_to_a_launcher_leaves_a_checkpoint(folder, tmp_path, to, place, 
 LAUNCHERS = {
     "torchrun": TORCHRUN,
     # With --cpu, accelerate starts one process; this is how it starts several, whatever they run on.
-    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    + ["--mixed_precision=bf16"],
 }
 SMALL = """--model conditional_detr_r50 --num-groups 2 --num-queries 4 --d-model 16 --num-heads 2 --encoder-layers 1
     --decoder-layers 2 --dim-feedforward 16 --backbone conv:8-16 --short-sides 32 --eval-short-side 32 --crop 0
@@ -224,6 +259,7 @@ def test_the_command_runs_under_launchers(folder, tmp_path, launcher):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1  # of one training, not of two
     assert (tmp_path / "predictions.png").exists()
+    assert results(tmp_path)["optimization"]["precision"] == ("bf16" if launcher == "accelerate" else "no")
     state = torch.load(tmp_path / "checkpoints" / "epoch_0001" / "state.pt", weights_only=True)
     assert state["batches_per_epoch"] == 3  # five batches
     assert len(state["random"]) == 2
