@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from ..models.inference_graph import export_onnx, export_program
 from ..prediction import EVAL_SETTINGS, InferenceSettings, load_model
-from .flags import DetectorFlags
+from .flags import CheckpointArgument, DetectorFlags, named
 
 __all__ = ["ExportCommand"]
 
@@ -29,7 +28,7 @@ class ExportCommand(DetectorFlags):
         masks: whether the graph also takes masks of the images' padding, for batches of images of several sizes.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: CheckpointArgument = None
     output: Path
     image_size: tuple[int, int] | None = None
     masks: bool = False
@@ -37,7 +36,8 @@ class ExportCommand(DetectorFlags):
     def __call__(self) -> None:
         if self.output.suffix not in (".onnx", ".pt2"):
             raise ValueError(f"output must end in .onnx or .pt2, got {self.output}")
-        model = load_model(self.checkpoint, device="cpu", **self.detector_settings())
+        checkpoint = named(self.checkpoint, "groupdetr export CHECKPOINT --output FILE")
+        model = load_model(checkpoint, device="cpu", **self.detector_settings())
         if model.config.predicts_masks:
             raise ValueError("models that predict masks cannot be exported")
         for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node

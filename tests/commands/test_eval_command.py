@@ -24,7 +24,7 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     assert "loss nan" not in captured.out + captured.err
 
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
-    evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
+    evaluation = [checkpoint, "--output", tmp_path / "eval", "--pictures=0"]
     cli.main([str(argument) for argument in ["eval", *evaluation, *val]])
     table = re.compile(r"^.*Average.*$", re.MULTILINE)
     assert len(table.findall(trained)) >= 6
@@ -56,9 +56,3 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
 
     with pytest.raises(SystemExit, match="run holds a run: give resume to go on with it, overwrite to replace it"):
         cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
-
-
-@pytest.mark.parametrize("checkpoints", [[], ["a", "--load", "b"]])
-def test_one_checkpoint_is_named(checkpoints):
-    with pytest.raises(SystemExit, match="name one checkpoint: groupdetr eval CHECKPOINT"):
-        cli.main(["eval", *checkpoints])
