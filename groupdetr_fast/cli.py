@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every = {"train": TrainCommand, **_COMMANDS, "analyze": AnalyzeCommand}
         options = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in every.items())
         union = Union[options]  # noqa: UP007 (a union of a tuple)
-        return tyro.cli(union, args=arguments, prog="groupdetr", description=__doc__, config=FLAGS)
+        # The name alone, so that flags of a misspelt command do not call up those of all commands.
+        return tyro.cli(union, args=arguments[:1], prog="groupdetr", description=__doc__, config=FLAGS)
 
     run(parse)

@@ -21,9 +21,13 @@ from groupdetr_fast import cli
         ),
         (["train", "--num-groups", "0", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
         (
-            ["eval", "--load", "{tmp}/none.pth", "--coco-path", "c"],
+            ["eval", "{tmp}/none.pth", "--coco-path", "c"],
             "error: checkpoint: there is nothing at .*none.pth",
         ),
+        (["train", "--config", "{tmp}/none.yaml"], "error: there is no configuration file .*none.yaml"),
+        (["eval"], "error: name the checkpoint: groupdetr eval CHECKPOINT --data-path DIR"),
+        (["predict"], "error: name the checkpoint: groupdetr predict CHECKPOINT IMAGES"),
+        (["export", "--output", "a.onnx"], "error: name the checkpoint: groupdetr export CHECKPOINT --output FILE"),
     ],
 )
 def test_faults_are_one_sentence(arguments, message, tmp_path):
@@ -50,6 +54,10 @@ def test_the_version(capsys):
         (["train", "--batchsize", "3"], "--batch-size"),
         (["analyze", "group-ap", "--sed", "3"], "--seed"),
         (["predict", "a.pth", "b.jpg", "--top", "3"], "--top-k"),
+        (["predict", "--top", "3", "a.pth", "b.jpg"], "--top-k"),
+        (["eval", "--batchsize", "3", "a.pth"], "--batch-size"),
+        (["export", "--mask", "a.pth", "--output", "a.onnx"], "--masks"),
+        (["export", "a.pth", "--outpt", "a.onnx"], "--output"),
     ],
 )
 def test_misspelt_flags_suggest_those_of_the_command_at_hand(arguments, suggested, capsys):
@@ -63,8 +71,18 @@ def test_misspelt_flags_suggest_those_of_the_command_at_hand(arguments, suggeste
     assert set(re.findall(r"groupdetr [a-z -]+ --help", text)) == {f"{own} --help"}
 
 
+@pytest.mark.parametrize("arguments", [["trian", "--lr", "3"], ["analyze", "grop-ap", "--lr", "3"]])
+def test_a_misspelt_command_calls_up_the_commands_and_no_flags(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    text = capsys.readouterr().err
+    assert "Available subcommands" in text
+    assert "--lr" not in text
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["bogus"], ["analyze"], ["analyze", "bogus"], ["train", "--recipe"], ["eval"]]
+    "arguments",
+    [[], ["bogus"], ["analyze"], ["analyze", "bogus"], ["train", "--recipe"], ["eval"], ["predict"], ["export"]],
 )
 def test_nobody_sees_the_parsers_own_names(arguments, capsys):
     with pytest.raises(SystemExit):

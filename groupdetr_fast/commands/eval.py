@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from ..data.config import DataConfig
 from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
 from ..training.optimization import OptimizationConfig
+from .flags import CheckpointArgument, named
 
 __all__ = ["EvalCommand"]
 
@@ -21,7 +20,6 @@ class EvalCommand:
 
     Attributes:
         checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
-        load: the same as checkpoint.
         model: name of the detector, for checkpoints without it (this package stores it).
         data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
@@ -43,8 +41,7 @@ class EvalCommand:
         report: whether to write ``index.html``, the page about the evaluation.
     """
 
-    checkpoint: tyro.conf.Positional[Path | None] = None
-    load: Path | None = None
+    checkpoint: CheckpointArgument = None
     model: str | None = None
     data_path: Path | None = None
     coco_path: Path | None = None
@@ -71,11 +68,9 @@ class EvalCommand:
         """The evaluation as a run.
 
         Raises:
-            ValueError: if there is no checkpoint or two, or neither it nor the flags name the detector.
+            ValueError: if no checkpoint is named, or neither it nor the flags name the detector.
         """
-        checkpoint = self.checkpoint or self.load
-        if checkpoint is None or None not in (self.checkpoint, self.load):
-            raise ValueError("name one checkpoint: groupdetr eval CHECKPOINT")
+        checkpoint = named(self.checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
         header = describe_model(checkpoint, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(

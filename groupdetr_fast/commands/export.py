@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from ..exporting import check_suffix, export_file
 from ..prediction import load_model
-from .flags import DetectorFlags
+from .flags import CheckpointArgument, DetectorFlags, named
 
 __all__ = ["ExportCommand"]
 
@@ -26,13 +24,14 @@ class ExportCommand(DetectorFlags):
         masks: whether the graph also takes masks of the images' padding, for batches of images of several sizes.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: CheckpointArgument = None
     output: Path
     image_size: tuple[int, int] | None = None
     masks: bool = False
 
     def __call__(self) -> None:
         check_suffix(self.output)  # before the checkpoint is read
-        model = load_model(self.checkpoint, device="cpu", **self.detector_settings())
+        checkpoint = named(self.checkpoint, "groupdetr export CHECKPOINT --output FILE")
+        model = load_model(checkpoint, device="cpu", **self.detector_settings())
         path = export_file(model, self.output, self.image_size, masks=self.masks)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -2,21 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
-__all__ = ["FLAGS", "DetectorFlags", "read_flags"]
+__all__ = ["FLAGS", "CheckpointArgument", "DetectorFlags", "named", "read_flags"]
 
 T = TypeVar("T")
 
 FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+# The first argument of every command that uses a checkpoint; :func:`named` asks for it where it is missing. The parser
+# would ask for it wherever a misspelt flag comes before it, and say nothing of the flag.
+CheckpointArgument = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")]]
 
 
 def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
     """The flags of a command line that are fields of the dataclass ``kind``; the others are ignored."""
     found, _ = tyro.cli(kind, args=arguments, prog="groupdetr", config=FLAGS, return_unknown_args=True, add_help=False)
     return found
+
+
+def named(checkpoint: Path | None, usage: str) -> Path:
+    """The checkpoint that a command line names.
+
+    Args:
+        checkpoint: the argument.
+        usage: the command with all that it needs.
+
+    Raises:
+        ValueError: if it is missing.
+    """
+    if checkpoint is None:
+        raise ValueError(f"name the checkpoint: {usage}")
+    return checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..evaluation.visualize import (
 from ..files import read_json, write_whole
 from ..models.postprocess import check_selection
 from ..prediction import InferenceSettings, load_model, predict, settings_of
-from .flags import DetectorFlags
+from .flags import CheckpointArgument, DetectorFlags, named
 
 __all__ = ["PredictCommand", "find_images"]
 
@@ -63,8 +63,8 @@ class PredictCommand(DetectorFlags):
         annotated: whether to write each image with its detections.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    images: tyro.conf.Positional[tuple[str, ...]]
+    checkpoint: CheckpointArgument = None
+    images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGES")]] = ()
     output: Path = Path("runs/predict")
     categories: Path | None = None
     labels: Literal["contiguous", "category_id"] = "category_id"
@@ -85,8 +85,11 @@ class PredictCommand(DetectorFlags):
         if not 0 <= self.contact_sheet <= MOST_THUMBNAILS:
             raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
         check_selection(self.top_k, self.score_threshold)
+        checkpoint = named(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
         paths = find_images(self.images, besides=self.output)
-        model = load_model(self.checkpoint, device=self.device, **self.detector_settings())
+        if not any(path.exists() for path in paths):
+            raise DataError(f"there is nothing at {', '.join(map(str, paths))}")
+        model = load_model(checkpoint, device=self.device, **self.detector_settings())
         settings = self._settings(settings_of(model))
         writer = _Writer(self, settings)
         unreadable: list[Path] = []
@@ -105,8 +108,9 @@ class PredictCommand(DetectorFlags):
                 writer.add(image, detection)
         writer.finish()
         if unreadable:
-            names = ", ".join(map(str, unreadable))
-            raise DataError(f"{len(unreadable)} of {len(paths)} images cannot be read: {names}; the others are done")
+            names = ", ".join(f"{path}{'' if path.exists() else ' (which does not exist)'}" for path in unreadable)
+            rest = "; the others are done" if len(unreadable) < len(paths) else ""
+            raise DataError(f"{len(unreadable)} of {len(paths)} images cannot be read: {names}{rest}")
 
     def _settings(self, settings: InferenceSettings) -> InferenceSettings:
         if self.categories is not None:

@@ -63,14 +63,16 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
         otherwise: the defaults without them.
 
     Raises:
-        OSError: if the file of the configuration cannot be read.
-        ValueError: for an unknown recipe, one that these processes cannot train, or a wrong configuration.
+        ValueError: for an unknown recipe, one that these processes cannot train, or a configuration that is wrong or
+            missing.
     """
     origin = read_flags(_Origin, arguments)
     config = otherwise or CocoTrainingConfig()
     if origin.recipe is not None and origin.config is not None:
         raise ValueError("give --recipe or --config, not both: groupdetr recipes NAME writes a recipe as a file")
     if origin.config is not None:
+        if not origin.config.is_file():
+            raise ValueError(f"there is no configuration file {origin.config}: --config takes a config.yaml of a run")
         config = from_yaml(CocoTrainingConfig, origin.config)
     elif origin.recipe is not None:
         config = find_recipe(origin.recipe).config(processes=int(os.environ.get("WORLD_SIZE", "1")))

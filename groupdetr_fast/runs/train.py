@@ -15,9 +15,9 @@ from ..data import CocoDataset, DataError, SkipUnreadable
 from ..evaluation.coco import format_table
 from ..files import write_whole
 from ..models import Detector
-from ..models.checkpoints import CheckpointHeader
+from ..models.checkpoints import CheckpointHeader, read_header
 from ..prediction import EVAL_SETTINGS
-from ..training.checkpoint import BEST, latest_checkpoint
+from ..training.checkpoint import BEST, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
@@ -102,8 +102,9 @@ def _train(
     # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
     # them, which then abort it now and then (pytorch/pytorch#179291).
     own_trainer = weakref.ref(trainer)
-    if config.resume and latest_checkpoint(config.output) is not None:
+    if config.resume and resumable_checkpoints(config.output):
         _compare_with_beginning(config, loud=accelerator.is_main_process)
+        _compare_categories(config, val_set)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
     rehearse_evaluation(accelerator, trainer.state.model, val_set, config)
@@ -144,6 +145,31 @@ def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
             )
         if loud:
             logger.warning("resuming with %s = %s, which was %s", name, now[name], begun[name])
+
+
+def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
+    """Refuse to resume with data of other classes, even where there are as many.
+
+    Raises:
+        ValueError: if an id or a name differs.
+    """
+    for folder in resumable_checkpoints(config.output):
+        try:
+            begun = {entry["id"]: entry["name"] for entry in read_header(folder).categories}
+        except ValueError:  # damaged: resuming says so, and goes back to the one before it
+            continue
+        now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
+        if not begun:
+            continue
+        if begun != now:
+            number = min(dict(begun.items() ^ now.items()))
+            was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
+            raise ValueError(
+                f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
+                f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
+                "with another output, and load to start from these weights"
+            )
+        return
 
 
 def _flat(config: CocoTrainingConfig) -> dict[str, Any]:

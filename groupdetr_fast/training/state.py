@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..random_state import random_state, restore_random_state
@@ -30,6 +31,8 @@ from .step_losses import Losses
 __all__ = ["EpochState", "TrainingState"]
 
 logger = logging.getLogger(__name__)
+
+NAMED = 3  # tensors in a message
 
 
 @dataclass
@@ -183,6 +186,7 @@ class TrainingState:
             # Checkpoints of a training with averaged weights have the trained ones in the state.
             model = self.accelerator.unwrap_model(self.model)
             own = model.state_dict()
+            _check_weights(state.get("weights", weights), own)
             model.load_state_dict(sharded_like(state.get("weights", weights), own))
             if self.average is not None:
                 self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
@@ -220,3 +224,18 @@ class TrainingState:
         """The metadata, with what the weights have been through: finished epochs, and AP if these are evaluated."""
         last = self.history[-1] if self.history and not self.current.batches else {}
         return {**metadata, "epoch": self.epoch, "AP": last.get("metrics", {}).get("AP")}
+
+
+def _check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of another model, in a sentence of which those of torch would be a page."""
+    differences = [f"{name} is not in it" for name in own if name not in saved]
+    differences += [f"it has {name}" for name in saved if name not in own]
+    for name in own.keys() & saved.keys():
+        if own[name].shape != saved[name].shape:
+            differences.append(f"{name} has shape {list(saved[name].shape)} in it and {list(own[name].shape)} here")
+    if differences:
+        shown = ", ".join(sorted(differences)[:NAMED]) + (", ..." if len(differences) > NAMED else "")
+        raise ValueError(
+            f"its model differs in {len(differences)} tensors ({shown}): resume with the settings that the run was "
+            "begun with"
+        )

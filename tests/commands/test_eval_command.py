@@ -26,7 +26,7 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_0001"
     assert f"report: {tmp_path / 'run' / 'index.html'}" in trained
     assert "1 epochs in" in (tmp_path / "run" / "index.html").read_text()
-    evaluation = ["--load", checkpoint, "--output", tmp_path / "eval", "--pictures=0", "--no-report"]
+    evaluation = [checkpoint, "--output", tmp_path / "eval", "--pictures=0", "--no-report"]
     cli.main([str(argument) for argument in ["eval", *evaluation, *val]])
     table = re.compile(r"^.*Average.*$", re.MULTILINE)
     assert len(table.findall(trained)) >= 6
@@ -60,9 +60,3 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
 
     with pytest.raises(SystemExit, match="run holds a run: give resume to go on with it, overwrite to replace it"):
         cli.main([str(argument) for argument in ["train", *data, *sizes, *short]])
-
-
-@pytest.mark.parametrize("checkpoints", [[], ["a", "--load", "b"]])
-def test_one_checkpoint_is_named(checkpoints):
-    with pytest.raises(SystemExit, match="name one checkpoint: groupdetr eval CHECKPOINT"):
-        cli.main(["eval", *checkpoints])

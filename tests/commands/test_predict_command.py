@@ -64,12 +64,26 @@ def test_results_of_files_folders_and_patterns(images, tmp_path, capsys):
 def test_unreadable_files_are_named_and_the_rest_done(images, tmp_path):
     (images / "b" / "1.jpg").write_bytes(b"damaged")
     output = tmp_path / "out"
-    message = r"error: 2 of 4 images cannot be read: .*none.png, .*1.jpg; the others are done"
+    message = (
+        r"error: 2 of 4 images cannot be read: \S*none.png \(which does not exist\), \S*1.jpg; the others are done"
+    )
     with pytest.raises(SystemExit, match=message):
         run(write_checkpoint(tmp_path), images / "none.png", images / "a", images / "b", "--output", output)
     content = json.loads((output / "predictions.json").read_text())
     assert [entry["id"] for entry in content["images"]] == [1, 2]
     assert len(list((output / "images").iterdir())) == 2
+
+
+@pytest.mark.parametrize("names", [["nowhere.jpg"], ["nowhere/"], ["nowhere", "neither.png"]])
+def test_paths_of_which_none_exists_are_called_that(tmp_path, names):
+    """Before anything is done; the same for the checkpoint."""
+    output = tmp_path / "out"
+    listed = ", ".join(str(tmp_path / name) for name in names)
+    with pytest.raises(SystemExit, match=f"^error: there is nothing at {listed}$"):
+        run(write_checkpoint(tmp_path), *(tmp_path / name for name in names), "--output", output)
+    with pytest.raises(SystemExit, match=r"^error: checkpoint: there is nothing at nowhere\.pth$"):
+        run("nowhere.pth", write_checkpoint(tmp_path), "--output", output)
+    assert not output.exists()
 
 
 def test_an_image_beyond_all_bounds_does_not_end_the_command(images, tmp_path, monkeypatch):

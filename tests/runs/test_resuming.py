@@ -1,6 +1,7 @@
 """Runs that go on, and that begin again: with the same settings and with others."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,51 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     ]
     state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
     assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.5}
+
+
+def test_what_is_refused_on_resuming_changes_nothing(config):
+    """The command that was meant still works."""
+    config = after_one_epoch(config)
+    files = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file() and path.suffix != ".log"}
+    wider = replace(config, model=replace(config.model, d_model=64))
+    with pytest.raises(ValueError, match=r"was begun with model.d_model = 32, which cannot become 64 on resuming"):
+        train(wider)
+    assert {path: path.read_bytes() for path in files} == files
+    (config.output / "config.yaml").unlink()  # as in the runs of a version that wrote none
+    with pytest.raises(CheckpointError) as error:
+        train(wider)
+    assert re.fullmatch(
+        r"checkpoint \S+epoch_0001 does not belong to this training: its model differs in \d+ tensors "
+        r"\(bbox_embed.layers.0.bias has shape \[32\] in it and \[64\] here, .*, \.\.\.\): "
+        r"resume with the settings that the run was begun with",
+        str(error.value),
+    )
+    assert len(str(error.value)) < 600
+    assert len(train(config)["epochs"]) == 3
+
+
+@pytest.mark.parametrize("change", ["name", "id"])
+def test_a_run_is_not_resumed_with_other_classes(config, tmp_path, change):
+    """Of which there are as many, so that the weights would fit."""
+    config = after_one_epoch(config)
+    files = {}
+    for part in ("train", "val"):
+        content = json.loads(getattr(config.data, f"{part}_annotations").read_text())
+        for entry in content["categories"]:
+            entry["name"] = f"part {entry['id']}" if change == "name" else entry["name"]
+            entry["id"] += 3 * (change == "id")
+        for entry in content["annotations"]:
+            entry["category_id"] += 3 * (change == "id")
+        files[f"{part}_annotations"] = tmp_path / f"{part}.json"
+        files[f"{part}_annotations"].write_text(json.dumps(content))
+    written = (config.output / "config.yaml").read_bytes()
+    message = "begun with other categories than .*val.json " + (
+        r"\(category 1 was '0' and is 'part 1'\)" if change == "name" else r"\(category 1 was '0' and is none\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, data=replace(config.data, **files, labels="contiguous")))
+    assert (config.output / "config.yaml").read_bytes() == written
+    assert len(train(config)["epochs"]) == 3
 
 
 def test_a_damaged_checkpoint_is_refused(config):

@@ -240,8 +240,10 @@ def test_sigterm_to_a_launcher_leaves_a_checkpoint(folder, tmp_path, to, place, 
 LAUNCHERS = {
     "torchrun": TORCHRUN,
     # With --cpu, accelerate starts one process; this is how it starts several, whatever they run on.
-    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    + ["--mixed_precision=bf16"],
+    "accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--multi_gpu", "--num_processes=2", "--mixed_precision=bf16"),
+    ],
 }
 SMALL = """--model conditional_detr_r50 --num-groups 2 --num-queries 4 --d-model 16 --num-heads 2 --encoder-layers 1
     --decoder-layers 2 --dim-feedforward 16 --backbone conv:8-16 --short-sides 32 --eval-short-side 32 --crop 0

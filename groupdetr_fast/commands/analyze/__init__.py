@@ -63,7 +63,7 @@ def parse_analysis(arguments: Sequence[str]) -> Callable[[], None]:
     if name == "report":
         return tyro.cli(ReportCommand, args=rest, prog="groupdetr analyze report", config=FLAGS)
     if name not in _COMMANDS:
-        return tyro.cli(AnalyzeCommand, args=arguments, prog="groupdetr analyze", config=FLAGS)
+        return tyro.cli(AnalyzeCommand, args=arguments[:1], prog="groupdetr analyze", config=FLAGS)
     data = read_flags(DataPaths, arguments)
     if data.coco_path is not None:
         config = CocoTrainingConfig()

@@ -1,5 +1,6 @@
 """Weights of transformers' Mask2Former and of its original repository."""
 
+import json
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +12,7 @@ from small_models import build, randomize, same_weights
 
 import groupdetr_fast as gd
 from groupdetr_fast.models import CheckpointMismatch
+from groupdetr_fast.models.checkpoints import CheckpointHeader, read_header
 
 NAME = "mask2former_r50"
 # 256 channels, as published: with fewer, the two code bases group channels differently in their norms.
@@ -79,6 +81,23 @@ def test_transformers_directory_fills_the_first_group(theirs, tmp_path):
     assert (report.missing, report.groups) == ([], (1, 3))
     assert torch.equal(ours.query_feat.weight[10:], fresh)
     assert_equal_to(theirs, ours)
+
+
+def test_a_directory_of_transformers_says_how_large_the_model_is(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours, other = (gd.load_model(path, device="cpu") for path in (tmp_path, tmp_path / "model.safetensors"))
+    assert_equal_to(theirs, ours)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    header = read_header(tmp_path)
+    assert (header.model, header.labels, len(header.categories)) == (NAME, "contiguous", 7)
+    assert header.model_config["loss_points"] == theirs.config.train_num_points
+    content = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"backbone_config": None}, {"pre_norm": True}, {"mask_feature_size": 128}):
+        (tmp_path / "config.json").write_text(json.dumps({**content, **change}))
+        assert read_header(tmp_path) == CheckpointHeader()
+    (tmp_path / "config.json").write_text(json.dumps({**content, "decoder_layers": "5"}))
+    with pytest.raises(ValueError, match=r"config\.json: 'model_config.decoder_layers' in the header must be"):
+        read_header(tmp_path)
 
 
 def original_names(model):
