@@ -4,6 +4,7 @@ from typing import Any
 
 from . import ops
 from .build import build_criterion
+from .group_check import check_groups
 from .groups import QueryGroups
 from .models import (
     DetectorOutput,
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "build_criterion",
     "build_model",
+    "check_groups",
     "export_checkpoint",
     "export_onnx",
     "export_program",

@@ -12,6 +12,7 @@ import tyro
 from . import __version__
 from .commands.analyze import AnalyzeCommand, parse_analysis
 from .commands.check import CheckCommand
+from .commands.check_groups import CheckGroupsCommand
 from .commands.env import EnvCommand
 from .commands.eval import EvalCommand
 from .commands.export import ExportCommand
@@ -28,6 +29,7 @@ _COMMANDS = {
     "eval": EvalCommand,
     "predict": PredictCommand,
     "check": CheckCommand,
+    "check-groups": CheckGroupsCommand,
     "export": ExportCommand,
     "recipes": RecipesCommand,
     "env": EnvCommand,

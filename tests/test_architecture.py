@@ -27,6 +27,7 @@ ALLOWED = {
     "data": {"boxes", "groups", "targets"},
     "evaluation": {"boxes", "groups", "targets", "data"},
     "build": {"models", "losses"},
+    "group_check": {"build", "models", "targets"},
     "prediction": {"models", "data"},
     "runs": {
         "files",
@@ -44,6 +45,7 @@ ALLOWED = {
     "commands": {
         "files",
         "analysis",
+        "group_check",
         "runs",
         "prediction",
         "exporting",
@@ -58,7 +60,7 @@ ALLOWED = {
     "detector": {"exporting", "models", "prediction", "runs", "training", "data"},
     "cli": {"commands", "training", "__version__"},
     "integrations": {"losses", "ops", "boxes", "groups", "targets"},
-    "__init__": {"build", "detector", "groups", "models", "ops", "prediction", "targets"},
+    "__init__": {"build", "detector", "group_check", "groups", "models", "ops", "prediction", "targets"},
     "__main__": {"cli"},
 }
 
