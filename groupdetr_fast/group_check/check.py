@@ -38,9 +38,9 @@ def check_groups(
     exactly 0. Where a loss is known, the queries that it matches are counted in both modes. The model is left as it
     was.
 
-    What it does not see: with K = 1 there is nothing to compare, and only images are; of outputs that training mode
-    alone has, those with K * N rows are taken to be ordered by groups as the others are; outputs that depend on no
-    query are compared between images alone; and a leak that random images and weights do not excite.
+    What it does not see: with K = 1 there are no groups to compare, and only images and targets are; of outputs that
+    training mode alone has, those with K * N rows are taken to be ordered by groups as the others are; outputs that
+    depend on no query are compared between images alone; and a leak that random images and weights do not excite.
 
     Args:
         model: a module; a function that builds one, or ``(module, inputs)``, or ``(module, inputs, loss)``, also by its
@@ -109,7 +109,10 @@ def _reports(structure: Structure, leaks: Leaks) -> Iterable[OutputReport]:
 
 def _notes(subject: Subject, modes: Modes, structure: Structure, leaks: Leaks) -> Iterable[str]:
     if structure.num_groups == 1:
-        yield "training mode has no more queries than evaluation mode: with one group, only images are compared"
+        yield (
+            "no output has a multiple of the queries of evaluation mode in training mode: with one group, images are "
+            "compared, and outputs for other targets"
+        )
     if structure.interleaved:
         yield f"groups are interleaved: row r belongs to group r modulo {structure.num_groups}"
     if only_training := [output.name for output in structure.query_outputs if not output.in_evaluation]:
@@ -144,7 +147,8 @@ def _faults(leaks: Leaks, loss: EvaluationLoss | None) -> Iterable[str]:
     if leaking := {name: leak for name, leak in leaks.targets.items() if leak.found}:
         largest = max(leak.change or 0.0 for leak in leaking.values())
         yield f"the targets reach {_listed(leaking)}, as by denoising queries that groups see (change {largest:.3g})"
-    if leaks.batch_statistics is not None and leaks.batch_statistics[0] != 0:
+    apart = not any(leak.found for leak in leaks.groups.values())
+    if apart and leaks.batch_statistics is not None and leaks.batch_statistics[0] != 0:
         yield f"groups see each other by the statistics of batch norms (gradient {leaks.batch_statistics[0]:.3g})"
     if loss is not None and not loss.is_of_one_group:
         right = loss.matched_training / loss.num_groups

@@ -211,7 +211,7 @@ def _find_changes(subject: Subject, structure: Structure, leaks: Leaks) -> None:
             _note_changes(leak, before[output.name], after.get(output.name), image, subject.batch_size, part)
     if subject.retargeted is not None:
         after = _run(subject, subject.retargeted)
-        for output in structure.query_outputs:
+        for output in structure.query_outputs or structure.outputs:
             if output.in_evaluation:  # else it may be of denoising queries
                 leaks.targets[output.name] = Leak(change=_change(before[output.name], after.get(output.name)))
 

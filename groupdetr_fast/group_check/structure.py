@@ -114,6 +114,11 @@ def find_structure(subject: Subject, modes: Modes, num_groups: int | None) -> St
     for name, shape in training.items():
         if shape:  # else it is a loss
             _add_output(structure, name, shape, single.get(name, ()), evaluation.get(name))
+    if not structure.outputs:
+        raise ValueError(
+            f"{subject.name} returns no tensor in training mode with a dimension of images: its forward must return "
+            "predictions, such as logits and boxes, and not losses alone"
+        )
     if structure.length is not None:
         _find_parameters(structure, subject, modes)
         if not structure.parameters:
@@ -179,7 +184,7 @@ def _add_output(
 
 
 def _find_parameters(structure: Structure, subject: Subject, modes: Modes) -> None:
-    """Parameters of K * N rows, and of K modules alike, of which evaluation uses those of one group."""
+    """Parameters of K * N rows, and of K modules alike: training uses those of several groups, evaluation of one."""
     length, groups = structure.length or 0, structure.num_groups
     by_rows = [(name, each) for name, each in _candidates(subject.model) if length in _row_counts(each, groups)]
     if not structure.collapses:
@@ -187,44 +192,58 @@ def _find_parameters(structure: Structure, subject: Subject, modes: Modes) -> No
         return
     families = _families(subject.model, groups)
     candidates = dict(by_rows) | {name: each for family in families for name, each in family}
-    used = _used_in_evaluation(subject, modes, candidates)
+    modes.evaluation()
+    evaluation = _gradients(subject, candidates)
+    modes.training()
+    training = _gradients(subject, candidates)
     for name, each in by_rows:
-        gradient = used[name]
-        rows = [] if gradient is None else gradient.reshape(length, -1).abs().amax(1).nonzero().flatten().tolist()
-        if not rows:
-            structure.not_checked[name] = f"a parameter of {length} rows, none of which evaluation uses"
-            continue
-        if {row // structure.group_size for row in rows} == {rows[0] // structure.group_size}:
-            structure.evaluation_group = rows[0] // structure.group_size
-        elif {row % groups for row in rows} == {rows[0] % groups}:
-            structure.interleaved, structure.evaluation_group = True, rows[0] % groups
+        reason = _note_rows(structure, *(_touched(used[name], length) for used in (training, evaluation)))
+        if reason is None:
+            structure.parameters.append(GroupParameter(name, each))
         else:
-            structure.not_checked[name] = (
-                f"a parameter of {length} rows, of which evaluation uses those of several groups"
-            )
-            continue
-        structure.parameters.append(GroupParameter(name, each))
+            structure.not_checked[name] = f"a parameter of {length} rows, {reason}"
     for family in families:
-        gradients = [used[name] for name, _ in family]
-        inside = [group for group, each in enumerate(gradients) if each is not None and each.any()]
-        if len(inside) == 1:
-            if structure.evaluation_group is None:
-                structure.evaluation_group = inside[0]
+        in_training, in_evaluation = (
+            [group for group, (name, _) in enumerate(family) if _touched(used[name], 1)]
+            for used in (training, evaluation)
+        )
+        # Heads of decoder layers may be as many, of which evaluation uses the last alone.
+        if len(in_training) > 1 and in_evaluation == [structure.evaluation_group or 0]:
+            structure.evaluation_group = in_evaluation[0]
             structure.parameters += [GroupParameter(name, each, group) for group, (name, each) in enumerate(family)]
 
 
-def _used_in_evaluation(
-    subject: Subject, modes: Modes, candidates: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor | None]:
-    """The gradient of all outputs of evaluation mode to parameters."""
-    modes.evaluation()
+def _note_rows(structure: Structure, in_training: list[int], in_evaluation: list[int]) -> str | None:
+    """Note the group whose rows evaluation uses, and how rows fall into groups; or why they are not those of groups."""
+    size, groups = structure.group_size or 1, structure.num_groups
+    if not in_evaluation:
+        return "none of which evaluation uses"
+    if set(in_training) <= set(in_evaluation):
+        return "of which training uses no more than evaluation"
+    if len({row // size for row in in_evaluation}) == 1:
+        structure.evaluation_group = in_evaluation[0] // size
+    elif len({row % groups for row in in_evaluation}) == 1:
+        structure.interleaved, structure.evaluation_group = True, in_evaluation[0] % groups
+    else:
+        return "those of several groups used in evaluation"
+    return None
+
+
+def _gradients(subject: Subject, candidates: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """The gradient of all outputs to parameters."""
     torch.manual_seed(SEED)
     outputs = find_tensors(subject.forward(subject.inputs)).values()
     total = add_up(weigh(tensor) for tensor in outputs if tensor.requires_grad)
     if total is None:
-        raise ValueError(f"{subject.name} returns nothing in evaluation mode that has a gradient")
+        mode = "training" if subject.model.training else "evaluation"
+        raise ValueError(f"{subject.name} returns nothing in {mode} mode that has a gradient")
     gradients = torch.autograd.grad(total, list(candidates.values()), allow_unused=True)
     return dict(zip(candidates, gradients, strict=True))
+
+
+def _touched(gradient: Tensor | None, rows: int) -> list[int]:
+    """The rows that have a gradient."""
+    return [] if gradient is None else gradient.reshape(rows, -1).ne(0).any(1).nonzero().flatten().tolist()
 
 
 def weigh(tensor: Tensor) -> Tensor:

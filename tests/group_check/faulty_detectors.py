@@ -44,7 +44,7 @@ class AllQueriesTogether(SelfAttention):
 
 
 class ShapeFromBeforeTheSplit(SelfAttention):
-    """LW-DETR in transformers up to 5.2: groups were moved into the batch, but the views for attention took the shape
+    """LW-DETR in transformers before 5.4: groups were moved into the batch, but the views for attention took the shape
     from before, so that groups and images were mixed (huggingface/transformers, pull request 44441).
     """
 

@@ -105,6 +105,9 @@ def test_targets_that_reach_the_groups():
     report = check(detector(), inputs=batch)
     assert report.ok
     assert numbers(report, "target_change")["pred_logits"] == 0
+    for masked in (True, False):
+        report = check(detector(groups=1, mask_denoising=masked), inputs=batch)
+        assert (report.num_groups, report.ok) == (1, masked)
 
 
 def test_groups_that_are_interleaved():
@@ -119,6 +122,38 @@ def test_heads_of_each_group_are_theirs():
     assert {f"encoder_heads.{group}.weight" for group in range(3)} <= set(report.parameters)
     assert numbers(report, "group_gradient")["enc_logits"] == 0
     assert numbers(report, "own_gradient")["enc_logits"] > 0
+
+
+def test_as_many_layers_as_groups_are_no_heads_of_groups():
+    """Heads of decoder layers, of which evaluation returns the last one's output, and a table of as many rows."""
+
+    class Layers(SmallDetector):
+        def __init__(self):
+            super().__init__()
+            self.heads = torch.nn.ModuleList(torch.nn.Linear(16, 4) for _ in range(3))
+            self.positions = torch.nn.Embedding(15, 4)
+
+        def forward(self, images):
+            out = super().forward(images)
+            refined = [head(out["pred_logits"] @ self.class_embed.weight) for head in self.heads]
+            last = refined[-1] + self.positions.weight[:4].sum(0)
+            return {**out, "last": last, **({"every": torch.stack(refined)} if self.training else {})}
+
+    torch.manual_seed(0)
+    report = check(Layers())
+    assert report.ok, report
+    assert report.parameters == ("query_embed.weight",)
+    assert "no more than evaluation" in report.not_checked["positions.weight"]
+
+
+def test_losses_alone_cannot_be_checked():
+    class Losses(SmallDetector):
+        def forward(self, images):
+            out = super().forward(images)
+            return {"loss": out["pred_logits"].sum()} if self.training else out
+
+    with pytest.raises(ValueError, match="its forward must return predictions, such as logits and boxes"):
+        check(Losses())
 
 
 def test_outputs_that_see_no_query_are_named():
@@ -155,7 +190,7 @@ def test_one_group_leaves_the_images():
     assert report.ok
     assert (report.num_groups, report.queries_per_group) == (1, None)
     assert set(numbers(report, "image_change").values()) == {0.0}
-    assert any("with one group, only images are compared" in note for note in report.notes)
+    assert any("with one group, images are compared" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("groups_in_evaluation", [1, 3])
