@@ -12,7 +12,7 @@ from .quiet import Modes, quiet
 from .report import GroupReport, OutputReport, describe_leak
 from .sources import find_subject
 from .structure import Structure, find_structure
-from .subject import Subject
+from .subject import Subject, in_short
 
 __all__ = ["check_groups"]
 
@@ -68,28 +68,35 @@ def check_groups(
     if num_groups is not None and num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     subject = find_subject(model, inputs, loss, batch_size=batch_size, image_size=image_size)
-    with quiet(subject.model) as modes:
-        structure = find_structure(subject, modes, subject.num_groups if num_groups is None else num_groups)
-        leaks = find_leaks(subject, modes, structure)
-        evaluation_loss = None
-        if structure.num_groups > 1:
-            measured = measure_evaluation_loss(subject, modes, structure)
-            if isinstance(measured, str):
-                structure.not_checked["loss of evaluation mode"] = measured
-            else:
-                evaluation_loss = measured
-        return GroupReport(
-            model=subject.name,
-            num_groups=structure.num_groups,
-            queries_per_group=structure.group_size,
-            evaluation_group=structure.evaluation_group,
-            parameters=tuple(each.name for each in structure.parameters),
-            outputs=tuple(_reports(structure, leaks)),
-            not_checked=structure.not_checked,
-            evaluation_loss=evaluation_loss,
-            notes=tuple(_notes(subject, modes, structure, leaks)),
-            faults=tuple(_faults(leaks, evaluation_loss)),
-        )
+    try:
+        with quiet(subject.model) as modes:
+            return _measure(subject, modes, num_groups)
+    except RuntimeError as error:  # of a backward pass through foreign code
+        raise ValueError(f"gradients of {subject.name} cannot be taken: {in_short(error)}") from error
+
+
+def _measure(subject: Subject, modes: Modes, num_groups: int | None) -> GroupReport:
+    structure = find_structure(subject, modes, num_groups)
+    leaks = find_leaks(subject, modes, structure)
+    evaluation_loss = None
+    if structure.num_groups > 1:
+        measured = measure_evaluation_loss(subject, modes, structure)
+        if isinstance(measured, str):
+            structure.not_checked["loss of evaluation mode"] = measured
+        else:
+            evaluation_loss = measured
+    return GroupReport(
+        model=subject.name,
+        num_groups=structure.num_groups,
+        queries_per_group=structure.group_size,
+        evaluation_group=structure.evaluation_group,
+        parameters=tuple(each.name for each in structure.parameters),
+        outputs=tuple(_reports(structure, leaks)),
+        not_checked=structure.not_checked,
+        evaluation_loss=evaluation_loss,
+        notes=tuple(_notes(modes, structure, leaks)),
+        faults=tuple(_faults(leaks, evaluation_loss)),
+    )
 
 
 def _reports(structure: Structure, leaks: Leaks) -> Iterable[OutputReport]:
@@ -107,7 +114,7 @@ def _reports(structure: Structure, leaks: Leaks) -> Iterable[OutputReport]:
         )
 
 
-def _notes(subject: Subject, modes: Modes, structure: Structure, leaks: Leaks) -> Iterable[str]:
+def _notes(modes: Modes, structure: Structure, leaks: Leaks) -> Iterable[str]:
     if structure.num_groups == 1:
         yield (
             "no output has a multiple of the queries of evaluation mode in training mode: with one group, images are "
@@ -123,14 +130,14 @@ def _notes(subject: Subject, modes: Modes, structure: Structure, leaks: Leaks) -
     if leaks.silent:
         yield f"the outputs of group {_listed(leaks.silent)} have no gradient to queries of their own"
     if modes.dropouts:
-        yield f"dropout was off in {modes.dropouts} modules"
+        yield f"dropout was off in {_counted(modes.dropouts, 'module')}"
     if leaks.batch_statistics is not None:
         yield (
-            f"{len(modes.batch_norms)} batch norms were frozen; where they train, their statistics couple the images "
-            f"of a batch, here by a gradient of {leaks.batch_statistics[1]:.3g}"
+            f"{_counted(len(modes.batch_norms), 'batch norm')} frozen; where they train, their statistics couple the "
+            f"images of a batch, here by a gradient of {leaks.batch_statistics[1]:.3g}"
         )
     if modes.redrawn:
-        yield f"{len(modes.redrawn)} parameters of zeros were drawn anew during the check"
+        yield f"{_counted(len(modes.redrawn), 'parameter')} of zeros drawn anew during the check"
     if not leaks.repeats:
         yield "two equal passes gave unequal outputs, so that gradients alone were taken"
     if leaks.random:
@@ -157,6 +164,10 @@ def _faults(leaks: Leaks, loss: EvaluationLoss | None) -> Iterable[str]:
             f"one group {right:.10g}"
         )
         yield text if loss.one_group is None else f"{text} (loss {loss.value:.4g}, of one group {loss.one_group:.4g})"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _listed(names: Iterable[object]) -> str:

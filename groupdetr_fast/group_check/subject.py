@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .nested import find_tensors, first_image, replace_tensors
 
-__all__ = ["Inputs", "Subject", "make_images", "make_targets", "other_targets", "subject_of_module"]
+__all__ = ["Inputs", "Subject", "in_short", "make_images", "make_targets", "other_targets", "subject_of_module"]
 
 OBJECTS = (3, 2, 1)  # of the images of a batch, over and over
 
@@ -61,7 +61,6 @@ class Subject:
         inputs: a batch of at least two images.
         single: its first image alone.
         retargeted: the same images with other targets, which only denoising queries may feel; None without targets.
-        num_groups: K, where it is known; None to find it.
         loss: what the losses add up to, of the outputs; None if the outputs hold it, or there is none. A module is
             put into the mode of the model.
         one_group_loss: the loss of evaluation as it should be, where that can be computed otherwise.
@@ -72,7 +71,6 @@ class Subject:
     inputs: Inputs
     single: Inputs
     retargeted: Inputs | None = None
-    num_groups: int | None = None
     loss: Callable[[Any], Any] | None = None
     one_group_loss: Callable[[], float] | None = None
 

@@ -93,7 +93,7 @@ def test_batch_norms_are_frozen_and_told():
     assert set(numbers(report, "group_gradient").values()) == {0.0}
     (fault,) = report.faults
     assert fault.startswith("groups see each other by the statistics of batch norms")
-    assert any("1 batch norms were frozen" in note for note in report.notes)
+    assert any("1 batch norm frozen" in note for note in report.notes)
 
 
 def test_targets_that_reach_the_groups():
@@ -293,6 +293,25 @@ def test_faults_of_the_caller_are_one_sentence(source, options, message):
     with pytest.raises(ValueError, match=message) as raised:
         check(source, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_what_has_no_backward_pass():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, images):
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("not\nhere")
+
+    class OneWay(SmallDetector):
+        def forward(self, images):
+            return {name: Once.apply(value) for name, value in super().forward(images).items()}
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"gradients of OneWay cannot be taken: RuntimeError: not$"):
+        check(OneWay())
 
 
 def test_what_is_no_model():
