@@ -26,13 +26,15 @@ _LARGEST_LABEL = 99_999  # a model has a class for every number up to the larges
 class CocoDataset(Dataset):
     """Images with boxes from a folder and a COCO json file.
 
-    A sample is ``(image, target)``: ``image`` float32 ``[3, H, W]`` and ``target`` a dict with
+    A sample is ``(image, target)``: ``image`` uint8 ``[3, H, W]``, unless ``transforms`` make floats of it, and
+    ``target`` a dict with
 
     - ``labels``: ``[T]`` int64,
     - ``boxes``: ``[T, 4]`` float32, ``cxcywh`` normalised by the size of the transformed image,
     - ``masks``: ``[T, H, W]`` bool, if they are asked for,
     - ``image_id``: the id in the annotation file,
-    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the upright image in pixels.
+    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the upright image in pixels,
+    - ``normalization``: how :class:`Batch` makes a detector's input of the pixels, if the transforms say so.
 
     ``dataset[index]`` is the sample in epoch 0, ``dataset[epoch, index]`` that of another epoch, as
     :class:`EpochSampler` asks for it. Every random choice of ``transforms`` is a function of seed, epoch and index
@@ -47,7 +49,7 @@ class CocoDataset(Dataset):
         image_folder: where the ``file_name`` entries are looked up.
         annotation_file: COCO json with "images", "annotations" and "categories".
         transforms: a torchvision v2 transform of ``(image, {"boxes", "labels"[, "masks"]})``, which it gets as
-            tv_tensors (uint8 and ``xyxy`` pixels). None: the image is only scaled to [0, 1].
+            tv_tensors (uint8 and ``xyxy`` pixels). None: the image stays as it is.
         labels: ``"contiguous"``: label = rank of the category among the ascending ids; ``"category_id"``: label =
             category id, as in the original repositories (91 classes for COCO).
         masks: whether samples have masks, made from the polygons or run lengths of the annotations.
@@ -118,6 +120,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, objects = self.image(index), self.ground_truth(index)
+        said: dict[str, Any] = {}
         original_size = image.shape[-2:]
         if self.transforms is not None:
             objects["boxes"] = tv_tensors.BoundingBoxes(
@@ -128,11 +131,10 @@ class CocoDataset(Dataset):
             with seeded(self.seed, epoch, index):
                 image, objects = self.transforms(tv_tensors.Image(image), objects)
             image = image.as_subclass(Tensor)
+            said = {name: objects.pop(name) for name in ("normalization",) if name in objects}
         if "masks" in objects:
             visible = objects["masks"].as_subclass(Tensor).flatten(1).bool().any(1)
             objects = {name: value[visible] for name, value in objects.items()}
-        if not image.is_floating_point():
-            image = image.float() / 255
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         target = {
@@ -140,6 +142,7 @@ class CocoDataset(Dataset):
             "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
             "image_id": self.image_ids[index],
             "original_size": torch.tensor(original_size),
+            **said,
         }
         if "masks" in objects:
             target["masks"] = objects["masks"].as_subclass(Tensor).bool()

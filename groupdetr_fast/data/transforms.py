@@ -8,11 +8,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "AugmentationConfig", "eval_transforms", "train_transforms"]
+from .normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
+__all__ = ["AugmentationConfig", "eval_transforms", "train_transforms"]
 
 LEAST_SIDE = 8  # pixels; backbones reduce images to nothing that are smaller
 
@@ -56,7 +54,12 @@ class AugmentationConfig:
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
 
-    def __post_init__(self):
+    @property
+    def normalization(self) -> Normalization:
+        """What makes a detector's input of the pixels of a batch."""
+        return Normalization(self.image_mean, self.image_std)
+
+    def __post_init__(self) -> None:
         for name in ("short_sides", "crop_short_sides"):
             if not getattr(self, name) or min(getattr(self, name)) < LEAST_SIDE:
                 raise ValueError(f"{name} must hold sizes of at least {LEAST_SIDE} pixels, got {getattr(self, name)}")
@@ -76,11 +79,12 @@ class AugmentationConfig:
 
 
 def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
-    """Flip, resize, with a crop in between for a part of the images, then normalisation; or large-scale jitter.
+    """Flip, resize, with a crop in between for a part of the images; or large-scale jitter.
 
     The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``, and in the dictionary
-    also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Random
-    numbers come from torch's CPU generator.
+    also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Images
+    are and stay uint8: how they are to be normalised is added to the dictionary under ``"normalization"``, and
+    :class:`Batch` does it on the device. Random numbers come from torch's CPU generator.
     """
     config = config or AugmentationConfig()
     steps: list[v2.Transform] = []
@@ -90,7 +94,7 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
         size = config.jitter_size
         steps += [ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
         steps.append(v2.SanitizeBoundingBoxes())
-        return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
+        return v2.Compose([*steps, SayNormalization(config.normalization)])
     if config.crop > 0:
         crop = [
             ResizeShortSide(config.crop_short_sides),
@@ -101,14 +105,14 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
         ]
         steps.append(v2.RandomApply(crop, config.crop))
     steps.append(ResizeShortSide(config.short_sides, config.max_size))
-    return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
+    return v2.Compose([*steps, SayNormalization(config.normalization)])
 
 
 def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
-    """Resize to the evaluation size, then normalisation; the boxes follow."""
+    """Resize to the evaluation size; the boxes follow, and the normalisation is said as in training."""
     config = config or AugmentationConfig()
     resize = ResizeShortSide((config.eval_short_side,), config.eval_max_size)
-    return v2.Compose([resize, Normalize(config.image_mean, config.image_std)])
+    return v2.Compose([resize, SayNormalization(config.normalization)])
 
 
 class ResizeShortSide(v2.Transform):
@@ -181,19 +185,12 @@ class RandomSizeCrop(v2.Transform):
         return self._call_kernel(F.crop, inpt, **params)
 
 
-class Normalize(v2.Transform):
-    """uint8 image to contiguous float32, less the mean and divided by the deviation, in few passes over the pixels."""
+class SayNormalization(v2.Transform):
+    """Adds to the dictionary beside an image how it is to be normalised."""
 
-    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
+    def __init__(self, normalization: Normalization):
         super().__init__()
-        deviation = torch.tensor(std).view(3, 1, 1)
-        self.scale = 1 / (255 * deviation)
-        self.shift = -torch.tensor(mean).view(3, 1, 1) / deviation
+        self.normalization = normalization
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        if inpt.dtype != torch.uint8:
-            raise TypeError(f"image must be uint8, got {inpt.dtype}")
-        pixels = inpt.as_subclass(torch.Tensor).to(torch.float32, memory_format=torch.contiguous_format)
-        return tv_tensors.wrap(pixels.mul_(self.scale).add_(self.shift), like=inpt)
+    def forward(self, image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return image, {**objects, "normalization": self.normalization}
