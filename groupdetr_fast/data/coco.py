@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
-from .annotations import DataError, read_annotations, read_json
+from .annotation_cache import load_annotations
+from .annotations import DataError, read_json
 from .images import decode_rgb, is_turned, open_image, size_fault
 from .sampling import seeded
 
@@ -92,8 +93,8 @@ class CocoDataset(Dataset):
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.seed = seed
-        self._annotations = read_annotations(annotation_file, segmentations=masks)
-        self.image_ids = self._annotations.image_ids
+        self._annotations = load_annotations(annotation_file, segmentations=masks)
+        self.image_ids: list[int] = self._annotations.image_ids.tolist()
         self.categories = self._annotations.categories
         self.num_objects = len(self._annotations.boxes)
 
@@ -168,8 +169,8 @@ class CocoDataset(Dataset):
         start, stop = self._annotations.offsets[index : index + 2]
         objects = {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
         if self._annotations.segmentations is not None:
-            size = self._annotations.image_sizes[index]
-            objects["masks"] = self._annotations.segmentations.masks(start, stop, *size)
+            height, width = self._annotations.image_sizes[index].tolist()
+            objects["masks"] = self._annotations.segmentations.masks(int(start), int(stop), height, width)
         return objects
 
     def indices_with_objects(self) -> list[int]:
@@ -178,7 +179,7 @@ class CocoDataset(Dataset):
         Raises:
             DataError: if there are none.
         """
-        counts = torch.as_tensor(self._annotations.offsets).diff()
+        counts = torch.from_numpy(self._annotations.offsets).diff()
         if not counts.any():
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
@@ -219,7 +220,7 @@ class CocoDataset(Dataset):
     def _decode(self, index: int) -> Tensor:
         path = self.image_folder / self._annotations.file_names[index]
         name = f"image file {path} (image id {self.image_ids[index]})"
-        height, width = self._annotations.image_sizes[index]
+        height, width = self._annotations.image_sizes[index].tolist()
         try:
             with open_image(path) as file:
                 size, turned = file.size, False
