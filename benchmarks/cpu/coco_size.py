@@ -160,7 +160,7 @@ MEASUREMENTS: dict[str, dict[str, Callable[[Path, int], Iterator[dict[str, Any]]
 
 
 def _evaluator_of(dataset: Any, iou_type: str, **settings: Any) -> CocoEvaluator:
-    return CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids, **settings)
+    return CocoEvaluator(dataset.annotation_file, iou_type, category_ids=dataset.category_ids, **settings)
 
 
 def _detections(truth: dict[str, torch.Tensor], num_classes: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ class _EvaluationData:
         return _Metrics(plain.summarize(), None if nms_threshold is None else suppressed.summarize())
 
     def _evaluator(self) -> CocoEvaluator:
-        return CocoEvaluator(self.dataset.coco, self.iou_type, category_ids=self.dataset.category_ids)
+        return CocoEvaluator(self.dataset.annotation_file, self.iou_type, category_ids=self.dataset.category_ids)
 
     def _outputs(self, model: nn.Module, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
         device = next(model.parameters()).device

@@ -1,21 +1,17 @@
 """Data sets in COCO format."""
 
-import contextlib
-import io
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotation_cache import load_annotations
-from .annotations import DataError, read_json
+from .annotations import DataError
 from .images import decode_rgb, is_turned, open_image, size_fault
 from .sampling import seeded
 
@@ -190,28 +186,9 @@ class CocoDataset(Dataset):
             return self.category_ids.to(label.device)[label]
         return int(self.category_ids[label])
 
-    @cached_property
-    def coco(self) -> COCO:
-        """The annotation file as pycocotools sees it, crowd regions and all, for evaluation.
-
-        Read again from the file on first use: training does not need it, and the objects of a large file would
-        otherwise be copied into every worker. Missing "iscrowd" and "area" entries are filled in with 0 and width
-        times height.
-        """
-        coco = COCO()
-        coco.dataset = read_json(self._annotations.path)
-        for annotation in coco.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
     def __getstate__(self) -> dict[str, Any]:
         # What a spawned worker gets: sending thousands of small tensors would exhaust its file descriptors.
-        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
-        state["_cache"] = None if self._cache is None else {}
-        return state
+        return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):

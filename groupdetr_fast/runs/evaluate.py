@@ -2,19 +2,23 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
+from ..evaluation.detections import CollectedDetections
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
@@ -32,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 LONGEST_NAME = 40  # characters of a category that are printed
+SECONDS_BETWEEN_LINES = 15
 REHEARSED_BATCHES = 2  # of each process
 PICTURE_THRESHOLD = 0.3  # focal loss keeps the scores of right detections well below 1
 
@@ -91,6 +96,7 @@ def evaluate(
     dataset: CocoDataset,
     config: CocoTrainingConfig,
     between_batches: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """COCO metrics of a model, the same in every process.
 
@@ -101,15 +107,23 @@ def evaluate(
         dataset: of the loader.
         config: the run.
         between_batches: called after every batch, in all processes as many times; may raise.
+        say: what the main process shows lines with about how far it is, now and then; None for the terminal's stderr.
     """
-    evaluator = _evaluator(dataset, config)
-    shown = _detect(model, loader, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
-    states = gather_object([evaluator.state])
+    detections = CollectedDetections(dataset.category_ids)
+    progress = _Progress(len(dataset), accelerator, say or Console(stderr=True).print)
+
+    def after_batch(images: int) -> None:
+        progress.advance(images)
+        between_batches()
+
+    shown = _detect(model, loader, detections, config, set(dataset.image_ids[: config.pictures]), after_batch)
+    states = gather_object([detections.by_image])
 
     def summarize() -> dict[str, Any]:
+        evaluator = _evaluator(dataset, config)
         evaluator.merge(states)
         metrics = evaluator.summarize()
-        write_whole(config.output / "detections.json", json.dumps(evaluator.results) + "\n")
+        write_whole(config.output / "detections.json", _as_json(evaluator))
         _draw(dataset, shown, config)
         return metrics
 
@@ -128,39 +142,82 @@ def rehearse_evaluation(
     images = REHEARSED_BATCHES * evaluation_batch_size(config) * accelerator.num_processes
     config = replace(config, data=replace(config.data, workers=0))
     loader = accelerator.prepare(evaluation_loader(dataset, config, images=images))
-    evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+    detections = CollectedDetections(dataset.category_ids)
     with random_state_kept():
-        _detect(model, loader, evaluator, config)
-    on_main_process(accelerator, evaluator.summarize)
+        _detect(model, loader, detections, config)
+
+    def summarize() -> None:
+        evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+        evaluator.merge([detections.by_image])
+        evaluator.summarize()
+
+    on_main_process(accelerator, summarize)
 
 
 def _evaluator(
     dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
 ) -> CocoEvaluator:
     iou_type = "segm" if config.model.predicts_masks else "bbox"
-    return CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
+    return CocoEvaluator(dataset.annotation_file, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
 
 
 @torch.no_grad()
 def _detect(
     model: nn.Module,
     loader: DataLoader,
-    evaluator: CocoEvaluator,
+    collected: CollectedDetections,
     config: CocoTrainingConfig,
     show: Collection[int] = (),
-    between_batches: Callable[[], None] = lambda: None,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Give the detections of a loader's images to the evaluator. Returns those of the images to show, by id."""
+    """Collect the detections of a loader's images. Returns those of the images to show, by id.
+
+    Args:
+        after_batch: called with the number of its images.
+    """
     model.eval()
     shown: dict[int, dict[str, torch.Tensor]] = {}
     for batch in loader:
         detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
-        evaluator.update(batch.image_ids, detections)
         for image_id, detection in zip(batch.image_ids, detections, strict=True):
+            collected.add(image_id, detection)
             if image_id in show:
                 shown[image_id] = {name: value.cpu() for name, value in detection.items()}
-        between_batches()
+        after_batch(len(batch))
     return shown
+
+
+def _as_json(evaluator: CocoEvaluator) -> str:
+    """The detections in COCO's result format, without all of them as Python objects at once."""
+    images = (json.dumps(results)[1:-1] for results in evaluator.results_by_image())
+    return f"[{', '.join(filter(None, images))}]\n"
+
+
+class _Progress:
+    """Lines about how far an evaluation is, of the main process; none of a short one.
+
+    Args:
+        total: images, of all processes.
+        accelerator: of the evaluation.
+        say: shows a line.
+    """
+
+    def __init__(self, total: int, accelerator: Accelerator, say: Callable[[str], None]):
+        self.total = total
+        self.accelerator = accelerator
+        self.say = say
+        self.done = 0
+        self.begin = self.said = time.monotonic()
+
+    def advance(self, images: int) -> None:
+        """So many more images are done in this process, and about as many in each other one."""
+        self.done = min(self.total, self.done + images * self.accelerator.num_processes)
+        now = time.monotonic()
+        if not self.accelerator.is_main_process or now - self.said < SECONDS_BETWEEN_LINES:
+            return
+        self.said, rate = now, self.done / (now - self.begin)
+        left = timedelta(seconds=round((self.total - self.done) / rate))
+        self.say(f"evaluated {self.done}/{self.total} images  {rate:.1f} images/s  {left} left")
 
 
 def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:

@@ -81,7 +81,8 @@ def _train(
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        return evaluate(accelerator, model, val_loader, val_set, config, lambda: own_trainer().stop_if_asked())
+        trainer = own_trainer()
+        return evaluate(accelerator, model, val_loader, val_set, config, trainer.stop_if_asked, trainer.progress.print)
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(
