@@ -1,5 +1,6 @@
 """The augmentation of DETR and Group DETR (section 4.1), from torchvision.transforms.v2."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
     config = config or AugmentationConfig()
     steps: list[v2.Transform] = []
     if config.flip > 0:
-        steps.append(v2.RandomHorizontalFlip(config.flip))
+        steps.append(RandomHorizontalFlip(config.flip))
     if config.jitter_size is not None:
         size = config.jitter_size
         steps += [ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
@@ -113,6 +114,25 @@ def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
     config = config or AugmentationConfig()
     resize = ResizeShortSide((config.eval_short_side,), config.eval_max_size)
     return v2.Compose([resize, SayNormalization(config.normalization)])
+
+
+class RandomHorizontalFlip(v2.RandomHorizontalFlip):
+    """That of torchvision, with images whose colours lie innermost."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return super().transform(inpt, params)
+        return _rearranged(inpt, lambda pixels: pixels.flip(1))
+
+
+def _rearranged(image: tv_tensors.Image, change: Callable[[torch.Tensor], torch.Tensor]) -> tv_tensors.Image:
+    """What becomes of pixels ``[H, W, 3]``, whose colours lie innermost in memory as decoders write them.
+
+    A change of ``[3, H, W]`` would bring the colours outermost, and to resize and to collate such images takes twice
+    as long.
+    """
+    pixels = change(image.as_subclass(torch.Tensor).permute(1, 2, 0)).contiguous()
+    return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
 
 
 class ResizeShortSide(v2.Transform):
@@ -182,7 +202,10 @@ class RandomSizeCrop(v2.Transform):
         return int(torch.randint(low, high + 1, ()))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
+        if not isinstance(inpt, tv_tensors.Image):
+            return self._call_kernel(F.crop, inpt, **params)
+        top, left = params["top"], params["left"]
+        return _rearranged(inpt, lambda pixels: pixels[top : top + params["height"], left : left + params["width"]])
 
 
 class SayNormalization(v2.Transform):

@@ -70,6 +70,21 @@ def test_flip_mirrors_image_and_boxes():
     assert red_extent(image).tolist() == [70, 5, 90, 40]
 
 
+def test_colours_stay_innermost_and_the_pixels_what_they_were():
+    """As decoders write them: resizing and collating others takes twice as long."""
+    torch.manual_seed(0)
+    innermost = torch.randint(0, 256, (90, 120, 3), dtype=torch.uint8).permute(2, 0, 1)
+    boxes = tv_tensors.BoundingBoxes([[10.0, 10, 50, 60]], format="XYXY", canvas_size=(90, 120))
+    for seed in range(30):
+        images = []
+        for pixels in (innermost, innermost.contiguous()):
+            torch.manual_seed(seed)
+            image, _ = train_transforms(CONFIG)(tv_tensors.Image(pixels), {"boxes": boxes, "labels": torch.tensor([0])})
+            images.append(image.as_subclass(torch.Tensor))
+        assert images[0].movedim(0, -1).is_contiguous()
+        assert torch.equal(*images)
+
+
 def test_sizes_of_training_images():
     transform = train_transforms(CONFIG)
     shorts = set()
