@@ -34,7 +34,7 @@ class EvalCommand:
         image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
         image_std: standard deviation of the same.
         batch_size: images per process and step.
-        workers: processes that load images, per process.
+        workers: processes that load images, per process; None for what the machine has cores for.
         precision: "no" for float32, or the type of mixed precision.
         top_k: detections per image.
         output: folder for ``metrics.json``, ``detections.json`` and ``predictions.png``.
@@ -54,7 +54,7 @@ class EvalCommand:
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     batch_size: int = OptimizationConfig.batch_size
-    workers: int = DataConfig.workers
+    workers: int | None = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] = OptimizationConfig.precision
     top_k: int = CocoTrainingConfig.top_k
     output: Path = Path("runs/eval")
