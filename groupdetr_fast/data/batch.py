@@ -1,5 +1,6 @@
 """Samples of different sizes in one padded batch."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from .normalization import Normalization
 __all__ = ["Batch", "collate"]
 
 SCALED = Normalization()  # of samples that say nothing of theirs
+
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -76,35 +79,56 @@ def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, min_size: in
         raise ValueError("samples must hold at least one sample")
     images, targets = zip(*samples, strict=True)
     height, width = (max(min_size, *(image.shape[dim] for image in images)) for dim in (1, 2))
+    packed = PackedTargets.from_list(targets)
+    sizes = torch.stack([target["original_size"] for target in targets])
+    small = (packed.labels, packed.boxes, packed.num_targets, sizes, *(packed.masks or ()))
     # Bytes lie in memory as decoders write them, colours innermost, since turning them costs more than copying them.
     inner_colours = images[0].dtype == torch.uint8
     shape = (len(images), height, width, 3) if inner_colours else (len(images), 3, height, width)
-    batch = _zeros(shape, images[0].dtype)
+    wanted = [(shape, images[0].dtype), ((len(images), height, width), torch.bool)]
+    batch, masks, *copies = _zeros([*wanted, *((each.shape, each.dtype) for each in small)])
     batch = batch.permute(0, 3, 1, 2) if inner_colours else batch
-    masks = _zeros((len(images), height, width), torch.bool)
+    _fill(batch, masks, images)
+    for room, each in zip(copies, small, strict=True):
+        room.copy_(each)
+    labels, boxes, num_targets, sizes, *of_targets = copies
+    target_masks = None if packed.masks is None else tuple(of_targets)
+    return Batch(
+        images=batch,
+        masks=masks,
+        targets=replace(packed, labels=labels, boxes=boxes, num_targets=num_targets, masks=target_masks),
+        image_ids=[target["image_id"] for target in targets],
+        original_sizes=sizes,
+        normalization=_normalization(targets),
+    )
+
+
+def _fill(batch: Tensor, masks: Tensor, images: Sequence[Tensor]) -> None:
+    """Put images ``[3, H_b, W_b]`` into zeros ``[B, 3, H, W]``, and True into ``[B, H, W]`` where none is."""
     for index, image in enumerate(images):
         if image.dtype != batch.dtype:
             raise ValueError(f"images of a batch must have one type, got {batch.dtype} and {image.dtype}")
         batch[index, :, : image.shape[1], : image.shape[2]] = image
         masks[index, image.shape[1] :] = True
         masks[index, : image.shape[1], image.shape[2] :] = True
-    return Batch(
-        images=batch,
-        masks=masks,
-        targets=PackedTargets.from_list(targets),
-        image_ids=[target["image_id"] for target in targets],
-        original_sizes=torch.stack([target["original_size"] for target in targets]),
-        normalization=_normalization(targets),
-    )
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros; in a process that loads images, in memory that the training process sees, without a copy."""
+def _zeros(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Tensors of zeros of these shapes and types.
+
+    In a process that loads images they lie in one block of memory that the training process sees too: nothing is
+    copied on the way, and for each block, not for each tensor, a connection is made that hands it over.
+    """
     if get_worker_info() is None:
-        return torch.zeros(shape, dtype=dtype)
-    room = torch.empty(0, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * room.element_size())  # new memory, which is zeros
-    return room.set_(storage, 0, shape, torch.empty(shape, dtype=dtype, device="meta").stride())
+        return [torch.zeros(tuple(shape), dtype=dtype) for shape, dtype in wanted]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    block = torch.empty(0, dtype=torch.uint8)
+    block.set_(torch.UntypedStorage._new_shared(max(starts[-1], 1)), 0, (starts[-1],), (1,))  # new memory is zeros
+    return [
+        block[start : start + size].view(dtype).view(tuple(shape))
+        for start, size, (shape, dtype) in zip(starts, sizes, wanted, strict=False)
+    ]
 
 
 def _normalization(targets: Sequence[Mapping[str, Any]]) -> Normalization:

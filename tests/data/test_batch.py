@@ -107,12 +107,18 @@ class _Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         torch.manual_seed(index)
-        return pixels(5 + index, 12 - index, index, Normalization(IMAGENET_MEAN, IMAGENET_STD))
+        height, width = 5 + index, 12 - index
+        image, target = pixels(height, width, index, Normalization(IMAGENET_MEAN, IMAGENET_STD))
+        if index == 3:  # an image without objects
+            target |= {"labels": torch.empty(0, dtype=torch.int64), "boxes": torch.empty(0, 4)}
+        return image, {**target, "masks": torch.rand(len(target["labels"]), height, width) > 0.5}
 
 
 def _collate_and_say_where(samples):
     batch = collate(samples)
-    return batch, batch.images.is_shared() and batch.masks.is_shared()
+    tensors = (batch.images, batch.masks, batch.targets.labels, batch.targets.boxes, batch.original_sizes)
+    blocks = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, *batch.targets.masks)}
+    return batch, batch.images.is_shared() and len(blocks) == 1
 
 
 def test_workers_collate_into_shared_memory():
@@ -124,6 +130,12 @@ def test_workers_collate_into_shared_memory():
         assert torch.equal(own.images, other.images)
         assert own.images.stride() == other.images.stride()
         assert torch.equal(own.masks, other.masks)
+        assert torch.equal(own.original_sizes, other.original_sizes)
+        for name in ("labels", "boxes", "num_targets"):
+            assert torch.equal(getattr(own.targets, name), getattr(other.targets, name))
+        for first, second in zip(own.targets.masks, other.targets.masks, strict=True):
+            assert torch.equal(first, second)
+        assert (own.targets.sizes, own.targets.largest_label) == (other.targets.sizes, other.targets.largest_label)
         assert own.normalization == other.normalization
 
 
