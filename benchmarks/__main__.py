@@ -7,6 +7,7 @@ import sys
 # command: module with a function main(), and what it does
 COMMANDS = {
     "summary": ("cpu.summary", "goals, tables and plots of what make bench measured"),
+    "coco_size": ("cpu.coco_size", "images, start and metric at the size of COCO"),
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
     "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),

@@ -214,7 +214,8 @@ def predict(
         samples = map(partial(_sample, transform=transform, channel_order=channel_order), remaining)
         while part := list(itertools.islice(samples, batch_size)):
             batch = collate(part)
-            output = model(batch.images.to(device), batch.masks.to(device))
+            moved = batch.to(device)
+            output = model(moved.images, moved.masks)
             detections += postprocess(output, batch.original_sizes, top_k=top_k, score_threshold=score_threshold)
     named = [_named(detection, settings) for detection in detections]
     return named[0] if single else named
@@ -223,13 +224,15 @@ def predict(
 def _sample(image: ImageLike, transform: Any, channel_order: ChannelOrder) -> tuple[Tensor, dict[str, Any]]:
     """An image as ``CocoDataset`` gives them, without objects."""
     pixels = as_rgb(image, channel_order=channel_order)
+    reduced, said = transform(tv_tensors.Image(pixels), {})
     target = {
+        **said,
         "labels": torch.empty(0, dtype=torch.int64),
         "boxes": torch.empty(0, 4),
         "image_id": 0,
         "original_size": torch.tensor(pixels.shape[-2:]),
     }
-    return transform(tv_tensors.Image(pixels)).as_subclass(Tensor), target
+    return reduced.as_subclass(Tensor), target
 
 
 def _named(detection: dict[str, Tensor], settings: InferenceSettings) -> dict[str, Any]:

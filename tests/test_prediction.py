@@ -82,6 +82,7 @@ def test_predictions_are_those_of_the_evaluation(model, digits):
     expected = []
     with torch.no_grad():
         for batch in DataLoader(dataset, 2, collate_fn=collate):
+            batch = batch.to("cpu")
             expected += gd.postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=7)
     paths = sorted(digits.val_images.glob("*.png"))
     found = gd.predict(model, paths, score_threshold=0.0, top_k=7, batch_size=2)

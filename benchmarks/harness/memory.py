@@ -21,7 +21,7 @@ from pathlib import Path
 from .interleave import in_one_line
 from .places import ROOT
 
-__all__ = ["Peak", "peak_in_new_process"]
+__all__ = ["Peak", "forget_peak", "peak_in_new_process", "resident"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def _measure(module_name: str, case_name: str, contender: str, small: bool) -> P
         module.prepare(case.small())[0][contender]()
         contenders, check = module.prepare(case.small() if small else case)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-        before = _status("VmRSS")
+        forget_peak()
+        before = resident("VmRSS")
         result = contenders[contender]()
-        peak = _status("VmHWM") - before
+        peak = resident("VmHWM") - before
         check(result)
     except (ImportError, NotImplementedError) as error:
         return Peak("missing", in_one_line(error))
@@ -70,8 +70,13 @@ def _measure(module_name: str, case_name: str, contender: str, small: bool) -> P
     return Peak(bytes=peak)
 
 
-def _status(field: str) -> int:
-    """A number of bytes from the process's status."""
+def forget_peak() -> None:
+    """Let the peak of resident memory be what is in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """Bytes of resident memory of this process: "VmRSS", now, or "VmHWM", at its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -15,7 +15,7 @@ from . import peers
 from .interleave import Timing, quartiles
 from .memory import Peak
 
-__all__ = ["OURS", "ResultWriter", "processor"]
+__all__ = ["OURS", "ResultWriter", "commit", "processor"]
 
 OURS = "groupdetr_fast"  # the name of this package among the contenders
 
@@ -59,7 +59,7 @@ class ResultWriter:
             "threads": torch.get_num_threads(),
             "cpu": processor(),
             "torch": torch.__version__,
-            "commit": _commit(),
+            "commit": commit(),
         }
         self._rows.setdefault(comparison, []).append(row)
         return row
@@ -98,7 +98,7 @@ def _version(contender: str) -> str:
 
 @functools.cache
 def processor() -> str:
-    """The name of this machine's."""
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -107,7 +107,8 @@ def processor() -> str:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
+    """Of the checkout, and whether it was changed."""
     process = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

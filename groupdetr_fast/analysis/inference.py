@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
 from ..data import CocoDataset
-from ..evaluation.coco import CocoEvaluator, IouType
+from ..evaluation.coco import CocoEvaluator
+from ..evaluation.ground_truth import IouType
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
 from ..models.detector import Detector
@@ -123,7 +124,7 @@ class _EvaluationData:
         return _Metrics(plain.summarize(), {} if nms_threshold is None else suppressed.summarize())
 
     def _evaluator(self) -> CocoEvaluator:
-        return CocoEvaluator(self.dataset.coco, self.iou_type, category_ids=self.dataset.category_ids)
+        return CocoEvaluator(self.dataset.annotation_file, self.iou_type, category_ids=self.dataset.category_ids)
 
     def _outputs(self, model: Detector, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
         device = next(model.parameters()).device

@@ -1,7 +1,6 @@
 """The command ``groupdetr check``."""
 
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import tyro
@@ -11,7 +10,7 @@ from rich.progress import track
 from ..data import DataError
 from ..data.annotations import read_annotations, read_json
 from ..data.check import Findings, Statistics, check_part, compare_parts
-from ..data.config import DataPaths
+from ..data.config import DataPaths, usable_cores
 from ..data.layouts import find_yolo
 from ..data.yolo import read_yolo
 from ..models.registry import model_config
@@ -44,7 +43,7 @@ class CheckCommand(DataPaths):
     model: str = ModelConfig.model
     num_queries: int | None = None
     decode: bool = True
-    workers: int = os.cpu_count() or 1
+    workers: int = field(default_factory=usable_cores)
     limit: int = 20
 
     def __call__(self) -> None:

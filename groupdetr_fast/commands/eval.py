@@ -32,7 +32,7 @@ class EvalCommand:
         image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
         image_std: standard deviation of the same.
         batch_size: images per process and step.
-        workers: processes that load images, per process.
+        workers: processes that load images, per process; None for what the machine has cores for.
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
         tf32: round the factors of float32 products to TF32 on GPUs that have it.
         top_k: detections per image.
@@ -53,7 +53,7 @@ class EvalCommand:
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     batch_size: int = OptimizationConfig.batch_size
-    workers: int = DataConfig.workers
+    workers: int | None = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] | None = OptimizationConfig.precision
     tf32: bool = OptimizationConfig.tf32
     top_k: int = CocoTrainingConfig.top_k

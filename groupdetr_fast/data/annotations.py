@@ -1,7 +1,6 @@
 """Reading and checking a COCO annotation file."""
 
 import json
-import logging
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .packed import Texts
 from .segmentations import Segmentation, Segmentations, parse_segmentation
 
 __all__ = ["Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
-
-logger = logging.getLogger(__name__)
 
 _TABLES = ("images", "annotations", "categories")
 _IDS_IN_WARNING = 5
@@ -38,26 +36,28 @@ class Annotations:
 
     Attributes:
         path: the file.
-        image_ids: ids of the ``N`` images in the order of the file.
+        image_ids: ``[N]`` int64, ids of the images in the order of the file.
         file_names: relative to the image folder.
-        image_sizes: ``(height, width)`` of each image in pixels, as the file states them.
+        image_sizes: ``[N, 2]`` int64, (height, width) of each image in pixels, as the file states them.
         categories: the file's category entries, ascending by id.
         boxes: ``[M, 4]`` float32, ``xyxy`` in pixels, clipped to the image; those of image ``i`` are the rows
             ``offsets[i]:offsets[i + 1]``.
         category_ids: ``[M]`` int64.
-        offsets: ``N + 1`` integers.
+        offsets: ``[N + 1]`` int64.
         segmentations: of the same ``M`` objects, or None.
+        warnings: sentences about what was dropped.
     """
 
     path: Path
-    image_ids: list[int]
-    file_names: list[str]
-    image_sizes: list[tuple[int, int]]
-    categories: list[dict]
+    image_ids: np.ndarray
+    file_names: Texts
+    image_sizes: np.ndarray
+    categories: list[dict[str, Any]]
     boxes: Tensor
     category_ids: Tensor
-    offsets: list[int]
+    offsets: np.ndarray
     segmentations: Segmentations | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     """Read and check a COCO annotation file.
 
     Crowd regions are left out. Boxes are clipped to their image; boxes of zero, negative or non-finite size and boxes
-    entirely outside their image are dropped, with one warning in the log; with ``segmentations``, objects without one
-    as well.
+    entirely outside their image are dropped, which the warnings say; with ``segmentations``, objects without one as
+    well.
 
     Raises:
         DataError: for a missing or unreadable file, a missing key, a duplicate id, a value of the wrong type, an
@@ -122,27 +122,28 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     owners = np.array([position[annotation["image_id"]] for annotation in kept], dtype=np.int64)
     category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
     boxes, valid = _clip(boxes[: len(kept)], np.array(image_sizes)[owners])
-    _warn(path, kept, ~valid, "boxes that are empty, not finite or outside their image")
+    warnings = [_dropped(kept, ~valid, "boxes that are empty, not finite or outside their image")]
     if segmentations:
         parsed = [_segmentation(path, annotation, images) for annotation in kept]
         usable = np.array([segmentation is not None for segmentation in parsed], dtype=bool)
         if kept and not usable.any():
             raise DataError(f"annotation file {path} has no segmentations; give a file with polygons or run lengths")
-        _warn(path, kept, valid & ~usable, "objects without a usable segmentation")
+        warnings.append(_dropped(kept, valid & ~usable, "objects without a usable segmentation"))
         valid &= usable
     order = np.flatnonzero(valid)
     order = order[np.argsort(owners[order], kind="stable")]
     counts = np.bincount(owners[order], minlength=len(images))
     return Annotations(
         path=path,
-        image_ids=list(images),
-        file_names=file_names,
-        image_sizes=image_sizes,
+        image_ids=np.array(list(images), dtype=np.int64),
+        file_names=Texts.pack(file_names),
+        image_sizes=np.array(image_sizes, dtype=np.int64),
         categories=[categories[category_id] for category_id in sorted(categories)],
         boxes=torch.from_numpy(boxes[order]),
         category_ids=torch.from_numpy(category_ids[order]),
-        offsets=[0, *np.cumsum(counts).tolist()],
+        offsets=np.concatenate(([0], np.cumsum(counts))),
         segmentations=Segmentations.pack([parsed[index] for index in order]) if segmentations else None,
+        warnings=tuple(filter(None, warnings)),
     )
 
 
@@ -154,12 +155,13 @@ def _check_names(path: Path, categories: dict[int, dict]) -> None:
             )
 
 
-def _warn(path: Path, annotations: Sequence[dict], dropped: np.ndarray, what: str) -> None:
+def _dropped(annotations: Sequence[dict[str, Any]], dropped: np.ndarray, what: str) -> str:
+    """A sentence about dropped annotations; empty if there are none."""
     if not dropped.any():
-        return
+        return ""
     ids = [annotations[index]["id"] for index in np.flatnonzero(dropped)]
     shown = ", ".join(map(str, ids[:_IDS_IN_WARNING])) + (", ..." if len(ids) > _IDS_IN_WARNING else "")
-    logger.warning("%s: dropped %d of %d %s (annotation ids %s)", path, len(ids), len(annotations), what, shown)
+    return f"dropped {len(ids)} of {len(annotations)} {what} (annotation ids {shown})"
 
 
 def _entries(path: Path, table: str, entries: Sequence[dict], keys: tuple[str, ...]) -> dict[int, dict]:

@@ -109,12 +109,18 @@ def check_part(
 
 
 def compare_parts(train: Findings, val: Findings) -> None:
-    """Add to ``val`` errors about categories that one part lacks, and warnings about images that both have."""
+    """Add to ``val`` errors about categories in which the parts differ, and warnings about images that both have."""
     for number in sorted(train.categories.keys() ^ val.categories.keys()):
         owner, other = (train, val) if number in train.categories else (val, train)
         val.errors["categories"].append(
             f"category {number} ({owner.categories[number]}) is in {owner.name}, but not in {other.name}"
         )
+    for number in sorted(train.categories.keys() & val.categories.keys()):
+        names = train.categories[number], val.categories[number]
+        if names[0] != names[1]:
+            val.errors["categories"].append(
+                f"category {number} is {names[0]} in {train.name} and {names[1]} in {val.name}"
+            )
     for digest in train.digests.keys() & val.digests.keys():
         theirs, ours = train.digests[digest][0], val.digests[digest][0]
         val.warnings["leak"].append(f"image {ours} of {val.name} is the same file as image {theirs} of {train.name}")

@@ -1,20 +1,17 @@
 """Data sets in COCO format."""
 
-import contextlib
-import io
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
-from .annotations import DataError, read_annotations, read_json
+from .annotation_cache import load_annotations
+from .annotations import DataError
 from .images import decode_rgb, is_turned, open_image, size_fault
 from .sampling import seeded
 
@@ -26,13 +23,15 @@ _LARGEST_LABEL = 99_999  # a model has a class for every number up to the larges
 class CocoDataset(Dataset):
     """Images with boxes from a folder and a COCO json file.
 
-    A sample is ``(image, target)``: ``image`` float32 ``[3, H, W]`` and ``target`` a dict with
+    A sample is ``(image, target)``: ``image`` uint8 ``[3, H, W]``, unless ``transforms`` make floats of it, and
+    ``target`` a dict with
 
     - ``labels``: ``[T]`` int64,
     - ``boxes``: ``[T, 4]`` float32, ``cxcywh`` normalised by the size of the transformed image,
     - ``masks``: ``[T, H, W]`` bool, if they are asked for,
     - ``image_id``: the id in the annotation file,
-    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the upright image in pixels.
+    - ``original_size``: ``[2]`` int64, ``(height, width)`` of the upright image in pixels,
+    - ``normalization``: how :class:`Batch` makes a detector's input of the pixels, if the transforms say so.
 
     ``dataset[index]`` is the sample in epoch 0, ``dataset[epoch, index]`` that of another epoch, as
     :class:`EpochSampler` asks for it. Every random choice of ``transforms`` is a function of seed, epoch and index
@@ -47,7 +46,7 @@ class CocoDataset(Dataset):
         image_folder: where the ``file_name`` entries are looked up.
         annotation_file: COCO json with "images", "annotations" and "categories".
         transforms: a torchvision v2 transform of ``(image, {"boxes", "labels"[, "masks"]})``, which it gets as
-            tv_tensors (uint8 and ``xyxy`` pixels). None: the image is only scaled to [0, 1].
+            tv_tensors (uint8 and ``xyxy`` pixels). None: the image stays as it is.
         labels: ``"contiguous"``: label = rank of the category among the ascending ids; ``"category_id"``: label =
             category id, as in the original repositories (91 classes for COCO).
         masks: whether samples have masks, made from the polygons or run lengths of the annotations.
@@ -90,8 +89,8 @@ class CocoDataset(Dataset):
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.seed = seed
-        self._annotations = read_annotations(annotation_file, segmentations=masks)
-        self.image_ids = self._annotations.image_ids
+        self._annotations = load_annotations(annotation_file, segmentations=masks)
+        self.image_ids: list[int] = self._annotations.image_ids.tolist()
         self.categories = self._annotations.categories
         self.num_objects = len(self._annotations.boxes)
 
@@ -118,6 +117,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, objects = self.image(index), self.ground_truth(index)
+        said: dict[str, Any] = {}
         original_size = image.shape[-2:]
         if self.transforms is not None:
             objects["boxes"] = tv_tensors.BoundingBoxes(
@@ -128,11 +128,10 @@ class CocoDataset(Dataset):
             with seeded(self.seed, epoch, index):
                 image, objects = self.transforms(tv_tensors.Image(image), objects)
             image = image.as_subclass(Tensor)
+            said = {name: objects.pop(name) for name in ("normalization",) if name in objects}
         if "masks" in objects:
             visible = objects["masks"].as_subclass(Tensor).flatten(1).bool().any(1)
             objects = {name: value[visible] for name, value in objects.items()}
-        if not image.is_floating_point():
-            image = image.float() / 255
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         target = {
@@ -140,6 +139,7 @@ class CocoDataset(Dataset):
             "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
             "image_id": self.image_ids[index],
             "original_size": torch.tensor(original_size),
+            **said,
         }
         if "masks" in objects:
             target["masks"] = objects["masks"].as_subclass(Tensor).bool()
@@ -165,8 +165,8 @@ class CocoDataset(Dataset):
         start, stop = self._annotations.offsets[index : index + 2]
         objects = {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
         if self._annotations.segmentations is not None:
-            size = self._annotations.image_sizes[index]
-            objects["masks"] = self._annotations.segmentations.masks(start, stop, *size)
+            height, width = self._annotations.image_sizes[index].tolist()
+            objects["masks"] = self._annotations.segmentations.masks(int(start), int(stop), height, width)
         return objects
 
     def indices_with_objects(self) -> list[int]:
@@ -175,7 +175,7 @@ class CocoDataset(Dataset):
         Raises:
             DataError: if there are none.
         """
-        counts = torch.as_tensor(self._annotations.offsets).diff()
+        counts = torch.from_numpy(self._annotations.offsets).diff()
         if not counts.any():
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
@@ -186,28 +186,9 @@ class CocoDataset(Dataset):
             return self.category_ids.to(label.device)[label]
         return int(self.category_ids[label])
 
-    @cached_property
-    def coco(self) -> COCO:
-        """The annotation file as pycocotools sees it, crowd regions and all, for evaluation.
-
-        Read again from the file on first use: training does not need it, and the objects of a large file would
-        otherwise be copied into every worker. Missing "iscrowd" and "area" entries are filled in with 0 and width
-        times height.
-        """
-        coco = COCO()
-        coco.dataset = read_json(self._annotations.path)
-        for annotation in coco.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
     def __getstate__(self) -> dict[str, Any]:
         # What a spawned worker gets: sending thousands of small tensors would exhaust its file descriptors.
-        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
-        state["_cache"] = None if self._cache is None else {}
-        return state
+        return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -216,7 +197,7 @@ class CocoDataset(Dataset):
     def _decode(self, index: int) -> Tensor:
         path = self.image_folder / self._annotations.file_names[index]
         name = f"image file {path} (image id {self.image_ids[index]})"
-        height, width = self._annotations.image_sizes[index]
+        height, width = self._annotations.image_sizes[index].tolist()
         try:
             with open_image(path) as file:
                 size, turned = file.size, False

@@ -1,5 +1,6 @@
 """Where the data of a run are, and how they are read."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,11 @@ from typing import Literal
 from .annotations import DataError
 from .layouts import find_data
 
-__all__ = ["DataConfig", "DataPaths"]
+__all__ = ["DataConfig", "DataPaths", "usable_cores"]
+
+MOST_WORKERS = 8  # by default: about 800 images a second, and half a gigabyte for each
+
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of containers and batch systems on Linux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,10 @@ class DataConfig(DataPaths):
     Attributes:
         labels: "contiguous" numbers the categories 0, 1, ... in the order of their ids; "category_id" uses the ids
             themselves, as the original repositories do (91 classes on COCO).
-        workers: processes that load images, per training process.
+        workers: processes that load images, per training process; None for as many as there are cores for each of the
+            training processes of this machine, at least 1 and at most 8.
+        prefetch_factor: batches that each of them loads ahead; None for what keeps the device busy, which is those of
+            the next step and one more.
         cache_images: keep decoded images in memory; for small data sets.
         filter_empty: train on images that have objects alone, as the original of Mask2Former does.
         max_unreadable_images: images to train on that may be missing or damaged, over all processes; another one stands
@@ -75,7 +83,31 @@ class DataConfig(DataPaths):
     """
 
     labels: Literal["contiguous", "category_id"] = "contiguous"
-    workers: int = 2
+    workers: int | None = None
+    prefetch_factor: int | None = None
     cache_images: bool = False
     filter_empty: bool = False
     max_unreadable_images: int = 10
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
+        if self.prefetch_factor is not None and self.prefetch_factor < 1:
+            raise ValueError(f"prefetch_factor must be at least 1, got {self.prefetch_factor}")
+
+    def resolved_workers(self) -> int:
+        """``workers``, or what None stands for on this machine."""
+        if self.workers is not None:
+            return self.workers
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun and accelerate launch set
+        return min(max(usable_cores() // processes, 1), MOST_WORKERS)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those that it is bound to, and no more than its control group gets time of."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_LIMIT.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max", which is no limit
+        return cores

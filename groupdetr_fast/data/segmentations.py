@@ -103,24 +103,31 @@ class Segmentations:
         coordinates: of all polygons, one after another, float64.
         polygon_offsets: polygon ``p`` has the coordinates ``polygon_offsets[p]:polygon_offsets[p + 1]``.
         object_offsets: object ``i`` has the polygons ``object_offsets[i]:object_offsets[i + 1]``.
-        run_lengths: those of the objects that have no polygons, by object.
+        encoded_objects: ascending, the objects that have run lengths and no polygons.
+        counts: compressed run lengths of these objects, one after another, uint8.
+        count_offsets: those of ``encoded_objects[j]`` are ``counts[count_offsets[j]:count_offsets[j + 1]]``.
     """
 
     coordinates: np.ndarray
     polygon_offsets: np.ndarray
     object_offsets: np.ndarray
-    run_lengths: dict[int, dict[str, Any]]
+    encoded_objects: np.ndarray
+    counts: np.ndarray
+    count_offsets: np.ndarray
 
     @classmethod
     def pack(cls, segmentations: Sequence[Segmentation]) -> "Segmentations":
         """Pack the segmentations of all objects, in their order."""
         of_object = [value if isinstance(value, list) else [] for value in segmentations]
         polygons = [polygon for some in of_object for polygon in some]
+        encoded = {index: value["counts"] for index, value in enumerate(segmentations) if isinstance(value, dict)}
         return cls(
             np.concatenate(polygons) if polygons else np.empty(0),
             np.cumsum([0, *map(len, polygons)]),
             np.cumsum([0, *map(len, of_object)]),
-            {index: value for index, value in enumerate(segmentations) if isinstance(value, dict)},
+            np.array(list(encoded), dtype=np.int64),
+            np.frombuffer(b"".join(encoded.values()), dtype=np.uint8),
+            np.cumsum([0, *map(len, encoded.values())]),
         )
 
     def masks(self, start: int, stop: int, height: int, width: int) -> Tensor:
@@ -131,8 +138,10 @@ class Segmentations:
         return torch.from_numpy(masks)
 
     def _encoded(self, index: int, height: int, width: int) -> dict[str, Any]:
-        if index in self.run_lengths:
-            return self.run_lengths[index]
+        place = int(np.searchsorted(self.encoded_objects, index))
+        if place < len(self.encoded_objects) and self.encoded_objects[place] == index:
+            start, stop = self.count_offsets[place : place + 2]
+            return {"size": [height, width], "counts": self.counts[start:stop].tobytes()}
         first, last = self.object_offsets[index : index + 2]
         bounds = self.polygon_offsets[first : last + 1]
         return to_run_lengths([self.coordinates[a:b] for a, b in itertools.pairwise(bounds)], height, width)

@@ -1,5 +1,6 @@
 """The augmentation of DETR and Group DETR (section 4.1), from torchvision.transforms.v2."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "AugmentationConfig", "eval_transforms", "train_transforms"]
+from .normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
+__all__ = ["AugmentationConfig", "eval_transforms", "train_transforms"]
 
 LEAST_SIDE = 8  # pixels; backbones reduce images to nothing that are smaller
 
@@ -56,7 +55,12 @@ class AugmentationConfig:
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
 
-    def __post_init__(self):
+    @property
+    def normalization(self) -> Normalization:
+        """What makes a detector's input of the pixels of a batch."""
+        return Normalization(self.image_mean, self.image_std)
+
+    def __post_init__(self) -> None:
         for name in ("short_sides", "crop_short_sides"):
             if not getattr(self, name) or min(getattr(self, name)) < LEAST_SIDE:
                 raise ValueError(f"{name} must hold sizes of at least {LEAST_SIDE} pixels, got {getattr(self, name)}")
@@ -76,21 +80,22 @@ class AugmentationConfig:
 
 
 def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
-    """Flip, resize, with a crop in between for a part of the images, then normalisation; or large-scale jitter.
+    """Flip, resize, with a crop in between for a part of the images; or large-scale jitter.
 
     The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``, and in the dictionary
-    also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Random
-    numbers come from torch's CPU generator.
+    also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Images
+    are and stay uint8: how they are to be normalised is added to the dictionary under ``"normalization"``, and
+    :class:`Batch` does it on the device. Random numbers come from torch's CPU generator.
     """
     config = config or AugmentationConfig()
     steps: list[v2.Transform] = []
     if config.flip > 0:
-        steps.append(v2.RandomHorizontalFlip(config.flip))
+        steps.append(RandomHorizontalFlip(config.flip))
     if config.jitter_size is not None:
         size = config.jitter_size
         steps += [ScaleJitter((size, size), config.jitter_scale), RandomSizeCrop(size, size)]
         steps.append(v2.SanitizeBoundingBoxes())
-        return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
+        return v2.Compose([*steps, SayNormalization(config.normalization)])
     if config.crop > 0:
         crop = [
             ResizeShortSide(config.crop_short_sides),
@@ -101,14 +106,33 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
         ]
         steps.append(v2.RandomApply(crop, config.crop))
     steps.append(ResizeShortSide(config.short_sides, config.max_size))
-    return v2.Compose([*steps, Normalize(config.image_mean, config.image_std)])
+    return v2.Compose([*steps, SayNormalization(config.normalization)])
 
 
 def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
-    """Resize to the evaluation size, then normalisation; the boxes follow."""
+    """Resize to the evaluation size; the boxes follow, and the normalisation is said as in training."""
     config = config or AugmentationConfig()
     resize = ResizeShortSide((config.eval_short_side,), config.eval_max_size)
-    return v2.Compose([resize, Normalize(config.image_mean, config.image_std)])
+    return v2.Compose([resize, SayNormalization(config.normalization)])
+
+
+class RandomHorizontalFlip(v2.RandomHorizontalFlip):
+    """That of torchvision, with images whose colours lie innermost."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return super().transform(inpt, params)
+        return _rearranged(inpt, lambda pixels: pixels.flip(1))
+
+
+def _rearranged(image: tv_tensors.Image, change: Callable[[torch.Tensor], torch.Tensor]) -> tv_tensors.Image:
+    """What becomes of pixels ``[H, W, 3]``, whose colours lie innermost in memory as decoders write them.
+
+    A change of ``[3, H, W]`` would bring the colours outermost, and to resize and to collate such images takes twice
+    as long.
+    """
+    pixels = change(image.as_subclass(torch.Tensor).permute(1, 2, 0)).contiguous()
+    return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
 
 
 class ResizeShortSide(v2.Transform):
@@ -178,22 +202,18 @@ class RandomSizeCrop(v2.Transform):
         return int(torch.randint(low, high + 1, ()))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
-
-
-class Normalize(v2.Transform):
-    """uint8 image to contiguous float32, less the mean and divided by the deviation, in few passes over the pixels."""
-
-    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
-        super().__init__()
-        deviation = torch.tensor(std).view(3, 1, 1)
-        self.scale = 1 / (255 * deviation)
-        self.shift = -torch.tensor(mean).view(3, 1, 1) / deviation
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        if inpt.dtype != torch.uint8:
-            raise TypeError(f"image must be uint8, got {inpt.dtype}")
-        pixels = inpt.as_subclass(torch.Tensor).to(torch.float32, memory_format=torch.contiguous_format)
-        return tv_tensors.wrap(pixels.mul_(self.scale).add_(self.shift), like=inpt)
+            return self._call_kernel(F.crop, inpt, **params)
+        top, left = params["top"], params["left"]
+        return _rearranged(inpt, lambda pixels: pixels[top : top + params["height"], left : left + params["width"]])
+
+
+class SayNormalization(v2.Transform):
+    """Adds to the dictionary beside an image how it is to be normalised."""
+
+    def __init__(self, normalization: Normalization):
+        super().__init__()
+        self.normalization = normalization
+
+    def forward(self, image: Any, objects: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return image, {**objects, "normalization": self.normalization}

@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
 from ..data.segmentations import parse_segmentation, to_run_lengths
+from .ground_truth import IouType
 
 __all__ = ["ERRORS", "ClassDiagnosis", "Diagnosis", "ImageDiagnosis", "diagnose"]
 
@@ -96,7 +97,7 @@ class Diagnosis:
 def diagnose(
     ground_truth: Mapping[str, Any],
     results: Iterable[Mapping[str, Any]],
-    iou_type: Literal["bbox", "segm"] = "bbox",
+    iou_type: IouType = "bbox",
 ) -> Diagnosis:
     """Find out what detections get wrong.
 

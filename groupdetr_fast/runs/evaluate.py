@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..data import Batch, CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
+from ..evaluation.detections import CollectedDetections
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
@@ -114,15 +115,17 @@ def evaluate(
         between_batches: called after every batch, in all processes as many times; may raise.
         display: that of a training, whose bar is on the terminal; None for one of its own.
     """
-    evaluator = _evaluator(dataset, config)
+    detections = CollectedDetections(dataset.category_ids)
+    show = set(dataset.image_ids[: config.pictures])
     with closing((display or Display(accelerator)).evaluated(loader)) as batches:
-        shown = _detect(model, batches, evaluator, config, set(dataset.image_ids[: config.pictures]), between_batches)
-    gathered = gather_object([(evaluator.state, shown)])
+        shown = _detect(model, batches, detections, config, show, between_batches)
+    gathered = gather_object([(detections.by_image, shown)])
 
     def summarize() -> dict[str, Any]:
-        evaluator.merge([state for state, _ in gathered])
+        evaluator = _evaluator(dataset, config)
+        evaluator.merge([found for found, _ in gathered])
         metrics = evaluator.summarize()
-        write_whole(config.output / "detections.json", json.dumps(evaluator.results) + "\n")
+        write_whole(config.output / "detections.json", _as_json(evaluator))
         # As in the metrics, the first of two processes that have seen an image.
         _draw(dataset, {number: found for _, each in reversed(gathered) for number, found in each.items()}, config)
         return metrics
@@ -142,39 +145,51 @@ def rehearse_evaluation(
     images = REHEARSED_BATCHES * evaluation_batch_size(config) * accelerator.num_processes
     config = replace(config, data=replace(config.data, workers=0))
     loader = accelerator.prepare(evaluation_loader(dataset, config, images=images))
-    evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+    detections = CollectedDetections(dataset.category_ids)
     with random_state_kept():
-        _detect(model, loader, evaluator, config)
-    on_main_process(accelerator, evaluator.summarize)
+        _detect(model, loader, detections, config)
+
+    def summarize() -> None:
+        evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+        evaluator.merge([detections.by_image])
+        evaluator.summarize()
+
+    on_main_process(accelerator, summarize)
 
 
 def _evaluator(
     dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
 ) -> CocoEvaluator:
     iou_type = "segm" if config.model.predicts_masks else "bbox"
-    return CocoEvaluator(dataset.coco, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
+    return CocoEvaluator(dataset.annotation_file, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
 
 
 @torch.no_grad()
 def _detect(
     model: nn.Module,
     batches: Iterable[Batch],
-    evaluator: CocoEvaluator,
+    collected: CollectedDetections,
     config: CocoTrainingConfig,
     show: Collection[int] = (),
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Give the detections of images to the evaluator. Returns those of the images to show, by id."""
+    """Collect the detections of images. Returns those of the images to show, by id."""
     model.eval()
     shown: dict[int, dict[str, torch.Tensor]] = {}
     for batch in batches:
         detections = postprocess(model(batch.images, batch.masks), batch.original_sizes, top_k=config.top_k)
-        evaluator.update(batch.image_ids, detections)
         for image_id, detection in zip(batch.image_ids, detections, strict=True):
+            collected.add(image_id, detection)
             if image_id in show:
                 shown[image_id] = {name: value.cpu() for name, value in detection.items()}
         between_batches()
     return shown
+
+
+def _as_json(evaluator: CocoEvaluator) -> str:
+    """The detections in COCO's result format, without all of them as Python objects at once."""
+    images = (json.dumps(results)[1:-1] for results in evaluator.results_by_image())
+    return f"[{', '.join(filter(None, images))}]\n"
 
 
 def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:

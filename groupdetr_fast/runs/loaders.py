@@ -68,16 +68,16 @@ def _dataset(
 def _loader(
     dataset: Dataset, config: CocoTrainingConfig, sampler: EpochSampler, batch_size: int, min_size: int = 0
 ) -> DataLoader:
-    workers = config.data.workers
+    workers = config.data.resolved_workers()
     # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
     # computed, the batches of the next are loaded, and one more of each process.
-    ahead = -(-config.optimization.accumulate // workers) + 1 if workers else None
+    ahead = config.data.prefetch_factor or -(-config.optimization.accumulate // max(workers, 1)) + 1
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        prefetch_factor=ahead,
+        prefetch_factor=ahead if workers else None,
         collate_fn=partial(collate, min_size=min_size),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,

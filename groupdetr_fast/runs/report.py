@@ -13,8 +13,10 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from ..data import CocoDataset
-from ..evaluation.coco import METRICS, IouType
+from ..data.annotations import read_json as read_coco
+from ..evaluation.coco import METRICS
 from ..evaluation.diagnosis import ERRORS, ClassDiagnosis, Diagnosis, diagnose
+from ..evaluation.ground_truth import IouType
 from ..evaluation.plots import draw_confusion, draw_curves, draw_errors, draw_precision_recall
 from ..evaluation.visualize import draw_detections
 from ..files import read_json, write_whole
@@ -67,7 +69,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     results = read_json(config.output / "detections.json") or []
-    diagnosis = diagnose(dataset.coco.dataset, results, iou_type)
+    diagnosis = diagnose(read_coco(dataset.annotation_file), results, iou_type)
     sections = [_summary(config, dataset, metrics, history)]
     if history:
         draw_curves(history, folder / "curves.png")

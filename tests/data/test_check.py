@@ -132,7 +132,17 @@ def test_images_in_both_parts_and_other_categories(check, content, tmp_path):
     Image.new("RGB", (3, 3)).save(other / "new.png")
     entries = [("copy.png", content["images"][0]["width"], content["images"][0]["height"]), ("new.png", 3, 3)]
     images = [{"id": i, "file_name": name, "width": w, "height": h} for i, (name, w, h) in enumerate(entries)]
-    val = check_part("val", other, {"images": images, "annotations": [], "categories": [{"id": 3, "name": "x"}]})
+    val = check_part("val", other, {"images": images, "annotations": [], "categories": [{"id": 3, "name": "car"}]})
     compare_parts(train, val)
     assert val.warnings["leak"] == [f"image 0 of val is the same file as image {content['images'][0]['id']} of train"]
     assert len(val.errors["categories"]) == len(content["categories"]) - 1
+
+
+def test_categories_of_one_id_and_two_names(check, content):
+    """Which training refuses, since the model would learn one thing and be judged by another."""
+    train = check(content)
+    content["categories"][1]["name"] = "lorry"
+    val = check(content)
+    val.name = "val"
+    compare_parts(train, val)
+    assert val.errors["categories"] == ["category 3 is car in train and lorry in val"]

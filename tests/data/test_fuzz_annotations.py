@@ -133,7 +133,7 @@ def use(folder, text, labels, masks):
         assert ((target["boxes"] >= 0) & (target["boxes"] <= 1)).all()
         assert ((target["labels"] >= 0) & (target["labels"] < dataset.num_classes)).all()
         assert not masks or target["masks"].dtype == torch.bool
-    metrics = CocoEvaluator(dataset.coco, category_ids=dataset.category_ids).summarize()
+    metrics = CocoEvaluator(path, category_ids=dataset.category_ids).summarize()
     assert not math.isnan(metrics["AP"])
     return True
 

@@ -216,13 +216,14 @@ def test_real_crowds_decode(shared_data):
     """They are no targets, but the metric needs them: COCO writes them as uncompressed run lengths."""
     folder = shared_data("coco_cc")
     dataset = CocoDataset(folder / "images", folder / "annotations" / "instances_val.json", masks=True)
-    crowds = dataset.coco.loadAnns(dataset.coco.getAnnIds(iscrowd=True))
+    coco = COCO(dataset.annotation_file)
+    crowds = coco.loadAnns(coco.getAnnIds(iscrowd=True))
     assert crowds
     for crowd in crowds:
         height, width = crowd["segmentation"]["size"]
         parsed = parse_segmentation(crowd["segmentation"], height, width)
         mask = Segmentations.pack([parsed]).masks(0, 1, height, width)[0]
-        np.testing.assert_array_equal(mask.numpy(), dataset.coco.annToMask(crowd))
+        np.testing.assert_array_equal(mask.numpy(), coco.annToMask(crowd))
         assert mask.any()
 
 

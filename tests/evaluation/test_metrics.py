@@ -174,7 +174,9 @@ def test_images_count_once(content):
     once = evaluator.results
     evaluator.update([1, 1], [prediction((0, 1.0, [90, 90, 10, 10]))] * 2)
     assert evaluator.results == once
-    evaluator.merge([evaluator.state, {2: [{"image_id": 2, "category_id": 5, "score": 1.0, "bbox": [0, 0, 1, 1]}]}])
+    other = CocoEvaluator(content, category_ids=CATEGORY_IDS)
+    other.update([2], [prediction((0, 1.0, [0, 0, 1, 1]))])
+    evaluator.merge([evaluator.state, other.state])
     assert evaluator.results == once
     assert len(once) == 3
 
@@ -309,3 +311,56 @@ def test_objects_without_a_mask_are_left_out(content):
     evaluator = CocoEvaluator(content, "segm", category_ids=CATEGORY_IDS)
     evaluator.update([1], [prediction((0, 0.9, [10, 10, 40, 50]), masks=True)])
     assert evaluator.summarize()["AP"] == pytest.approx(1.0)
+
+
+def test_run_lengths_of_many_masks_are_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = torch.from_numpy(rng.random((5, 37, 23)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None])
+    boxes = [(0, 0.5, [0, 0, 1, 1])] * 5
+    results = to_coco_results([1], [{**prediction(*boxes), "masks": masks}])
+    for mask, result in zip(masks, results, strict=True):
+        encoded = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert result["segmentation"] == {"size": [37, 23], "counts": encoded["counts"].decode()}
+
+
+def test_ids_beyond_the_precision_of_floats(content):
+    """Exporters hash file names into 64 bits."""
+    large = {1: 2**62 + 1, 2: 2**62 + 2, 3: 5}
+    for image in content["images"]:
+        image["id"] = large[image["id"]]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = large[annotation["image_id"]]
+    evaluator = CocoEvaluator(content, category_ids=CATEGORY_IDS)
+    ids, predictions = perfect()
+    evaluator.update([large[image_id] for image_id in ids], predictions)
+    assert evaluator.summarize()["AP"] == pytest.approx(1.0)
+
+
+def test_objects_that_cannot_be_compared_are_refused(content):
+    del content["annotations"][0]["bbox"]
+    with pytest.raises(ValueError, match="annotation 1 has no bbox"):
+        CocoEvaluator(content)
+    assert CocoEvaluator(content, "segm").image_ids == [1, 2, 3]
+    del content["annotations"][0]["area"]
+    with pytest.raises(ValueError, match="annotation 1 has neither an area nor a bbox"):
+        CocoEvaluator(content, "segm")
+
+
+def test_objects_without_area_or_crowd_entries(content):
+    expected = CocoEvaluator(content, category_ids=CATEGORY_IDS)
+    expected.update(*perfect())
+    for entry in content["annotations"][:3]:
+        del entry["iscrowd"], entry["area"]
+    evaluator = CocoEvaluator(content, category_ids=CATEGORY_IDS)
+    evaluator.update(*perfect())
+    assert evaluator.summarize() == expected.summarize()
+
+
+def test_detections_of_unknown_categories_count_nothing(content):
+    ids, predictions = perfect()
+    predictions[0] = prediction((5, 0.9, TRUTH[0][3]), (9, 0.8, TRUTH[1][3]), (77, 0.95, TRUTH[1][3]))
+    predictions[1] = prediction((5, 0.7, TRUTH[2][3]))
+    evaluator = CocoEvaluator(content)
+    evaluator.update(ids, predictions)
+    assert evaluator.summarize()["AP"] == pytest.approx(1.0)
+    assert len(evaluator.results) == 4

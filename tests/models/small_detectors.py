@@ -72,7 +72,7 @@ def train_on_digits(model, folder, steps):
     config = DigitsConfig(image_size=48, train_images=4, val_images=1, min_digit=14, max_digit=24, max_objects=3)
     paths = digits_dataset(folder, config=config)
     dataset = CocoDataset(paths.train_images, paths.train_annotations)
-    batch = collate([dataset[index] for index in range(4)])
+    batch = collate([dataset[index] for index in range(4)]).to("cpu")
     criterion = gd.build_criterion(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     history = []

@@ -1,6 +1,7 @@
 """The loaders of a run."""
 
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from groupdetr_fast.data import CocoDataset, DataError
+from groupdetr_fast.data import config as data_config
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.loaders import evaluation_loader, training_loader
@@ -47,6 +49,43 @@ def test_the_batches_of_the_next_step_are_loaded_while_one_is_computed(workers, 
     while dataset.loaded.sum() < 2 * 2 * accumulate and time.monotonic() < deadline:
         time.sleep(0.05)
     assert dataset.loaded.sum() >= 2 * 2 * accumulate  # of two steps, two images a batch
+
+
+@pytest.mark.parametrize(
+    ("cores", "limit", "processes", "expected"),
+    [
+        (2, "max 100000", 1, 2),
+        (2, None, 4, 1),
+        (64, None, 4, 8),
+        (24, "max 100000", 8, 3),
+        (64, "300000 100000", 1, 3),  # a container that gets the time of three cores
+        (64, "50000 100000", 1, 1),
+    ],
+)
+def test_workers_fit_the_machine(monkeypatch, tmp_path, cores, limit, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(data_config, "_CPU_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert DataConfig().resolved_workers() == expected
+    assert training_loader(CountedSamples(), CocoTrainingConfig()).num_workers == expected
+    assert [DataConfig(workers=number).resolved_workers() for number in (0, 5)] == [0, 5]
+
+
+def test_batches_loaded_ahead_are_a_setting():
+    config = CocoTrainingConfig(optimization=OptimizationConfig(accumulate=5))
+    for settings, expected in (
+        ({"workers": 2}, 4),
+        ({"workers": 2, "prefetch_factor": 7}, 7),
+        ({"workers": 0, "prefetch_factor": 7}, None),
+    ):
+        loader = training_loader(CountedSamples(), replace(config, data=DataConfig(**settings)))
+        assert loader.prefetch_factor == expected
+    with pytest.raises(ValueError, match="prefetch_factor must be at least 1, got 0"):
+        DataConfig(prefetch_factor=0)
+    with pytest.raises(ValueError, match="workers must not be negative, got -1"):
+        DataConfig(workers=-1)
 
 
 @pytest.fixture
