@@ -32,7 +32,9 @@ RUNS = Path("runs")
 OF_A_MODEL = ("*.safetensors", "*.json", "*.pth", "*.bin", "*.pkl")  # files that a checkpoint may consist of
 
 
-class Detector(ModelHubMixin, library_name="groupdetr_fast", tags=["object-detection", "detr", "group-detr"]):
+class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mixin, where it is installed
+    ModelHubMixin, library_name="groupdetr_fast", tags=["object-detection", "detr", "group-detr"]
+):
     """A detector, to train, evaluate, predict, export and share.
 
     The same trainings and evaluations as those of ``groupdetr train`` and ``groupdetr eval``, with the same settings
@@ -66,7 +68,7 @@ class Detector(ModelHubMixin, library_name="groupdetr_fast", tags=["object-detec
         self.model: Model | None = None
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # with more kinds of files, and without what they do not need
+    def from_pretrained(  # type: ignore[override, unused-ignore]  # with more kinds of files, and without what they do not need
         cls,
         checkpoint: str | Path,
         *,

@@ -109,7 +109,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     file_names = [_file_name(path, image) for image in images.values()]
     image_sizes = [_image_size(path, image) for image in images.values()]
 
-    kept = []
+    kept: list[dict[str, Any]] = []
     boxes = np.empty((len(annotations), 4))
     for annotation in annotations.values():
         _check_reference(path, annotation, "image_id", images, "images")
@@ -123,6 +123,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
     boxes, valid = _clip(boxes[: len(kept)], np.array(image_sizes)[owners])
     warnings = [_dropped(kept, ~valid, "boxes that are empty, not finite or outside their image")]
+    parsed: list[Segmentation | None] = [None] * len(kept)
     if segmentations:
         parsed = [_segmentation(path, annotation, images) for annotation in kept]
         usable = np.array([segmentation is not None for segmentation in parsed], dtype=bool)
@@ -133,6 +134,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     order = np.flatnonzero(valid)
     order = order[np.argsort(owners[order], kind="stable")]
     counts = np.bincount(owners[order], minlength=len(images))
+    usable_ones = [segmentation for index in order if (segmentation := parsed[index]) is not None]
     return Annotations(
         path=path,
         image_ids=np.array(list(images), dtype=np.int64),
@@ -142,12 +144,12 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         boxes=torch.from_numpy(boxes[order]),
         category_ids=torch.from_numpy(category_ids[order]),
         offsets=np.concatenate(([0], np.cumsum(counts))),
-        segmentations=Segmentations.pack([parsed[index] for index in order]) if segmentations else None,
+        segmentations=Segmentations.pack(usable_ones) if segmentations else None,
         warnings=tuple(filter(None, warnings)),
     )
 
 
-def _check_names(path: Path, categories: dict[int, dict]) -> None:
+def _check_names(path: Path, categories: dict[int, dict[str, Any]]) -> None:
     for category in categories.values():
         if not (isinstance(category["name"], str) and _is_text(category["name"])):
             raise DataError(
@@ -159,14 +161,16 @@ def _dropped(annotations: Sequence[dict[str, Any]], dropped: np.ndarray, what: s
     """A sentence about dropped annotations; empty if there are none."""
     if not dropped.any():
         return ""
-    ids = [annotations[index]["id"] for index in np.flatnonzero(dropped)]
+    ids = [annotations[index]["id"] for index in np.flatnonzero(dropped).tolist()]
     shown = ", ".join(map(str, ids[:_IDS_IN_WARNING])) + (", ..." if len(ids) > _IDS_IN_WARNING else "")
     return f"dropped {len(ids)} of {len(annotations)} {what} (annotation ids {shown})"
 
 
-def _entries(path: Path, table: str, entries: Sequence[dict], keys: tuple[str, ...]) -> dict[int, dict]:
+def _entries(
+    path: Path, table: str, entries: Sequence[dict[str, Any]], keys: tuple[str, ...]
+) -> dict[int, dict[str, Any]]:
     """The entries of one table by their ids."""
-    by_id: dict[int, dict] = {}
+    by_id: dict[int, dict[str, Any]] = {}
     keys = ("id", *keys)
     for index, entry in enumerate(entries):
         for key in keys:
@@ -189,7 +193,9 @@ def _not_an_integer(path: Path, owner: str, key: str, value: Any) -> DataError:
     return DataError(f'annotation file {path}: {owner}: "{key}" must be an integer, got {value!r}')
 
 
-def _check_reference(path: Path, annotation: dict, key: str, table: Mapping[int, dict], name: str) -> None:
+def _check_reference(
+    path: Path, annotation: dict[str, Any], key: str, table: Mapping[int, dict[str, Any]], name: str
+) -> None:
     value = annotation[key]
     if type(value) is not int:
         raise _not_an_integer(path, f"annotation {annotation['id']}", key, value)
@@ -200,7 +206,7 @@ def _check_reference(path: Path, annotation: dict, key: str, table: Mapping[int,
         )
 
 
-def _file_name(path: Path, image: dict) -> str:
+def _file_name(path: Path, image: dict[str, Any]) -> str:
     name = image["file_name"]
     if not is_inside(name):
         raise DataError(
@@ -227,7 +233,7 @@ def _is_text(name: str) -> bool:
         return False
 
 
-def _image_size(path: Path, image: dict) -> tuple[int, int]:
+def _image_size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
     height, width = image["height"], image["width"]
     for key, value in (("height", height), ("width", width)):
         if type(value) is not int:
@@ -240,7 +246,7 @@ def _image_size(path: Path, image: dict) -> tuple[int, int]:
     return height, width
 
 
-def _box(path: Path, annotation: dict) -> tuple[float, float, float, float]:
+def _box(path: Path, annotation: dict[str, Any]) -> tuple[float, float, float, float]:
     box = annotation["bbox"]
     if not is_box(box):
         raise DataError(
@@ -261,7 +267,7 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_ID)
 
 
-def _is_crowd(path: Path, annotation: dict) -> bool:
+def _is_crowd(path: Path, annotation: dict[str, Any]) -> bool:
     """Check what COCO's metric reads besides the box, "iscrowd" and "area"; both may be missing."""
     crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 0)
     if type(crowd) not in (int, bool) or crowd not in (0, 1):
@@ -276,7 +282,7 @@ def _is_crowd(path: Path, annotation: dict) -> bool:
     return bool(crowd)
 
 
-def _segmentation(path: Path, annotation: dict, images: Mapping[int, dict]) -> Segmentation | None:
+def _segmentation(path: Path, annotation: dict[str, Any], images: Mapping[int, dict[str, Any]]) -> Segmentation | None:
     image = images[annotation["image_id"]]
     try:
         return parse_segmentation(annotation.get("segmentation", []), image["height"], image["width"])

@@ -80,7 +80,7 @@ def check_part(
     num_queries: int | None = None,
     decode: bool = True,
     workers: int = 2,
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> Findings:
     """Check the images and annotations of one part of a data set.
 
@@ -162,7 +162,7 @@ def _check_images(
     images: dict[int, Entry],
     decode: bool,
     workers: int,
-    progress: Callable[[Iterable, int], Iterable],
+    progress: Callable[[Iterable[Any], int], Iterable[Any]],
     findings: Findings,
 ) -> None:
     owners: dict[str, int] = {}
@@ -221,7 +221,7 @@ def _is_usable(entry: Entry, images: dict[int, Entry], categories: dict[int, Ent
         if type(entry.get(key)) is not int or entry[key] not in table:
             findings.errors[key].append(f"{who} has the {key} {entry.get(key)!r}, which is not in the table")
             known = False
-    box = entry.get("bbox")
+    box: Any = entry.get("bbox")
     if not is_box(box):
         findings.errors["bbox"].append(f"{who} has the bbox {reprlib.repr(box)}, which is not x, y, width, height")
         return False
@@ -231,7 +231,7 @@ def _is_usable(entry: Entry, images: dict[int, Entry], categories: dict[int, Ent
         return False
     if not known:
         return False
-    limits = [images[entry["image_id"]].get(key) for key in ("width", "height")]
+    limits: list[Any] = [images[entry["image_id"]].get(key) for key in ("width", "height")]
     if not all(type(limit) is int for limit in limits):
         return False  # an error of the image
     if x >= limits[0] or y >= limits[1] or x + width <= 0 or y + height <= 0:
@@ -254,7 +254,7 @@ def _count(
     per_category = Counter(entry["category_id"] for entry in objects)
     per_image = Counter(entry["image_id"] for entry in objects)
     areas = [entry["bbox"][2] * entry["bbox"][3] for entry in objects]
-    stated = [(image.get("width"), image.get("height")) for image in images.values()]
+    stated: list[Any] = [(image.get("width"), image.get("height")) for image in images.values()]
     shapes = [shape for shape in stated if type(shape[0]) is type(shape[1]) is int]
     fullest, most = next(iter(per_image.most_common(1)), (None, 0))
     findings.statistics = Statistics(

@@ -20,7 +20,7 @@ __all__ = ["CocoDataset"]
 _LARGEST_LABEL = 99_999  # a model has a class for every number up to the largest category id
 
 
-class CocoDataset(Dataset):
+class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Images with boxes from a folder and a COCO json file.
 
     A sample is ``(image, target)``: ``image`` uint8 ``[3, H, W]``, unless ``transforms`` make floats of it, and
@@ -72,7 +72,7 @@ class CocoDataset(Dataset):
         self,
         image_folder: str | Path,
         annotation_file: str | Path,
-        transforms: Callable[[Any, dict], tuple[Any, dict]] | None = None,
+        transforms: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] | None = None,
         *,
         labels: Literal["contiguous", "category_id"] = "contiguous",
         masks: bool = False,

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -55,7 +55,7 @@ class DigitsConfig:
     max_overlap: float = 0.3
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.train_images, self.val_images) < 1:
             raise ValueError("train_images and val_images must be at least 1")
         if not 1 <= self.min_objects <= self.max_objects:
@@ -112,7 +112,8 @@ def _write(folder: Path, config: DigitsConfig) -> None:
     splits = (("train", order[held_out:], config.train_images), ("val", order[:held_out], config.val_images))
     for stream, (split, digits, count) in enumerate(splits):
         (folder / split).mkdir()
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for image_id in range(1, count + 1):
             # A generator per scene: a set with more images begins with the scenes of the smaller set.
             rng = np.random.default_rng([config.seed, stream, image_id])
@@ -197,11 +198,11 @@ def _find_place(
 ) -> tuple[int, int, np.ndarray] | None:
     """A free place for the ink ``[h, w]``: its corner, and the ink on the canvas, ``[S, S]``."""
     height, width = ink.shape
-    x, y, *size = _box(ink)
+    x, y, box_width, box_height = _box(ink)
     for _ in range(_PLACEMENT_TRIES):
         top = int(rng.integers(config.image_size - height + 1))
         left = int(rng.integers(config.image_size - width + 1))
-        box = (left + x, top + y, *size)
+        box = (left + x, top + y, box_width, box_height)
         overlapping = [other for other in placed if _overlap(box, other.box) > 0]
         if any(_overlap(box, other.box) > config.max_overlap * _smaller(box, other.box) for other in overlapping):
             continue
@@ -279,7 +280,8 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
         else:
             box = [min(corners[0], corners[2]), min(corners[1], corners[3])]
             box += [max(corners[0], corners[2]), max(corners[1], corners[3])]
-            draw.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=255, width=width)
+            begin, end = rng.uniform(0, 360, 2).tolist()
+            draw.arc(box, begin, end, fill=255, width=width)
     shift = rng.uniform(-0.12, 0.12, 3).astype(np.float32)
     canvas += np.asarray(strokes, dtype=np.float32)[..., None] / 255 * shift
     return canvas

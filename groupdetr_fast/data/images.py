@@ -7,11 +7,11 @@ wherever an image is read, so that training, evaluation and prediction see what 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .annotations import DataError
@@ -36,14 +36,23 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 # What files are read as, whatever they are called. Pillow knows more formats, of which some (EPS) run other programs.
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # MPO, of two cameras, is read as JPEG
+_FORMATS: tuple[str, ...] = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # MPO, of two cameras, is read as JPEG
 if _HAS_AVIF:
     _FORMATS += ("AVIF",)
 
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 ChannelOrder = Literal["rgb", "bgr"]
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 # By EXIF orientation: what makes the stored pixels upright; from 5 on, width and height change places.
 _TURNS = {
@@ -84,7 +93,9 @@ def is_turned(image: Image.Image) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """``(width, height)`` that :func:`decode_rgb` gives for an opened file whose pixels are not loaded yet."""
     width, height = image.size
-    if image.format == "TIFF":  # of which some versions of Pillow give the upright size, and some the stored one
+    if isinstance(
+        image, TiffImagePlugin.TiffImageFile
+    ):  # of which some versions of Pillow give the upright size, and some the stored one
         width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 

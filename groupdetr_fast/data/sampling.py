@@ -56,7 +56,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
             order = torch.randperm(size, generator=generator).tolist()
         else:
-            order = range(size)
+            order = list(range(size))
         for index in order:
             yield epoch, self.indices[index]
 

@@ -49,7 +49,7 @@ def parse_segmentation(value: Any, height: int, width: int) -> Segmentation | No
     return polygons or None
 
 
-def _parse_run_lengths(value: dict, height: int, width: int) -> dict[str, Any]:
+def _parse_run_lengths(value: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     counts = value.get("counts")
     if value.get("size") != [height, width]:
         raise ValueError(f"has the size {value.get('size')}, but the image is {[height, width]} (height, width)")

@@ -1,7 +1,7 @@
 """Going on where an image cannot be read."""
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ __all__ = ["SkipUnreadable"]
 logger = logging.getLogger(__name__)
 
 
-class SkipUnreadable(Dataset):
+class _Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]: ...
+
+
+class SkipUnreadable(Dataset[tuple[Tensor, dict[str, Any]]]):
     """A data set in which the next readable sample stands in for one that raises :class:`DataError`.
 
     So batches keep their size, and what a batch holds still depends on seed, epoch and index alone. Every unreadable
@@ -26,7 +32,7 @@ class SkipUnreadable(Dataset):
             found, as far as this one was told.
     """
 
-    def __init__(self, dataset: Dataset, limit: int):
+    def __init__(self, dataset: _Samples, limit: int):
         self.dataset = dataset
         self.limit = limit
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # one for all workers

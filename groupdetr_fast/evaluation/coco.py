@@ -175,7 +175,7 @@ def _packed(results: list[Mapping[str, Any]], counts: list[str] | None, size: An
     )
 
 
-def _encoded(mask: Any, height: int, width: int) -> str:
+def _encoded(mask: Any, height: Any, width: Any) -> str:
     """The compressed run lengths of polygons, or of what is compressed already."""
     if isinstance(mask, list):
         mask = hotcoco.mask.merge(hotcoco.mask.frPyObjects(mask, height, width))
@@ -201,8 +201,10 @@ def _evaluate(truth: GroundTruth, detections: Mapping[int, ImageDetections], iou
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    accumulated = evaluation.eval
+    assert accumulated is not None  # as it is after accumulate
     metrics: dict[str, Any] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
-    metrics["per_category"] = _per_category(truth, evaluation.eval["precision"])
+    metrics["per_category"] = _per_category(truth, accumulated["precision"])
     return metrics
 
 
@@ -230,7 +232,8 @@ def _found(
 ) -> hotcoco.COCO:
     """The detections as the evaluation takes them: a row of image, box, score and category for each."""
     numbers = {category_id: number for number, category_id in enumerate(truth.category_ids, start=1)}
-    rows, segmentations = [np.empty((0, 7))], []
+    rows = [np.empty((0, 7))]
+    segmentations: list[Any] = []
     for number, image_id in enumerate(truth.image_ids, start=1):
         found = detections.get(image_id)
         if found is None:

@@ -129,7 +129,8 @@ def as_segmentation(entry: Mapping[str, Any], image: Mapping[str, Any], who: str
     Raises:
         ValueError: for one that cannot be understood, or that would make the metric run on for ever.
     """
-    height, width = image.get("height"), image.get("width")
+    height: Any = image.get("height")
+    width: Any = image.get("width")  # what is missing fits no segmentation
     try:
         parsed = parse_segmentation(entry.get("segmentation", []), height, width)
     except ValueError as error:

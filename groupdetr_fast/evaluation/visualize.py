@@ -13,6 +13,7 @@ from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -72,9 +73,9 @@ def draw_detections(
     rows = -(-len(images) // per_row)
     aspect = sum(min(image.shape[1] / image.shape[2], _TALLEST) for image in images) / len(images)
     widths = [*[1] * shown, _GAP] * per_row
-    figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure(figsize=(sum(widths) * _CELL, rows * _CELL * (aspect + _GAP) + _TITLE), layout=layout)
     canvas = FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -113,7 +114,7 @@ def draw_image(
     long_side = max(height, width)
     shown = min(max(long_side, _LEAST_PIXELS), PICTURE_PIXELS)
     sides = [max(_LONG_SIDE * side / long_side, _LEAST_INCHES) for side in (width, height)]
-    figure = Figure(figsize=tuple(sides))
+    figure = Figure(figsize=(sides[0], sides[1]))
     canvas = FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
@@ -148,7 +149,7 @@ def _above(prediction: Mapping[str, Tensor], threshold: float) -> dict[str, Tens
 
 def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequence[str], long_side: int) -> None:
     image = reduce_image(full, long_side)
-    objects = scale_objects(objects, tuple(full.shape[1:]), tuple(image.shape[1:]))
+    objects = scale_objects(objects, (full.shape[1], full.shape[2]), (image.shape[1], image.shape[2]))
     pixels = image.cpu().permute(1, 2, 0).numpy()
     labels, scores, masks = objects["labels"].tolist(), objects.get("scores"), objects.get("masks")
     # Best last, so that it lies on top.

@@ -169,7 +169,7 @@ class CocoTrainingConfig:
     pictures: int = 12
     report: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("give resume or overwrite, not both")
         if self.evaluate_every < 1:

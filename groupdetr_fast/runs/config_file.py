@@ -124,7 +124,7 @@ def _build(kind: type, values: Any, key: str, complete: bool) -> Any:
 
 def _convert(hint: Any, value: Any, key: str, complete: bool) -> Any:
     """A plain value as the type that a field has."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, key, complete)
     for option in _options(hint):
         arguments = get_args(option)

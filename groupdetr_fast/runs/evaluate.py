@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from ..data import Batch, CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.detections import CollectedDetections
+from ..evaluation.ground_truth import IouType
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
@@ -65,7 +66,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     _compare_categories(config.model.load, dataset)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     again = "run the same command again"
-    with deaths_of_workers_explained(config.data.workers, again), deaths_of_processes_explained(again):
+    with deaths_of_workers_explained(loader.num_workers, again), deaths_of_processes_explained(again):
         metrics = evaluate(accelerator, model, loader, dataset, config)
     if accelerator.is_main_process:
         write_json(config.output / METRICS_FILE, metrics)
@@ -98,7 +99,7 @@ def _per_category(aps: dict[str, float | None]) -> str:
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     dataset: CocoDataset,
     config: CocoTrainingConfig,
     between_batches: Callable[[], None] = lambda: None,
@@ -160,7 +161,7 @@ def rehearse_evaluation(
 def _evaluator(
     dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
 ) -> CocoEvaluator:
-    iou_type = "segm" if config.model.predicts_masks else "bbox"
+    iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     return CocoEvaluator(dataset.annotation_file, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..data import CocoDataset, DataError, EpochSampler, collate, eval_transforms, train_transforms
+from ..data import CocoDataset, DataError, EpochSampler, SkipUnreadable, collate, eval_transforms, train_transforms
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
 __all__ = ["evaluation_batch_size", "evaluation_loader", "evaluation_set", "training_loader", "training_set"]
+
+Images = CocoDataset | SkipUnreadable
 
 
 def training_set(config: CocoTrainingConfig) -> CocoDataset:
@@ -30,14 +32,16 @@ def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
     return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
 
 
-def training_loader(dataset: Dataset, config: CocoTrainingConfig, indices: Sequence[int] | None = None) -> DataLoader:
+def training_loader(
+    dataset: Images, config: CocoTrainingConfig, indices: Sequence[int] | None = None
+) -> DataLoader[Any]:
     """Shuffled batches of :func:`training_set`, or of a data set around it; of the samples with these indices only."""
     sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices)
     min_size = config.augmentation.jitter_size or 0
     return _loader(dataset, config, sampler, config.optimization.batch_size, min_size)
 
 
-def evaluation_loader(dataset: Dataset, config: CocoTrainingConfig, images: int | None = None) -> DataLoader:
+def evaluation_loader(dataset: Images, config: CocoTrainingConfig, images: int | None = None) -> DataLoader[Any]:
     """Batches of :func:`evaluation_set`, in its order; of the first ``images`` only, if that is given."""
     sampler = EpochSampler(dataset, shuffle=False, indices=range(len(dataset))[:images])
     return _loader(dataset, config, sampler, evaluation_batch_size(config))
@@ -66,8 +70,8 @@ def _dataset(
 
 
 def _loader(
-    dataset: Dataset, config: CocoTrainingConfig, sampler: EpochSampler, batch_size: int, min_size: int = 0
-) -> DataLoader:
+    dataset: Images, config: CocoTrainingConfig, sampler: EpochSampler, batch_size: int, min_size: int = 0
+) -> DataLoader[Any]:
     workers = config.data.resolved_workers()
     # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
     # computed, the batches of the next are loaded, and one more of each process.

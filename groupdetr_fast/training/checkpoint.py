@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,11 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
     """
     weights, state = read_checkpoint(folder)
     try:
-        for name, write in (
-            (WEIGHTS, lambda path: write_weights(path, weights, metadata)),
-            (STATE, lambda path: torch.save({**state, **changes}, path)),
-        ):
+        writers: dict[str, Callable[[Path], None]] = {
+            WEIGHTS: lambda path: write_weights(path, weights, metadata),
+            STATE: lambda path: torch.save({**state, **changes}, path),
+        }
+        for name, write in writers.items():
             unfinished = folder / f".{name}.unfinished"
             write(unfinished)
             force_to_disk(unfinished)
