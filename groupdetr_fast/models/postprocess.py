@@ -99,10 +99,12 @@ def _detect_masks(
             masks, certainty = _make_masks(
                 embeddings[index, queries[index, part]], features[index], frame, inner_size, size
             )
-            columns = (scores[index, part] * certainty, labels[index, part], masks)
-            kept = columns[0] >= threshold
-            found.append(tuple(column[kept] for column in columns) if threshold > 0 else columns)
-            del masks, columns
+            lowered, classes = scores[index, part] * certainty, labels[index, part]
+            if threshold > 0:
+                kept = lowered >= threshold
+                lowered, classes, masks = lowered[kept], classes[kept], masks[kept]
+            found.append((lowered, classes, masks))
+            del masks
         ordered, order = torch.cat([part[0] for part in found]).sort(descending=True, stable=True)
         classes = torch.cat([part[1] for part in found])[order]
         masks = torch.cat([part[2] for part in found])
