@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["assert_matches_reference", "error_and_bound", "ms_deform_attn_inputs", "poisoned_memory"]
+__all__ = ["assert_matches_reference", "error_and_bound", "ms_deform_attn_inputs", "peak_bytes", "poisoned_memory"]
 
 # Where the reference itself is exact (one key, one sample), twice its error is 0: allow this many units in the last
 # place of the largest value instead.
@@ -97,3 +98,16 @@ def ms_deform_attn_inputs(
 
 def _to_double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Largest number of bytes that torch's CPU allocator gave out during ``function()``, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler recorded no memory"
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -17,6 +17,7 @@ from ..evaluation.coco import CocoEvaluator
 from ..evaluation.ground_truth import IouType
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
+from ..models.checkpoints import find_weights
 from ..models.detector import Detector
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
@@ -134,8 +135,14 @@ class _EvaluationData:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint of a training, a folder or its file; how the model divides its queries into groups is free."""
-    model.load_state_dict(load_file(checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint))
+    """Load a checkpoint of a training; how the model divides its queries into groups is free.
+
+    Args:
+        model: the detector.
+        checkpoint: a file, a folder that holds one, or the folder of a run.
+    """
+    found = find_weights(checkpoint)
+    model.load_state_dict(load_file(found / WEIGHTS if found.is_dir() else found))
 
 
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:

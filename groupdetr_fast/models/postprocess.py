@@ -1,5 +1,6 @@
 """From a model's output to detections in pixels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from .output import DetectorOutput, SegmentationOutput
 
 __all__ = ["check_selection", "postprocess"]
 
-MASKS_AT_ONCE = 25  # that are interpolated together; each takes megabytes
+PIXELS_AT_ONCE = 8_000_000  # of masks that are interpolated together, at 5 bytes each; at least one mask
 
 
 def check_selection(top_k: int, score_threshold: float = 0.0) -> None:
@@ -61,42 +62,61 @@ def postprocess(
         raise ValueError(f"image_sizes must have shape [{batch}, 2], got {list(sizes.shape)}")
     rows = slice(*out.groups.group_range(group))
     if isinstance(out, SegmentationOutput):
-        detections = _detect_masks(out, sizes, top_k, rows)
-    else:
-        detections = _detect_boxes(out, sizes, top_k, rows)
-    if score_threshold > 0:
-        for detection in detections:
-            kept = detection["scores"] >= score_threshold
-            detection.update({name: value[kept] for name, value in detection.items()})
-    return detections
+        return _detect_masks(out, sizes, top_k, score_threshold, rows)
+    return _detect_boxes(out, sizes, top_k, score_threshold, rows)
 
 
-def _detect_boxes(out: DetectorOutput, image_sizes: Tensor, top_k: int, rows: slice) -> list[dict[str, Tensor]]:
+def _detect_boxes(
+    out: DetectorOutput, image_sizes: Tensor, top_k: int, threshold: float, rows: slice
+) -> list[dict[str, Tensor]]:
     logits, boxes = out.logits[-1, :, rows].float(), out.boxes[-1, :, rows].float()
     scores, labels, queries = _best_pairs(logits.sigmoid(), top_k)
     chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     pixels = cxcywh_to_xyxy(chosen) * image_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]
-    return [{"scores": scores[i], "labels": labels[i], "boxes": pixels[i]} for i in range(len(logits))]
+    counts = _counts_above(scores, threshold)
+    return [
+        {"scores": scores[i, :count], "labels": labels[i, :count], "boxes": pixels[i, :count]}
+        for i, count in enumerate(counts)
+    ]
 
 
-def _detect_masks(out: SegmentationOutput, image_sizes: Tensor, top_k: int, rows: slice) -> list[dict[str, Tensor]]:
+def _detect_masks(
+    out: SegmentationOutput, image_sizes: Tensor, top_k: int, threshold: float, rows: slice
+) -> list[dict[str, Tensor]]:
+    """Of masks at the size of an image there are only those to be returned, twice, and those of PIXELS_AT_ONCE."""
     scores, labels, queries = _best_pairs(out.logits[-1, :, rows].float().softmax(-1)[..., :-1], top_k)
     embeddings, features = out.mask_embeddings[-1, :, rows].float(), out.mask_features.float()
     frame = (out.padding.shape[1], out.padding.shape[2])
     # Images lie in the upper left corner of the frame.
     inner_sizes = torch.stack(((~out.padding[:, :, 0]).sum(1), (~out.padding[:, 0]).sum(1)), dim=1).tolist()
     detections = []
-    for index, (inner_size, size) in enumerate(zip(inner_sizes, image_sizes.tolist(), strict=True)):
-        parts = [
-            _make_masks(part, features[index], frame, inner_size, size)
-            for part in embeddings[index, queries[index]].split(MASKS_AT_ONCE)
-        ]
-        masks, certainty = (torch.cat(column) for column in zip(*parts, strict=True))
-        ordered, order = (scores[index] * certainty).sort(descending=True, stable=True)
+    # What a mask adds to a score only lowers it.
+    counts = _counts_above(scores, threshold)
+    for index, (count, inner_size, size) in enumerate(zip(counts, inner_sizes, image_sizes.tolist(), strict=True)):
+        found = [(scores[index, :0], labels[index, :0], out.padding.new_empty(0, *size))]
+        at_once = max(1, PIXELS_AT_ONCE // max(math.prod(size), math.prod(frame), 1))
+        for part in torch.arange(count, device=scores.device).split(at_once) if count else ():
+            masks, certainty = _make_masks(
+                embeddings[index, queries[index, part]], features[index], frame, inner_size, size
+            )
+            lowered, classes = scores[index, part] * certainty, labels[index, part]
+            if threshold > 0:
+                kept = lowered >= threshold
+                lowered, classes, masks = lowered[kept], classes[kept], masks[kept]
+            found.append((lowered, classes, masks))
+            del masks
+        ordered, order = torch.cat([part[0] for part in found]).sort(descending=True, stable=True)
+        classes = torch.cat([part[1] for part in found])[order]
+        masks = torch.cat([part[2] for part in found])
+        del found
         masks = masks[order]
-        boxes = masks_to_xyxy(masks)
-        detections.append({"scores": ordered, "labels": labels[index, order], "boxes": boxes, "masks": masks})
+        detections.append({"scores": ordered, "labels": classes, "boxes": masks_to_xyxy(masks), "masks": masks})
     return detections
+
+
+def _counts_above(scores: Tensor, threshold: float) -> list[int]:
+    """How many of each row of scores ``[B, k]``, which descend, are at least ``threshold``."""
+    return (scores >= threshold).sum(1).tolist() if threshold > 0 else [scores.shape[1]] * len(scores)
 
 
 def _best_pairs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +146,5 @@ def _make_masks(
     logits = logits[..., : inner_size[0], : inner_size[1]]
     logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)[0]
     masks = logits > 0
-    inside = masks.flatten(1).to(logits.dtype)
-    certainty = (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
-    return masks, certainty
+    inside = logits.sigmoid_().mul_(masks)  # in place: as large as the image
+    return masks, inside.flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)

@@ -183,6 +183,20 @@ def test_pictures_of_an_earlier_prediction_go_and_nothing_else(images, tmp_path)
     assert (tmp_path / "kept.jpg").exists()
 
 
+def test_every_command_takes_the_folder_of_a_run(images, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "best"
+    folder.mkdir(parents=True)
+    write_checkpoint(folder)
+    for command in (
+        ["predict", tmp_path / "run", images / "a", "--output", tmp_path / "out"],
+        ["export", tmp_path / "run", "--output", tmp_path / "a.pt2"],
+        ["analyze", "reference-points", "--checkpoint", tmp_path / "run", "--output", tmp_path / "analysis"],
+    ):
+        cli.main([str(argument) for argument in command])
+    for written in ("out/predictions.json", "a.pt2", "analysis/reference_points.csv"):
+        assert (tmp_path / written).stat().st_size > 0
+
+
 def test_sizes_are_given_where_the_checkpoint_does_not_say_them(images, tmp_path):
     path = write_checkpoint(tmp_path)
     torch.save(gd.load_model(path).state_dict(), tmp_path / "bare.pth")

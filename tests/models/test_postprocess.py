@@ -1,9 +1,15 @@
+import importlib
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import groupdetr_fast as gd
 from groupdetr_fast.models import DetectorOutput, SegmentationOutput
+from groupdetr_fast.testing import peak_bytes
+
+postprocess = importlib.import_module("groupdetr_fast.models.postprocess")  # whose name the function has, too
 
 
 def make_output(num_groups=2, size=3, classes=4):
@@ -96,6 +102,33 @@ def test_masks_with_low_scores_are_left_out():
     kept = everything["scores"] >= 0.2
     assert 0 < kept.sum() < len(kept)
     assert {name: len(value) for name, value in something.items()} == dict.fromkeys(everything, kept.sum())
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.0, 40), (0.3, 3), (0.9, 0)])
+def test_memory_of_masks_is_that_of_those_to_be_returned(threshold, kept):
+    """And of one at a time, while it is interpolated; 40 at once took 25 times as much."""
+    out, size = make_masks(1, 40, 1), (1500, 2000)
+    out.logits[-1, 0], out.mask_embeddings[-1, 0] = torch.tensor([-4.0, 4.0]), 20.0  # of certain pixels, and unlikely
+    out.logits[-1, 0, :3] = torch.tensor([0.0, 0.5])
+    out = SegmentationOutput(
+        out.logits[:, :1], out.mask_embeddings[:, :1], out.mask_features[:1], out.padding[:1], out.groups
+    )
+    with patch.object(postprocess, "PIXELS_AT_ONCE", 1):
+        found = []
+        peak = peak_bytes(lambda: found.extend(gd.postprocess(out, [size], top_k=40, score_threshold=threshold)))
+    assert found[0]["masks"].shape == (kept, *size)
+    pixels = 1500 * 2000
+    assert peak < (2 * kept + 12) * pixels
+
+
+def test_masks_do_not_depend_on_how_many_are_made_at_once():
+    out, sizes = make_masks(), [(101, 140), (32, 48)]
+    expected = gd.postprocess(out, sizes, score_threshold=0.1)
+    assert any(len(detection["scores"]) for detection in expected)
+    with patch.object(postprocess, "PIXELS_AT_ONCE", 1):
+        found = gd.postprocess(out, sizes, score_threshold=0.1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_wrong_sizes_are_refused():

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from peak_memory import peak_bytes
 
 import groupdetr_fast as gd
 from groupdetr_fast.losses import mask_criterion
 from groupdetr_fast.targets import StepTotals
+from groupdetr_fast.testing import peak_bytes
 from groupdetr_fast.training.passes import GroupPasses, average_gradients
 
 SMALL = {

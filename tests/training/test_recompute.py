@@ -1,9 +1,9 @@
 import pytest
 import torch
-from peak_memory import peak_bytes
 from test_passes import MODELS, small_batch, small_model
 
 import groupdetr_fast as gd
+from groupdetr_fast.testing import peak_bytes
 from groupdetr_fast.training.recompute import recompute_decoder_layers
 
 

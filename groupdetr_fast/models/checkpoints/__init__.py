@@ -4,7 +4,7 @@ from .export import export_checkpoint
 from .header import CheckpointHeader, build_detector
 from .layouts import CheckpointMismatch
 from .load import LoadReport, load_checkpoint
-from .read import read_header
+from .read import find_weights, read_header
 
 __all__ = [
     "CheckpointHeader",
@@ -12,6 +12,7 @@ __all__ = [
     "LoadReport",
     "build_detector",
     "export_checkpoint",
+    "find_weights",
     "load_checkpoint",
     "read_header",
 ]
