@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,12 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
         CheckpointError: if it cannot be read or written. It is then as it was.
     """
     weights, state = read_checkpoint(folder)
+    writers: dict[str, Callable[[Path], None]] = {
+        WEIGHTS: lambda path: write_weights(path, weights, metadata),
+        STATE: lambda path: torch.save({**state, **changes}, path),
+    }
     try:
-        for name, write in (
-            (WEIGHTS, lambda path: write_weights(path, weights, metadata)),
-            (STATE, lambda path: torch.save({**state, **changes}, path)),
-        ):
+        for name, write in writers.items():
             unfinished = folder / f".{name}.unfinished"
             write(unfinished)
             force_to_disk(unfinished)

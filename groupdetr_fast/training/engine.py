@@ -111,7 +111,7 @@ class Trainer:
         accelerator: Accelerator,
         model: nn.Module,
         criterion: Callable[[Any, Any, StepTotals], dict[str, Tensor]],
-        loader: DataLoader,
+        loader: DataLoader[Any],
         settings: TrainerSettings,
         *,
         evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
@@ -121,7 +121,7 @@ class Trainer:
         self.settings = settings
         self.config = settings.optimization.resolved()
         self.evaluate = evaluate
-        self.sampler = loader.sampler
+        self.sampler: Any = loader.sampler
         if self.config.recompute_layers:
             recompute_decoder_layers(model)
         if self.config.compile:
@@ -139,7 +139,7 @@ class Trainer:
         self._norm: Tensor | None = None  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
-    def _begin(self, bare: nn.Module, loader: DataLoader) -> TrainingState:
+    def _begin(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
         """The state before the first step."""
         config, accelerator = self.config, self.accelerator
         model, optimizer, loader = accelerator.prepare(bare, build_optimizer(bare, config), loader)
@@ -222,14 +222,15 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Any]]:
         """The batches of each optimiser step that remains in the epoch, for :meth:`run_step`."""
-        loader, done = self.state.loader, self.state.current.batches
+        loader: Any = self.state.loader
+        done = self.state.current.batches
         if done == len(loader):
             return
         if done:
             loader = self.accelerator.skip_first_batches(loader, done)
         loader.set_epoch(self.state.epoch)
         self.sampler.set_epoch(self.state.epoch)  # Accelerate's loaders of several processes do not pass the epoch on
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         with random_state_kept():  # a loader draws a seed when it starts
             first = next(batches)
         batches = itertools.chain((first,), batches)
@@ -366,7 +367,7 @@ class Trainer:
 
     def _check_unreadable(self) -> None:
         """The limit of a data set is for all processes; each by itself sees only when it alone exceeds it."""
-        dataset = self.state.loader.dataset
+        dataset: Any = self.state.loader.dataset
         limit, count = getattr(dataset, "limit", None), len(self.state.unreadable())
         if limit is not None and count > limit:
             raise TrainingError(

@@ -221,8 +221,8 @@ class StepGraphs:
         if self.step.optimizer.state is not self._optimizer_state:  # a checkpoint was loaded, into other tensors
             self._forget()
         sizes = self.sizes.padded(batches)
-        graph = self._graphs.get(sizes) if sizes is not None else None
-        if graph is None and (sizes is None or len(self._graphs) >= self.sizes.number):
+        graph = None if sizes is None else self._graphs.get(sizes)
+        if sizes is None or (graph is None and len(self._graphs) >= self.sizes.number):
             self._say_refused(sizes, batches)
             return None
         self.step.take_rates()

@@ -72,7 +72,7 @@ class OptimizationConfig:
     graph_targets: tuple[int, ...] = (16, 32, 64, 128)
     seed: int = 42
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

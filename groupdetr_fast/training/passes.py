@@ -83,7 +83,7 @@ class GroupPasses:
         totals: StepTotals,
         *,
         backward: Callable[[Tensor], None] = Tensor.backward,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> dict[str, Tensor]:
         """Add the gradients of a batch to those of the parameters.
 
@@ -115,7 +115,8 @@ class GroupPasses:
         ends = [(whole, end.grad) for whole, end in zip(encoded, cut, strict=True) if _has_gradient(whole)]
         ends = [(whole, gradient) for whole, gradient in ends if gradient is not None]
         if ends:
-            torch.autograd.backward(*zip(*ends, strict=True))
+            tensors, gradients = zip(*ends, strict=True)
+            torch.autograd.backward(tensors, gradients)
         return losses.by_name()
 
 
@@ -127,14 +128,16 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = []
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in trained])
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for parameter, gradient in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    for gradient, average in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(average.view_as(gradient))
 
 
 def _has_gradient(part: Any) -> bool:

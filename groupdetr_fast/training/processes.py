@@ -55,7 +55,8 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
             outcome[1] = error
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result: T
+    result, raised = outcome
+    if raised is not None:
+        raise raised
     return result

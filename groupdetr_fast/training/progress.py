@@ -77,7 +77,7 @@ class Display:
             finally:
                 self._bars = None
 
-    def evaluated(self, loader: DataLoader) -> Generator[Any, None, None]:
+    def evaluated(self, loader: DataLoader[Any]) -> Generator[Any, None, None]:
         """The batches of a loader to evaluate, while it is shown how far they have come.
 
         Args:

@@ -79,9 +79,9 @@ class TrainingState:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     average: AveragedWeights | None
-    loader: DataLoader
+    loader: DataLoader[Any]
     accumulate: int = 1
     epoch: int = 0
     current: EpochState = field(default_factory=EpochState)
@@ -141,7 +141,7 @@ class TrainingState:
             "unreadable": unreadable,
             "history": json.dumps(self.history),
         }
-        if average is not None:
+        if self.average is not None:
             # The averaged weights are those to evaluate; the trained ones are then part of the state.
             state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
@@ -154,7 +154,9 @@ class TrainingState:
             CheckpointError: if it cannot be written.
         """
         if self.accelerator.is_main_process:
-            amend_checkpoint(latest_checkpoint(run), self._description(metadata), history=json.dumps(self.history))
+            newest = latest_checkpoint(run)
+            assert newest is not None  # the one of this epoch
+            amend_checkpoint(newest, self._description(metadata), history=json.dumps(self.history))
 
     def resume(self, run: Path) -> Path | None:
         """Restore the newest checkpoint of a run that can be used. Returns its folder; None if the run has none.
@@ -200,7 +202,8 @@ class TrainingState:
             if process < len(random_states):
                 restore_random_state(random_states[process])
             if state.get("unreadable"):
-                self.loader.dataset.remember(state["unreadable"])
+                dataset: Any = self.loader.dataset
+                dataset.remember(state["unreadable"])
             self.history = json.loads(state["history"])
             self.epoch, self.current = state["epoch"], current
             go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))
