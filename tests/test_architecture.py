@@ -107,6 +107,19 @@ def test_the_reader_of_imports_sees_them():
     assert "models" in set(imports_of(ROOT / "build.py"))
 
 
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 450, 60
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_rooms_are_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= LINES_OF_A_FILE
+    if part_of(path) in ("training", "runs"):  # the others are nearly so
+        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+        assert {name: length for name, length in lengths.items() if length > LINES_OF_A_FUNCTION} == {}
+
+
 def test_the_map_names_every_header():
     text = (ROOT.parent / "CONTRIBUTING.md").read_text()
     headers = {path.name for path in (ROOT.parent / "csrc").rglob("*.h")}

@@ -1,6 +1,6 @@
 """What the host does in an optimiser step beside the model: plainly, with everything looked up at every step, and here.
 
-    OMP_NUM_THREADS=1 python benchmarks step_host
+    OMP_NUM_THREADS=1 python benchmarks step_host [--write]
 
 The weights of a Conditional DETR R50 with 11 groups, cut down to one number each: their modules and names are all
 there, so that the host does what it does in a training, and arithmetic takes no time. Operators are those that the
@@ -8,7 +8,9 @@ dispatcher sees, each at least one kernel on a GPU; views are none. On a GPU the
 once a step, to read whether the step is to be skipped.
 """
 
+import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,7 @@ from groupdetr_fast.training.device_step import DeviceStep, RunningStatistics
 from groupdetr_fast.training.ema import AveragedWeights
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
 from groupdetr_fast.training.step_losses import Losses
-from harness.documents import table
-from harness.interleave import Effort, measure
+from harness.documents import PERFORMANCE, table, write_section
 from harness.results import processor
 
 __all__ = ["Operators", "parts_of_a_step", "rows"]
@@ -124,7 +125,21 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
     return {**parts, "all of them, and AdamW": {PLAIN: step_plainly, HERE: step_here}}
 
 
-def rows(effort: Effort) -> list[list[str]]:
+def cpu_milliseconds(ways: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
+    """CPU time of a call in each way, the median of some rounds, in which they take turns."""
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for run in ways.values():
+        run()
+    for _ in range(rounds):
+        for way, run in ways.items():
+            begin = time.process_time()
+            for _ in range(calls):
+                run()
+            found[way].append(1000 * (time.process_time() - begin) / calls)
+    return {way: statistics.median(times) for way, times in found.items()}
+
+
+def rows(rounds: int = 15, calls: int = 10) -> list[list[str]]:
     """Of each part the milliseconds and the operators of both ways."""
     model = gd.build_model("conditional_detr_r50", num_classes=91, num_groups=11, backbone_weights=None).train()
     layers = range(model.config.decoder_layers - 1)
@@ -133,18 +148,27 @@ def rows(effort: Effort) -> list[list[str]]:
     parts = parts_of_a_step(cut_down(model), {name: torch.rand(()) for name in names})
     found = []
     for name, ways in parts.items():
-        timings = measure(ways, lambda way, result: None, effort)
-        milliseconds = [1000 * statistics.median(timings[way].seconds) for way in (PLAIN, HERE)]
+        times = cpu_milliseconds(ways, rounds, calls)
         operators = []
-        for way in (PLAIN, HERE):
+        for run in ways.values():
             with Operators() as counted:
-                ways[way]()
+                run()
             operators.append(counted.number)
-        found.append([name, *(f"{value:.2f}" for value in milliseconds), *map(str, operators)])
+        found.append([name, *(f"{times[way]:.2f}" for way in ways), *map(str, operators)])
     return found
 
 
-def main() -> None:
-    print(f"{processor()}, {torch.get_num_threads()} thread, torch {torch.__version__}\n")
+def text() -> str:
+    """What is printed."""
     header = ["part of a step", "plain, ms", "here, ms", "plain, operators", "here, operators"]
-    print(table(header, rows(Effort(seconds=3.0))))
+    where = f"{processor()}, {torch.get_num_threads()} thread, torch {torch.__version__}; milliseconds of CPU time"
+    return f"{where}.\n\n{table(header, rows())}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PERFORMANCE.name}")
+    if parser.parse_args().write:
+        write_section(PERFORMANCE, "step_host", text())
+    else:
+        print(text())

@@ -104,11 +104,11 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
         CheckpointError: if it cannot be read or written. It is then as it was.
     """
     weights, state = read_checkpoint(folder)
+    writers: dict[str, Callable[[Path], None]] = {
+        WEIGHTS: lambda path: write_weights(path, weights, metadata),
+        STATE: lambda path: torch.save({**state, **changes}, path),
+    }
     try:
-        writers: dict[str, Callable[[Path], None]] = {
-            WEIGHTS: lambda path: write_weights(path, weights, metadata),
-            STATE: lambda path: torch.save({**state, **changes}, path),
-        }
         for name, write in writers.items():
             unfinished = folder / f".{name}.unfinished"
             write(unfinished)

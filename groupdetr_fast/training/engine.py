@@ -222,7 +222,7 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Any]]:
         """The batches of each optimiser step that remains in the epoch, for :meth:`run_step`."""
-        loader: Any = self.state.loader  # Accelerate's, which knows of epochs
+        loader: Any = self.state.loader
         done = self.state.current.batches
         if done == len(loader):
             return
@@ -230,11 +230,11 @@ class Trainer:
             loader = self.accelerator.skip_first_batches(loader, done)
         loader.set_epoch(self.state.epoch)
         self.sampler.set_epoch(self.state.epoch)  # Accelerate's loaders of several processes do not pass the epoch on
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         with random_state_kept():  # a loader draws a seed when it starts
             first = next(batches)
-        every = itertools.chain((first,), batches)
-        while step := list(itertools.islice(every, self.config.accumulate)):
+        batches = itertools.chain((first,), batches)
+        while step := list(itertools.islice(batches, self.config.accumulate)):
             yield step
 
     def run_step(self, batches: list[Any]) -> dict[str, Tensor]:

@@ -115,8 +115,8 @@ class GroupPasses:
         ends = [(whole, end.grad) for whole, end in zip(encoded, cut, strict=True) if _has_gradient(whole)]
         ends = [(whole, gradient) for whole, gradient in ends if gradient is not None]
         if ends:
-            wholes, gradients = zip(*ends, strict=True)
-            torch.autograd.backward(wholes, gradients)
+            tensors, gradients = zip(*ends, strict=True)
+            torch.autograd.backward(tensors, gradients)
         return losses.by_name()
 
 
@@ -136,8 +136,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for own, gradient in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
-        own.copy_(gradient.view_as(own))
+    for gradient, average in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(average.view_as(gradient))
 
 
 def _has_gradient(part: Any) -> bool:

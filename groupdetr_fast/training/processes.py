@@ -55,6 +55,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
             outcome[1] = error
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
+    result: T
     result, raised = outcome
     if raised is not None:
         raise raised

@@ -141,9 +141,8 @@ class TrainingState:
             "unreadable": unreadable,
             "history": json.dumps(self.history),
         }
-        if average is not None:
+        if self.average is not None:
             # The averaged weights are those to evaluate; the trained ones are then part of the state.
-            assert self.average is not None  # whose weights these are
             state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
         save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata), keep)
@@ -154,8 +153,9 @@ class TrainingState:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        newest = latest_checkpoint(run)
-        if self.accelerator.is_main_process and newest is not None:
+        if self.accelerator.is_main_process:
+            newest = latest_checkpoint(run)
+            assert newest is not None  # the one of this epoch
             amend_checkpoint(newest, self._description(metadata), history=json.dumps(self.history))
 
     def resume(self, run: Path) -> Path | None:

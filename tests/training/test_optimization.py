@@ -75,8 +75,9 @@ def test_cosine_with_warmup():
 
 
 def test_named_schedules_are_the_papers():
-    assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=(11,))
-    assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=(40,))
+    assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=(11,)).resolved()
+    assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=(40,)).resolved()
+    assert OptimizationConfig().resolved() == OptimizationConfig(precision="no")
 
 
 @pytest.mark.parametrize(
