@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
-from .data.images import ChannelOrder, ImageLike, as_rgb
+from .data.images import IMAGE_LIKE, ChannelOrder, ImageLike, as_rgb
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
 from .models.detector import Detector
@@ -204,7 +204,7 @@ def predict(
     check_selection(top_k, score_threshold)
     if settings is None:
         settings = settings_of(model)
-    single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    single = isinstance(images, IMAGE_LIKE) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     transform = eval_transforms(settings.augmentation)
     device = next(model.parameters()).device
     remaining = cast(Iterable[ImageLike], [images] if single else images)

@@ -2,12 +2,19 @@
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from torchvision.transforms import v2
+
+import groupdetr_fast as gd
+from groupdetr_fast.models.checkpoints import CheckpointHeader
+from groupdetr_fast.training.checkpoint import write_weights
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -86,3 +93,31 @@ def test_subset_coco_keeps_and_repeats_images(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["subset_coco", str(source), str(target), "--image-ids", "5"])
     with pytest.raises(SystemExit, match="the file has no image 5"):
         load_example("subset_coco").main()
+
+
+def test_groups_are_drawn_in_their_colours(tmp_path, capsys):
+    """Every group's detections on the left, those of the first on the right."""
+    sizes = {
+        "num_queries": 4,
+        "d_model": 32,
+        "num_heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "dim_feedforward": 32,
+    }
+    torch.manual_seed(0)
+    model = gd.build_model("conditional_detr_r50", num_classes=2, num_groups=3, backbone="conv:8", **sizes)
+    header = CheckpointHeader(model="conditional_detr_r50", model_config=asdict(model.config))
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), header.to_json())
+    Image.new("RGB", (60, 40), (200, 200, 200)).save(tmp_path / "grey.png")
+    example = load_example("draw_groups")
+    output = tmp_path / "groups.png"
+    example.main(example.Arguments(tmp_path / "model.safetensors", tmp_path / "grey.png", output, score_threshold=0.0))
+    assert "8, 8, 8 detections of groups 0 to 2" in capsys.readouterr().out  # 4 queries of 2 classes
+    picture = np.asarray(Image.open(output).convert("RGB"))
+    for group in range(3):
+        colour = (np.array(colormaps["tab10"](group)[:3]) * 255).round()
+        there = (np.abs(picture - colour) < 3).all(-1)
+        half = there.shape[1] // 2
+        assert there[:, :half].any()
+        assert there[:, half:].any() == (group == 0)

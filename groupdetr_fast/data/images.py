@@ -52,6 +52,7 @@ if _HAS_AVIF:
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 ChannelOrder = Literal["rgb", "bgr"]
+IMAGE_LIKE = (str, os.PathLike, Image.Image, np.ndarray, Tensor)  # for isinstance
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 # By EXIF orientation: what makes the stored pixels upright; from 5 on, width and height change places.
