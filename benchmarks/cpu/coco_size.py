@@ -49,7 +49,7 @@ COLUMNS = (
 )  # fmt: skip
 
 DETECTIONS = 100  # per image
-IMAGES_OF_MASKS = 250  # of 5000: the masks of all take minutes
+IMAGES_OF_MASKS = 100  # of 5000: the masks of all take minutes
 IMAGES_LOADED = 1000
 BATCH = 2  # images, as in the paper
 

@@ -1,29 +1,33 @@
-"""What a training step costs on 8, 64 and 512 GPUs: bytes, and times on paper. A model; nothing of it is measured.
+"""What a training step costs on 8, 64 and 512 GPUs: bytes, and times on paper, from what was measured on one.
 
 A step is computing, plus what is sent between GPUs and not hidden behind the backward pass, plus what every process
-waits for. An epoch adds the evaluation and the checkpoint, which more GPUs make no faster. The operations and the
-weights are counted from the model, on tensors without data; the machine is that of the constants below.
+waits for. An epoch adds the evaluation and the checkpoint, which more GPUs make no faster. Computing is that of one GPU
+in ``results/gpu/step.jsonl``, images and metric are those of one core in ``results/coco_size.csv``. The weights are
+counted from the model, on tensors without data; the machine is that of the constants below.
 
     python benchmarks scaling            print the tables
     python benchmarks scaling --write    and put them into docs/scaling.md
     python benchmarks scaling --check    fail if docs/scaling.md has other ones
 """
 
+import csv
 import functools
+import json
 import math
 import pickle
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 import groupdetr_fast as gd
-from cpu import bench_conditional_detr
-from harness.cases import Detection
+from groupdetr_fast.evaluation.detections import ImageDetections
 from harness.documents import section_command, significant, table
-from harness.places import DOCS
+from harness.places import DOCS, RESULTS
+from harness.results import OURS
 
-from .flops import step_operations
-from .roofline import FLOAT32, MEMORY_BANDWIDTH, TENSOR_PEAK, Traffic
+from .roofline import FLOAT32
 
 DOCUMENT = DOCS / "scaling.md"
 SECTION = "scaling"
@@ -38,13 +42,9 @@ GPUS_PER_NODE = 8
 NVLINK = 450e9  # bytes/s of a GPU in one direction
 NETWORK = 50e9  # bytes/s of a GPU in one direction: one 400 Gbit/s adapter each
 
-# Assumptions, which a first measurement should replace.
-UTILISATION = 0.5  # of the tensor cores' peak, while they multiply
-LAUNCH = 8e-6  # s of the host for each operator
+# Assumptions, which a first measurement on several GPUs should replace.
 HIDDEN = 0.8  # of the backward pass that gradients can be sent behind: the last bucket is known at its end alone
 LOCAL_LATENCY, REMOTE_LATENCY = 5e-6, 15e-6  # s for each hop of a collective
-DECODE = 25e-3  # s of one core to decode and transform an image of COCO
-METRIC = 60.0  # s of one core for COCO's metric over val2017, in each process alike
 DISK = 1e9  # bytes/s to a shared file system
 
 MODELS = ("conditional_detr_r50", "dino_4scale_r50", "mask2former_r50")
@@ -60,54 +60,70 @@ def weights(name: str, num_groups: int = 11) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-class CountedTraffic(Traffic):
-    """Counts operators that read or write memory, besides their bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        before = self.bytes
-        results = super().__torch_dispatch__(operator, types, args, kwargs)
-        self.number += self.bytes > before
-        return results
-
-
 @dataclass(frozen=True)
 class Computing:
-    """Forward and backward pass of a step on one GPU, as plain eager PyTorch runs it."""
+    """A whole training step on one GPU, matching, loss and optimiser included.
 
-    operations: int
-    bytes: float
-    operators: int
+    Attributes:
+        device: its name.
+        seconds: of a step whose kernels the host launches one by one, as it does with several processes.
+        graph: of a step that is a CUDA graph, which is what the GPU itself takes.
+        forward: share of the forward pass in a step.
+        backward: share of the backward pass.
+    """
 
-    @property
-    def device(self) -> float:
-        """Seconds of the GPU: its products of matrices, and its memory."""
-        return self.operations / (TENSOR_PEAK * UTILISATION) + self.bytes / MEMORY_BANDWIDTH
-
-    @property
-    def host(self) -> float:
-        """Seconds of the host that starts the operators."""
-        return self.operators * LAUNCH
-
-    @property
-    def seconds(self) -> float:
-        return max(self.device, self.host)
+    device: str
+    seconds: float
+    graph: float
+    forward: float
+    backward: float
 
 
 @functools.cache
 def computing() -> Computing:
-    """Of Conditional DETR with images of 800 x 1333 pixels; half of the float32 bytes, as in bfloat16."""
-    case = Detection(num_groups=11, batch=BATCH, height=800, width=1333)
-    with torch.device("meta"):
-        model = bench_conditional_detr.build(case).train()
-    images, masks, _ = case.make()
-    with CountedTraffic() as counted:
-        out = model(images.to("meta"), masks.to("meta"))
-        (out.logits.sum() + out.boxes.sum()).backward()
-    return Computing(step_operations(case), counted.bytes / 2, counted.number)
+    """Of Conditional DETR with 11 groups and images of 800 x 1333 pixels, from the newest rows."""
+    rows = [json.loads(line) for line in (RESULTS / "gpu" / "step.jsonl").read_text().splitlines()]
+
+    def newest(kind: str, contender: str = OURS) -> dict[str, Any]:
+        wanted = {
+            "kind": kind,
+            "model": MODELS[0],
+            "groups": 11,
+            "batch": BATCH,
+            "contender": contender,
+            "status": "ok",
+        }
+        return next(row for row in reversed(rows) if wanted.items() <= row.items())
+
+    step, graph, parts = newest("step"), newest("step", "CUDA graph"), newest("parts")
+    environment = next(row for row in rows if row["kind"] == "environment" and row["run"] == step["run"])
+    seconds = {name: parts[name] for name in ("backbone", "encoder", "decoder", "criterion", "backward", "optimiser")}
+    forward = sum(seconds[name] for name in ("backbone", "encoder", "decoder"))
+    total = sum(seconds.values())
+    return Computing(environment["device"], step["wall"], graph["wall"], forward / total, seconds["backward"] / total)
+
+
+@functools.cache
+def measured(measurement: str, case: str) -> dict[str, Any]:
+    """The newest row of a case of ``python benchmarks coco_size``, with seconds of one core for ``"each"`` image."""
+    row = newest_rows()[measurement, case]
+    return {**row, "each": float(row["cpu_seconds"]) / int(row["count"])}
+
+
+def newest_rows() -> dict[tuple[str, str], dict[str, str]]:
+    """The newest row of each case of ``python benchmarks coco_size``."""
+    with (RESULTS / "coco_size.csv").open(newline="") as file:
+        return {(row["measurement"], row["case"]): row for row in csv.DictReader(file)}
+
+
+def loading() -> float:
+    """Seconds of one core for an image."""
+    return measured("images", "loaded by one worker")["each"]
+
+
+def metric() -> float:
+    """Seconds of one core for COCO's metric over val2017."""
+    return measured("metric", f"boxes, {DETECTIONS} detections an image")["each"] * EVALUATED
 
 
 @dataclass(frozen=True)
@@ -147,25 +163,25 @@ class Cluster:
 
 def step(cluster: Cluster, sharded: bool = False) -> dict[str, float]:
     """Seconds of the parts of a step of Conditional DETR that add up to it."""
-    alone = computing().seconds
+    own = computing()
     total, trained = weights(MODELS[0])
     sent = cluster.half_sum(trained * FLOAT32).seconds  # FSDP: gradients are only scattered,
     if sharded:
         sent += 2 * cluster.half_sum(total * FLOAT32).seconds  # and weights gathered forward and backward
     else:
         sent *= 2
-    backward = alone * 2 / 3
+    backward = own.seconds * own.backward
     waiting = 2 * cluster.latency  # the number of objects before, and whether the loss is finite after
-    return {"computing": alone, "gradients": max(0.0, sent - HIDDEN * backward), "waiting": waiting}
+    return {"computing": own.seconds, "gradients": max(0.0, sent - HIDDEN * backward), "waiting": waiting}
 
 
 def epoch(cluster: Cluster) -> dict[str, float]:
     """Seconds of the parts of an epoch of COCO that is followed by an evaluation and a checkpoint."""
     steps = math.ceil(IMAGES / (BATCH * cluster.gpus))
     parts = {name: seconds * steps for name, seconds in step(cluster).items()}
-    parts["predicting"] = math.ceil(EVALUATED / (BATCH * cluster.gpus)) * computing().seconds / 3
+    parts["predicting"] = math.ceil(EVALUATED / (BATCH * cluster.gpus)) * computing().seconds * computing().forward
     gathered = detections() * (cluster.gpus - 1) / cluster.gpus
-    parts["metric"] = METRIC + gathered / (NETWORK if cluster.nodes > 1 else NVLINK)
+    parts["metric"] = metric() + gathered / (NETWORK if cluster.nodes > 1 else NVLINK)
     parts["checkpoint"] = weights(MODELS[0])[0] * FLOAT32 * (1 + ADAM_STATES) / DISK
     return parts
 
@@ -173,9 +189,8 @@ def epoch(cluster: Cluster) -> dict[str, float]:
 @functools.cache
 def detections() -> int:
     """Bytes of all detections of val2017, as processes send them to each other."""
-    entry = {"image_id": 0, "category_id": 1, "score": 0.5, "bbox": [0.5, 1.5, 2.5, 3.5]}
-    one = {0: [dict(entry, score=index / 7) for index in range(DETECTIONS)]}
-    return len(pickle.dumps(one)) * EVALUATED
+    one = ImageDetections(np.zeros(DETECTIONS, dtype=np.int64), np.zeros(DETECTIONS), np.zeros((DETECTIONS, 4)))
+    return len(pickle.dumps({0: one})) * EVALUATED
 
 
 def limit(parts: dict[str, float]) -> str:
@@ -203,11 +218,13 @@ def tables() -> str:
                 significant(parts["gradients"] * 1e3),
                 significant(parts["waiting"] * 1e3),
                 f"{100 * parts['computing'] / total:.0f} %",
-                significant(BATCH * DECODE / total),
+                significant(BATCH * loading() / total),
+                significant(BATCH * loading() / own.graph),
             ]
         )
     header = ["GPUs", "images a step", "NVLink, MB", "network, MB", "all-reduce, ms", "computing, ms"]
     header += ["not hidden, ms", "waiting, ms", "computing", "cores to load images, per GPU"]
+    header += ["the same for the GPU's own time"]
     parts_of_epochs = []
     for cluster in clusters:
         parts = epoch(cluster)
@@ -228,16 +245,18 @@ def tables() -> str:
     ]
     return "\n\n".join(
         [
-            f"Constants: NVLink {NVLINK / 1e9:g} GB/s and network {NETWORK / 1e9:g} GB/s a GPU and direction, "
-            f"{GPUS_PER_NODE} GPUs a node, {TENSOR_PEAK / 1e12:g} TFLOP/s in bfloat16. Assumptions: "
-            f"{100 * UTILISATION:g} % of that peak reached; {LAUNCH * 1e6:g} µs of the host an operator; "
+            f"Measured: a step of Conditional DETR R50 with 11 groups of 300 queries and {BATCH} images of 800 x 1333 "
+            f"pixels on one {own.device}, {own.seconds * 1e3:.0f} ms where a virtual machine's host launches its "
+            f"kernels one by one, {own.graph * 1e3:.0f} ms of the GPU as a CUDA graph (docs/performance.md); "
+            f"{100 * own.forward:.0f} % of it the forward and {100 * own.backward:.0f} % the backward pass; "
+            f"{loading() * 1e3:.1f} ms of a core an image and {metric():.1f} s of one for COCO's metric, on an "
+            f"{measured('images', 'loaded by one worker')['cpu']}. Constants: NVLink {NVLINK / 1e9:g} GB/s and network "
+            f"{NETWORK / 1e9:g} GB/s a GPU and direction, {GPUS_PER_NODE} GPUs a node. Assumptions: "
             f"{100 * HIDDEN:g} % of the backward pass can hide sending; "
             f"{LOCAL_LATENCY * 1e6:g} and {REMOTE_LATENCY * 1e6:g} µs a hop within and between nodes; "
-            f"{DECODE * 1e3:g} ms of a core an image; {METRIC:g} s for COCO's metric; {DISK / 1e9:g} GB/s to disk. "
-            f"Conditional DETR R50 with 11 groups of 300 queries, {BATCH} images of 800 x 1333 pixels a GPU: "
-            f"{own.operations / 1e12:.2f} TFLOP, {own.bytes / 1e9:.1f} GB and {own.operators} operators a step: "
-            f"{own.device * 1e3:.0f} ms of the GPU and {own.host * 1e3:.0f} ms of the host, side by side. "
-            "1 MB = 10^6 bytes.",
+            f"{DISK / 1e9:g} GB/s to disk. 1 MB = 10^6 bytes.",
+            "### What one machine takes, measured",
+            _measurements(),
             "### A step",
             table(header, rows),
             "### An epoch of COCO, evaluated at its end, in seconds",
@@ -251,6 +270,18 @@ def tables() -> str:
             table(["GPUs", "DDP", "FSDP"], sharding),
         ]
     )
+
+
+def _measurements() -> str:
+    """A table of the newest rows of ``python benchmarks coco_size``."""
+    rows = []
+    for (name, case), row in newest_rows().items():
+        count, seconds = int(row["count"]), float(row["cpu_seconds"])
+        memory = f"{int(row['bytes']) / 2**20:.0f}" if row["bytes"] else "-"
+        rows.append([name, case, f"{count} {row['unit']}", significant(seconds), significant(count / seconds), memory])
+        rows[-1].append(row["cpu"])
+    header = ["measurement", "case", "of", "seconds of a core", "a second", "memory at the peak, MiB", "processor"]
+    return table(header, rows)
 
 
 def main() -> None:

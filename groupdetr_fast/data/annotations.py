@@ -98,9 +98,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
     """
     path = Path(path)
     content = read_json(path)
-    for table in ("images", "categories"):
-        if not content[table]:
-            raise DataError(f'annotation file {path}: "{table}" is empty; give a file with at least one entry')
+    _check_not_empty(path, content)
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
@@ -147,6 +145,12 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         segmentations=Segmentations.pack(usable_ones) if segmentations else None,
         warnings=tuple(filter(None, warnings)),
     )
+
+
+def _check_not_empty(path: Path, content: Mapping[str, Any]) -> None:
+    for table in ("images", "categories"):
+        if not content[table]:
+            raise DataError(f'annotation file {path}: "{table}" is empty; give a file with at least one entry')
 
 
 def _check_names(path: Path, categories: dict[int, dict[str, Any]]) -> None:

@@ -140,7 +140,7 @@ def evaluate_coco(
     needed = ("image_id", "category_id", "score", "bbox" if iou_type == "bbox" else "segmentation")
     sizes = dict(zip(truth.image_ids, truth.sizes, strict=True))
     by_image: dict[int, list[Mapping[str, Any]]] = {}
-    segmentations: dict[int, list[Any]] = {}
+    counts: dict[int, list[str]] = {}
     for index, result in enumerate(entries):
         for key in needed:
             if not isinstance(result, Mapping) or key not in result:
@@ -154,10 +154,9 @@ def evaluate_coco(
             mask = as_segmentation(result, {"height": height, "width": width}, f"results[{index}]")
             if not mask:
                 raise ValueError(f"results[{index}]: the segmentation is empty")
-            segmentations.setdefault(image_id, []).append(_encoded(mask, height, width))
+            counts.setdefault(image_id, []).append(_encoded(mask, height, width))
     packed = {
-        image_id: _packed(of_image, segmentations.get(image_id), sizes[image_id])
-        for image_id, of_image in by_image.items()
+        image_id: _packed(of_image, counts.get(image_id), sizes[image_id]) for image_id, of_image in by_image.items()
     }
     return _evaluate(truth, packed, iou_type)
 

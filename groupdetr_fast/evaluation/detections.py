@@ -132,7 +132,12 @@ def check_lengths(image_ids: Sequence[int], predictions: Sequence[Any]) -> None:
 def _run_lengths(masks: Tensor) -> tuple[str, ...]:
     """Compressed run lengths of masks ``[N, H, W]``, of which no more than their bytes is kept.
 
-    COCO's runs go down the columns. Turning the masks is most of the work, and is done where they are.
+    COCO's runs go down the columns: a GPU turns the masks by itself, and a CPU one after another, as all together leave
+    its cache.
     """
-    columns = (masks > 0).transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy()
-    return tuple(hotcoco.mask.encode(mask.T)["counts"].decode("ascii") for mask in columns)
+    masks = masks.to(torch.bool)
+    if masks.device.type == "cpu":
+        pixels = list(masks.view(torch.uint8).numpy())
+    else:
+        pixels = [columns.T for columns in masks.transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy()]
+    return tuple(hotcoco.mask.encode(mask)["counts"].decode("ascii") for mask in pixels)

@@ -85,18 +85,7 @@ class GroundTruth:
         image_numbers = {image_id: number for number, image_id in enumerate(evaluated, start=1)}
         category_numbers = {category_id: number for number, category_id in enumerate(category_ids, start=1)}
 
-        kept, segmentations = [], []
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in images or annotation["category_id"] not in category_numbers:
-                continue
-            if iou_type == "segm":  # checked for all images, as masks of any could take for ever
-                segmentation = as_segmentation(
-                    annotation, images[annotation["image_id"]], f"annotation {annotation['id']}"
-                )
-                if segmentation is None:
-                    continue
-                segmentations.append(segmentation)
-            kept.append(annotation)
+        kept, segmentations = _usable(content["annotations"], images, category_numbers, iou_type)
         used = [index for index, annotation in enumerate(kept) if annotation["image_id"] in image_numbers]
         objects = [kept[index] for index in used]
         boxes = np.zeros((len(objects), 4))
@@ -135,7 +124,11 @@ def as_segmentation(entry: Mapping[str, Any], image: Mapping[str, Any], who: str
         parsed = parse_segmentation(entry.get("segmentation", []), height, width)
     except ValueError as error:
         raise ValueError(f"{who}: the segmentation {error}") from None
-    return [polygon.tolist() for polygon in parsed] if isinstance(parsed, list) else parsed
+    if not isinstance(parsed, list):
+        return parsed
+    if type(height) is not int or type(width) is not int:
+        raise ValueError(f"{who}: polygons need the height and width of their image, which the ground truth lacks")
+    return [polygon.tolist() for polygon in parsed]
 
 
 def read_json(path: str | Path, kind: str) -> Any:
@@ -162,6 +155,27 @@ def _content(source: "CocoLike | Mapping[str, Any] | str | Path") -> Mapping[str
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f'the ground truth lacks the key "{key}"')
     return content
+
+
+def _usable(
+    annotations: Iterable[dict[str, Any]], images: Mapping[int, Any], categories: Mapping[int, Any], iou_type: IouType
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The annotations that can be compared, of whatever image, and their segmentations where those are compared.
+
+    Those of images that are not evaluated are checked too: a mask of any could make a later evaluation run for ever.
+    """
+    kept, segmentations = [], []
+    for annotation in annotations:
+        image = images.get(annotation["image_id"])
+        if image is None or annotation["category_id"] not in categories:
+            continue
+        if iou_type == "segm":
+            segmentation = as_segmentation(annotation, image, f"annotation {annotation['id']}")
+            if segmentation is None:
+                continue
+            segmentations.append(segmentation)
+        kept.append(annotation)
+    return kept, segmentations
 
 
 def _box(annotation: Mapping[str, Any]) -> Sequence[float]:

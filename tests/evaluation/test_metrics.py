@@ -313,11 +313,11 @@ def test_objects_without_a_mask_are_left_out(content):
     assert evaluator.summarize()["AP"] == pytest.approx(1.0)
 
 
-def test_run_lengths_of_many_masks_are_those_of_pycocotools():
+def test_run_lengths_of_many_masks_are_those_of_pycocotools(device):
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(rng.random((5, 37, 23)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None])
     boxes = [(0, 0.5, [0, 0, 1, 1])] * 5
-    results = to_coco_results([1], [{**prediction(*boxes), "masks": masks}])
+    results = to_coco_results([1], [{**prediction(*boxes), "masks": masks.to(device)}])
     for mask, result in zip(masks, results, strict=True):
         encoded = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         assert result["segmentation"] == {"size": [37, 23], "counts": encoded["counts"].decode()}
@@ -344,6 +344,15 @@ def test_objects_that_cannot_be_compared_are_refused(content):
     del content["annotations"][0]["area"]
     with pytest.raises(ValueError, match="annotation 1 has neither an area nor a bbox"):
         CocoEvaluator(content, "segm")
+
+
+def test_polygons_need_the_size_of_their_image(content):
+    del content["images"][0]["height"]
+    with pytest.raises(ValueError, match="annotation 1: polygons need the height and width of their image"):
+        CocoEvaluator(content, "segm")
+    evaluator = CocoEvaluator(content, category_ids=CATEGORY_IDS)
+    evaluator.update(*perfect())
+    assert evaluator.summarize()["AP"] == pytest.approx(1.0)
 
 
 def test_objects_without_area_or_crowd_entries(content):
