@@ -1,8 +1,10 @@
 """RF-DETR's training step with some groups at a time against the same step with all groups at once."""
 
+import contextlib
 import copy
 import json
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -122,7 +124,7 @@ def test_one_backward_pass():
 
 def test_without_gradients():
     module, batch = accelerate(module_of(3), groups_per_pass=1), batch_of((3, 1))
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(torch.autograd, "grad", None):
         found = module.training_step(batch, 0)
     torch.testing.assert_close(found, module_of(3).training_step(batch, 0).detach(), rtol=1e-5, atol=1e-5)
 
@@ -263,6 +265,24 @@ def compare_under_ddp(rank, processes, rendezvous):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_small_gradients_survive_in_float16():
+    """Because those inside of the passes begin with the scale of the loss."""
+
+    def gradient_of(scale):
+        module, (images, targets) = accelerate(module_of(3)), batch_of((3, 1))
+        weights = module.criterion.weight_dict = dict.fromkeys(module.criterion.weight_dict, 1e-07)
+        step = passes.GroupPasses(module.model, module.criterion, 1, scale)
+        with torch.autocast("cpu", torch.float16):
+            losses = step(step.encode(images), targets)
+        (scale * sum(losses[name] * weight for name, weight in weights.items())).backward()
+        return module.model.class_embed.weight.grad / scale
+
+    with mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()):
+        expected = gradient_of(1.0)
+    assert torch.nn.functional.cosine_similarity(gradient_of(1e6).flatten(), expected.flatten(), dim=0) > 0.99
+    assert (gradient_of(1.0) == 0).float().mean() > 0.5
 
 
 def test_distributed_data_parallel(tmp_path):

@@ -1,10 +1,7 @@
 """A training step of RF-DETR, some groups of queries at a time, so that its memory hardly grows with their number.
 
-The groups share nothing but the feature maps and the parameters, and the losses are sums over groups. So one autograd
-function runs decoder, heads and criterion of a few groups, asks at once for the gradients of what they share, and
-forgets their activations before the next groups begin. Its own backward pass, which autograd calls when the loss is
-known to be what training wants, only scales the gradients that it kept. To all that comes before and after, such as
-DistributedDataParallel, accumulation and a GradScaler, the step is an ordinary one.
+Each pass is RF-DETR's own forward pass: of a copy of the model that shares its parameters but has some of its groups,
+and finds the features of the images already there. ``integrations.passes`` adds the passes up.
 """
 
 import copy
@@ -16,8 +13,8 @@ from rfdetr.models.criterion import SetCriterion
 from rfdetr.models.lwdetr import LWDETR
 from rfdetr.utilities.tensors import NestedTensor
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..passes import sum_in_passes
 from .criterion import predicts_object
 
 __all__ = ["GroupPasses", "check_passes"]
@@ -98,8 +95,7 @@ class GroupPasses:
             return found.add(count, predictions, criterion(predictions, targets, num_boxes))
 
         starts = range(0, self.model.group_detr, self.groups_per_pass)
-        values = _InPasses.apply(run, starts, self.start, len(tensors), *tensors, *parameters)
-        return found.losses(values)
+        return found.losses(sum_in_passes(run, starts, tensors, parameters, start=self.start))
 
 
 class _Sum:
@@ -143,61 +139,6 @@ class _Sum:
             differences = [(count - size).abs() for count, size in zip(counted.unbind(), sizes, strict=True)]
             losses[f"cardinality_error{suffix}"] = torch.stack(differences).float().mean()
         return losses
-
-
-class _InPasses(torch.autograd.Function):
-    """Sums of the losses of all passes, whose gradients are computed with them.
-
-    Of the gradients that reach the losses only their part along the weights is used, which is all of it where the
-    training loss is the weighted sum, times any factor.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[[int, Sequence[Tensor]], Tensor],
-        starts: Sequence[int],
-        start: Tensor | float,
-        num_features: int,
-        *shared: Tensor,
-    ) -> Tensor:
-        """``run`` takes a pass's first group and the features: ``[losses, 2]``, each loss and its weight.
-
-        ``shared`` are ``num_features`` parts of the features, and the parameters.
-        """
-        ctx.gradients = [None] * len(shared)
-        wanted = [index for index in range(len(shared)) if ctx.needs_input_grad[4 + index]]
-        cut = [
-            part.detach().requires_grad_(ctx.needs_input_grad[4 + index])
-            for index, part in enumerate(shared[:num_features])
-        ]
-        leaves = [(cut[index] if index < num_features else shared[index]) for index in wanted]
-        sums = []
-        for first in starts:
-            with torch.set_grad_enabled(bool(wanted)):
-                values, weights = run(first, cut).unbind(1)
-                weighted = (values * weights).sum() * start
-            if wanted:
-                with torch.autocast(values.device.type, enabled=False):  # as in any backward pass
-                    found = torch.autograd.grad(weighted, leaves, allow_unused=True)
-                for index, gradient in zip(wanted, found, strict=True):
-                    if gradient is not None:
-                        before = ctx.gradients[index]
-                        ctx.gradients[index] = gradient if before is None else before + gradient
-            sums.append(values.detach())
-            del values, weighted  # with the activations, before the next pass makes its own
-        ctx.along = weights / (weights.square().sum() * start)
-        return torch.stack(sums).sum(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor = (grad * ctx.along).sum()
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("a step in passes has one backward pass: its gradients are gone after the first")
-        no_grad = (None,) * 4
-        return *no_grad, *(None if gradient is None else gradient * factor.to(gradient) for gradient in gradients)
 
 
 def _layer(predictions: dict[str, Any], suffix: str) -> dict[str, Tensor]:
