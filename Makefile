@@ -3,11 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OLDEST := $(CURDIR)/.venv-oldest
+NEWEST := $(CURDIR)/.venv-newest
+RFDETR := $(CURDIR)/.venv-rfdetr
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test clean
+.PHONY: demo test test-all test-rfdetr test-newest test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -19,6 +21,22 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=15
+
+# RF-DETR with this package's kernels, which are those of $(VENV), in an environment of its own: rfdetr[train] asks for
+# another hotcoco than the extra train.
+test-rfdetr: $(VENV)/.test $(VENV)/.rfdetr
+	PYTHONPATH=$(CURDIR) $(RFDETR)/bin/python -m pytest -m "not slow" tests/integrations/test_rfdetr.py tests/integrations/test_rfdetr_passes.py
+
+$(VENV)/.rfdetr: $(VENV)/.venv
+	$(PYTHON) -m venv $(RFDETR)
+	$(RFDETR)/bin/pip install --disable-pip-version-check --quiet torch torchvision 'rfdetr[train]>=1.11,<1.12' pytest
+	touch $@
+
+# The integrations with the newest versions of what they integrate with, to hear early of those that need work.
+test-newest: $(VENV)/.test
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --disable-pip-version-check --quiet --upgrade torch torchvision 'rfdetr[train]' transformers accelerate pytest
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest -m "not slow" --durations=15 tests/integrations
 
 # The oldest versions that pyproject.toml allows: kernels built, ops, models and training tested, GPU kernels compiled.
 # PYTHON must be one that these versions have wheels for, which is at most 3.12. The sources are copied, since a build in

@@ -208,6 +208,9 @@ TITLES = {
     "training_step_with_groups": "Conditional DETR R50, training step with K groups",
     "training_step_memory": "Peak memory of a training step with K groups",
     "transformers_step": "Models of transformers, training step with integrations.transformers.accelerate and without",
+    "rfdetr_criterion": "RF-DETR Nano, criterion with backward, with integrations.rfdetr.accelerate and without",
+    "rfdetr_step": "RF-DETR Nano, training step with integrations.rfdetr.accelerate, one group at a time, and without",
+    "rfdetr_step_memory": "Peak memory of a training step of RF-DETR Nano with 13 groups, here one group at a time",
     "mask_loss_memory": "Peak memory of Mask2Former's matching and loss, with backward, K groups",
     "mask2former_step_memory": "Peak memory of a training step of Mask2Former R50 with K groups",
 }
@@ -219,6 +222,9 @@ X_LABELS = {
     "grouped_attention_memory": "groups K",
     "training_step_with_groups": "groups K",
     "training_step_memory": "groups K",
+    "rfdetr_criterion": "images",
+    "rfdetr_step": "images",
+    "rfdetr_step_memory": "images",
     "mask_loss_memory": "groups K",
     "mask2former_step_memory": "groups K",
 }

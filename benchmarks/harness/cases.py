@@ -240,6 +240,37 @@ class Transformers:
         return images, targets
 
 
+@dataclass(frozen=True)
+class RfDetr:
+    """The smallest published RF-DETR in training, and square images for it."""
+
+    batch: int = 2
+    num_groups: int = 13
+    num_queries: int = 300
+    size: int = 384  # of the images, in pixels
+    classes: int = 80
+    targets: int = 7  # per image: the average of COCO
+
+    def __str__(self) -> str:
+        return f"K{self.num_groups}x{self.batch}x{self.size}"
+
+    def small(self) -> "RfDetr":
+        """The same with few pixels and queries, to see that a benchmark works."""
+        return replace(self, num_queries=16, size=128)
+
+    def make(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Images ``[B, 3, size, size]`` and targets."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+        targets = []
+        for _ in range(self.batch):
+            boxes = torch.rand(self.targets, 4, generator=generator) * 0.4 + 0.2
+            targets.append(
+                {"labels": torch.randint(self.classes, (self.targets,), generator=generator), "boxes": boxes}
+            )
+        return images, targets
+
+
 MATCHING = [Matching(5), Matching(20), Matching(60), Matching(100)]
 ATTENTION = [Attention(1), Attention(3), Attention(5), Attention(11)]
 DEFORMABLE = [Deformable(None), Deformable(300)]
@@ -257,6 +288,7 @@ TRANSFORMERS = [
         "DFine",
     )
 ]
+RFDETR = [RfDetr(2), RfDetr(4)]
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
 GPU_BATCHES = (2, 16)

@@ -1,5 +1,6 @@
-"""Groups, matching, losses and kernels for detectors of others: the DETR family's scripts, transformers, LibreYOLO.
+"""Groups, matching, losses and kernels for detectors of others: the DETR family, transformers, RF-DETR, LibreYOLO.
 
-Import the module that is needed, ``groupdetr_fast.integrations.detr``, ``groupdetr_fast.integrations.transformers`` or
-``groupdetr_fast.integrations.libreyolo``; the latter two need the package of their name.
+Import the module that is needed, ``groupdetr_fast.integrations.detr``, ``groupdetr_fast.integrations.transformers``,
+``groupdetr_fast.integrations.rfdetr`` or ``groupdetr_fast.integrations.libreyolo``; the latter three need the package
+of their name.
 """

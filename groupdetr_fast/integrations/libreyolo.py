@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from .kernels import attend
 
 __all__ = ["register_kernels", "unregister_kernels"]
 
@@ -84,9 +85,7 @@ def _ms_deform_attn(
     shapes = _sizes(spatial_shapes)
     if shapes is None:
         return None
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    locations, weights = (x if x.dtype == value.dtype else x.to(dtype) for x in (locations, weights))
-    return ops.ms_deform_attn(value, shapes, locations, weights)
+    return attend(value, shapes, locations, weights)
 
 
 # Sizes on the host of tensors that were seen, with their version: every layer gets the same one.

@@ -1,12 +1,9 @@
 """This package's kernels in models of transformers, exchanged in place and put back."""
 
-import warnings
-
-import torch
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
-from ... import ops
+from ..kernels import is_tested, serves_everywhere, warn_unchanged
 from . import attention
 from .losses import DetectionLoss, LwDetrLoss
 
@@ -63,13 +60,13 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         )
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True puts other kernels in the same place: load the model without it")
-    if not _is_tested(__version__):
+    if not is_tested(__version__, *_TESTED):
         first, last = (".".join(map(str, version)) for version in _TESTED)
-        _warn(f"accelerate was tested with transformers {first} to {last}, not {__version__}")
+        warn_unchanged(f"accelerate was tested with transformers {first} to {last}, not {__version__}")
         return model
-    serves_losses = _serves_everywhere("linear_assignment")
+    serves_losses = serves_everywhere("linear_assignment")
     if not attention.DEVICES and not serves_losses:
-        _warn("groupdetr_fast was installed without its compiled kernels")
+        warn_unchanged("groupdetr_fast was installed without its compiled kernels")
         return model
     exchanged = False
     if attention.DEVICES:
@@ -100,20 +97,3 @@ def restore(model: nn.Module) -> nn.Module:
     if isinstance(loss, DetectionLoss) and loss.queries_per_group is None:  # else it is that of add_groups
         del model._loss_function
     return model
-
-
-def _serves_everywhere(op: str) -> bool:
-    """Whether an op has a compiled kernel on every kind of device that this machine has."""
-    kinds = ops.backends()[op]
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return all(kinds[device] in ("C++", "CUDA") for device in devices)
-
-
-def _is_tested(version: str) -> bool:
-    major, minor = version.split(".")[:2]
-    first, last = _TESTED
-    return first <= (int(major), int(minor)) <= last
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(f"{reason}: the model is unchanged", stacklevel=3)

@@ -6,7 +6,6 @@ subclass. On a device for which there is no kernel, all of them run transformers
 """
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,16 +18,9 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.models.oneformer.modeling_oneformer import OneFormerPixelDecoderEncoderMultiscaleDeformableAttention
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2MultiscaleDeformableAttention
 
-from ... import ops
+from ..kernels import DEVICES, Shapes, attend
 
 __all__ = ["DEVICES", "exchange", "put_back"]
-
-# Types of devices for which ops.ms_deform_attn has a kernel; elsewhere it would run its reference.
-DEVICES = frozenset(
-    device for device, kind in ops.backends()["ms_deform_attn"].items() if kind not in ("reference", "PyTorch")
-)
-
-Shapes = Sequence[tuple[int, int]]
 
 _MODULE = "MultiScaleDeformableAttention"  # the class of the same body in ten modeling files
 _FUNCTION = "multi_scale_deformable_attention_v2"  # of the same body in those of D-FINE, DEIMv2 and RT-DETR v2
@@ -69,13 +61,6 @@ def _is_exchanged(module: nn.Module) -> bool:
     )
 
 
-def _attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The op, with the dtypes that it wants: autocast leaves locations and weights in a half type beside float32."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    locations, weights = (x if x.dtype == value.dtype else x.to(dtype) for x in (locations, weights))
-    return ops.ms_deform_attn(value, spatial_shapes, locations, weights)
-
-
 class _MultiScaleDeformableAttention(nn.Module):
     """In place of the class of that name in ten modeling files; it has neither parameters nor state."""
 
@@ -93,7 +78,7 @@ class _MultiScaleDeformableAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         if value.device.type in DEVICES:
-            return _attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+            return attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
         return self.exchanged_class.forward(
             self,
             value,
@@ -133,7 +118,7 @@ def _attend_unequal_points(
         [F.pad(points, (0, most - points.shape[-1])) for points in attention_weights.split(num_points_list, dim=-1)],
         dim=-2,
     )
-    return _attend(value, value_spatial_shapes, locations, weights)
+    return attend(value, value_spatial_shapes, locations, weights)
 
 
 class _RTDetrV2Attention(RTDetrV2MultiscaleDeformableAttention):
@@ -168,7 +153,7 @@ class _RTDetrV2Attention(RTDetrV2MultiscaleDeformableAttention):
         center, size = reference_points[:, :, None, :, None].split(2, dim=-1)
         scale = self.n_points_scale.to(offsets.dtype).view(self.n_levels, self.n_points, 1)
         locations = center + offsets * scale * size * self.offset_scale
-        out = _attend(value, spatial_shapes_list, locations, weights)
+        out = attend(value, spatial_shapes_list, locations, weights)
         return self.output_proj(out), weights.flatten(-2)
 
 
@@ -201,7 +186,7 @@ class _PixelDecoderAttention:
         value, offsets, weights = _project(self, hidden_states, position_embeddings, encoder_hidden_states, padding)
         sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes_list])
         locations = reference_points[:, :, None, :, None] + offsets / sizes[:, None]
-        out = _attend(value, spatial_shapes_list, locations, weights)
+        out = attend(value, spatial_shapes_list, locations, weights)
         return self.output_proj(out), weights
 
 

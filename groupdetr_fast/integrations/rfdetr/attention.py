@@ -1,0 +1,71 @@
+"""RF-DETR's deformable attention by :func:`groupdetr_fast.ops.ms_deform_attn`."""
+
+from rfdetr.models.ops.modules import MSDeformAttn
+from torch import Tensor, nn
+
+from ..kernels import DEVICES, attend
+
+__all__ = ["DEVICES", "exchange", "is_exchanged", "put_back"]
+
+
+def exchange(module: nn.Module) -> bool:
+    """Let a module compute by the op, in place, if it is RF-DETR's deformable attention itself; whether it does now."""
+    if type(module) is MSDeformAttn:
+        module.__class__ = _MSDeformAttn
+    return is_exchanged(module)
+
+
+def put_back(module: nn.Module) -> None:
+    """Undo :func:`exchange`."""
+    if is_exchanged(module):
+        module.__class__ = MSDeformAttn
+
+
+def is_exchanged(module: nn.Module) -> bool:
+    return type(module) is _MSDeformAttn
+
+
+class _MSDeformAttn(MSDeformAttn):
+    """Their own code runs where there is no kernel, and once ``export()`` was called."""
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor,
+        input_level_start_index: Tensor,
+        input_padding_mask: Tensor | None = None,
+        input_spatial_shapes_hw: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        fits = reference_points.dim() == 4 and reference_points.shape[2] in (1, self.n_levels)
+        if self._export or input_spatial_shapes_hw is None or not fits or query.device.type not in DEVICES:
+            return super().forward(
+                query,
+                reference_points,
+                input_flatten,
+                input_spatial_shapes,
+                input_level_start_index,
+                input_padding_mask,
+                input_spatial_shapes_hw=input_spatial_shapes_hw,
+            )
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        samples = (self.n_levels, self.n_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, *samples, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+        places = reference_points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
+        if places.shape[-1] == 2:
+            sizes = input_spatial_shapes.flip(-1)  # [levels, 2], width and height
+            locations = places + offsets / sizes[:, None]
+        else:
+            center, size = places.split(2, dim=-1)
+            locations = center + offsets / self.n_points * size * 0.5
+        out = attend(
+            value.unflatten(-1, (self.n_heads, -1)),
+            input_spatial_shapes_hw,
+            locations,
+            weights.unflatten(-1, samples),
+        )
+        return self.output_proj(out)
