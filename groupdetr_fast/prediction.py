@@ -1,6 +1,7 @@
 """From a checkpoint and images to named detections, without a data set (extra ``train``)."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -247,7 +249,10 @@ def predict(
     check_selection(top_k, score_threshold)
     if settings is None:
         settings = settings_of(model)
-    single = isinstance(images, ImageLike) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    # ImageLike, written out: isinstance refuses a union with a parameterised type
+    single = isinstance(images, (str, os.PathLike, Image.Image)) or (
+        isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4
+    )
     transform = eval_transforms(settings.augmentation)
     device = next(model.parameters()).device
     remaining = cast(Iterable[ImageLike], [images] if single else images)
