@@ -1,5 +1,7 @@
 """Where models and training meet: the criterion that belongs to a model."""
 
+from typing import Protocol, runtime_checkable
+
 from torch import nn
 
 from .losses.criterion import SetCriterion
@@ -14,12 +16,20 @@ from .models.registry import model_config
 __all__ = ["build_criterion"]
 
 
+@runtime_checkable
+class MakesCriterion(Protocol):
+    """A model that has losses of its own, as those of transformers do."""
+
+    def make_criterion(self) -> nn.Module:
+        """A module that is called as the criteria of this package are."""
+
+
 def build_criterion(
     model_or_config_or_name: nn.Module | BaseConfig | str,
     *,
     assignment: Assignment = "group",
     positives: int | None = None,
-) -> SetCriterion | MaskCriterion:
+) -> SetCriterion | MaskCriterion | nn.Module:
     """The criterion with the weights of a model.
 
     Args:
@@ -29,20 +39,30 @@ def build_criterion(
 
     Raises:
         TypeError: for anything else.
-        ValueError: for another assignment than "group" with a model that predicts masks, or one that does not exist.
+        ValueError: for another assignment than "group" with a model that predicts masks or has losses of its own, or
+            one that does not exist.
     """
     source = model_or_config_or_name
     if isinstance(source, str):
         source = model_config(source)
     elif isinstance(source, nn.Module):
-        source = next((module.config for module in source.modules() if isinstance(module, Detector)), source)
+        known = (module for module in source.modules() if isinstance(module, Detector | MakesCriterion))
+        model = next(known, source)
+        if isinstance(model, MakesCriterion):
+            _require_default(type(model).__name__, assignment, positives)
+            return model.make_criterion()
+        source = model.config if isinstance(model, Detector) else model
     if isinstance(source, Mask2FormerConfig):
-        if assignment != "group" or positives is not None:
-            raise ValueError(f'{type(source).__name__} is trained with the default assignment, "group", alone')
+        _require_default(type(source).__name__, assignment, positives)
         return _mask_criterion(source)
     if isinstance(source, DetectorConfig):
         return _box_criterion(source, assignment, positives)
     raise TypeError(f"expected a model of this package, its configuration or its name, got {type(source).__name__}")
+
+
+def _require_default(name: str, assignment: Assignment, positives: int | None) -> None:
+    if assignment != "group" or positives is not None:
+        raise ValueError(f'{name} is trained with the default assignment, "group", alone')
 
 
 def _box_criterion(config: DetectorConfig, assignment: Assignment, positives: int | None) -> SetCriterion:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -23,6 +23,10 @@ from .runs.evaluate import evaluate_checkpoint
 from .runs.recipes import find_recipe
 from .runs.train import train
 from .training.checkpoint import BEST, latest_checkpoint, write_weights
+from .transformers_detector.families import of_transformers
+
+if TYPE_CHECKING:
+    from .transformers_detector.detector import TransformersDetector
 
 __all__ = ["Detector"]
 
@@ -48,7 +52,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         detector = gd.Detector.from_pretrained("runs/train")
 
     Args:
-        model: name of a detector; see ``gd.model_names``.
+        model: name of a detector; see ``gd.model_names``; or ``transformers:DIR_OR_ID``.
         **settings: fields of ``runs.config.ModelConfig``, such as ``num_groups`` and ``backbone_weights``.
 
     Attributes:
@@ -60,12 +64,16 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     """
 
     def __init__(self, model: str = "conditional_detr_r50", **settings: Any):
-        model_config(model)  # which knows what detectors there are
-        self._run = CocoTrainingConfig().with_settings(**settings, model=model)
+        run = CocoTrainingConfig()
+        if of_transformers(model):
+            run = run.with_transformers(model)
+        else:
+            model_config(model)  # which knows what detectors there are
+        self._run = run.with_settings(**settings, model=model)
         self._header: CheckpointHeader | None = None
         self._num_groups = self._run.model.num_groups  # in training
         self.checkpoint: Path | None = None
-        self.model: Model | None = None
+        self.model: Model | TransformersDetector | None = None
 
     @classmethod
     def from_pretrained(  # type: ignore[override, unused-ignore]  # with more kinds of files, and without what they do not need
@@ -113,7 +121,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         header = describe_model(path, model)
         self._num_groups = header.model_config.get("num_groups", ModelConfig.num_groups)
         self.model = load_model(path, model=model, device=device, **settings)
-        self._header = replace(header, model_config={**asdict(self.model.config), "backbone_weights": None})
+        config = {**asdict(self.model.config), **({} if header.transformers else {"backbone_weights": None})}
+        self._header = replace(header, model_config=config)
         self.checkpoint = path
         sizes = ModelConfig.of_checkpoint(self._header, load=path)
         augmentation = settings_of(self.model).augmentation
@@ -207,7 +216,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         write_weights(Path(save_directory) / "model.safetensors", weights, self._header.to_json())
 
-    def _require_weights(self, what: str) -> Model:
+    def _require_weights(self, what: str) -> "Model | TransformersDetector":
         if self.model is None:
             raise ValueError(f"there are only random weights to {what}: call train first, or from_pretrained")
         return self.model

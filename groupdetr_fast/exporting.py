@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .models.detector import Detector
 from .models.inference_graph import export_onnx, export_program
@@ -20,7 +21,7 @@ def check_suffix(path: Path) -> None:
 
 
 def export_file(
-    model: Detector, path: str | Path, image_size: tuple[int, int] | None = None, *, masks: bool = False
+    model: nn.Module, path: str | Path, image_size: tuple[int, int] | None = None, *, masks: bool = False
 ) -> Path:
     """Write the inference graph of one group of queries.
 
@@ -35,10 +36,12 @@ def export_file(
         The path.
 
     Raises:
-        ValueError: for another ending, a model that predicts masks, or a missing extra.
+        ValueError: for another ending, a model that predicts masks or one of transformers, or a missing extra.
     """
     path = Path(path)
     check_suffix(path)
+    if not isinstance(model, Detector):
+        raise ValueError("models of transformers are exported by other tools: load the checkpoint's folder with them")
     if model.config.predicts_masks:
         raise ValueError("models that predict masks cannot be exported")
     for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export"):  # which tell of every node

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,10 +15,15 @@ from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
 from .data.images import IMAGE_LIKE, ChannelOrder, ImageLike, as_rgb
+from .files import read_json
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
 from .models.detector import Detector
 from .models.postprocess import check_selection
+from .transformers_detector.families import FAMILIES, PREFIX, of_transformers, require_transformers
+
+if TYPE_CHECKING:
+    from .transformers_detector.detector import TransformersDetector
 
 __all__ = [
     "EVAL_SETTINGS",
@@ -31,7 +36,7 @@ __all__ = [
 ]
 
 # The settings of AugmentationConfig that inference needs; checkpoints carry them under "evaluation".
-EVAL_SETTINGS = ("eval_short_side", "eval_max_size", "image_mean", "image_std")
+EVAL_SETTINGS = ("square", "eval_short_side", "eval_max_size", "image_mean", "image_std")
 
 
 def class_table(categories: Sequence[Mapping[str, Any]], labels: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -89,13 +94,19 @@ def describe_model(checkpoint: str | Path, model: str | None = None) -> Checkpoi
     """The header of a checkpoint, with the name of the detector, and its settings as far as the checkpoint tells.
 
     Args:
-        checkpoint: file or folder.
+        checkpoint: file or folder; or ``transformers:DIR_OR_ID``, a model of transformers as it is.
         model: the detector's name, which takes precedence over that in the checkpoint.
 
     Raises:
         ValueError: if neither names the detector, or the checkpoint cannot be read.
     """
+    if of_transformers(checkpoint):
+        return _describe_transformers(str(checkpoint))
     header = read_header(checkpoint)
+    if header.transformers:
+        return header
+    if (model is None and header.model is None and _holds_transformers(Path(checkpoint))) or of_transformers(model):
+        return _describe_transformers(f"{PREFIX}{checkpoint}")
     if model and model != header.model:
         header = replace(header, model=model, model_config={})
     if header.model is None:
@@ -103,6 +114,18 @@ def describe_model(checkpoint: str | Path, model: str | None = None) -> Checkpoi
             f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
         )
     return header
+
+
+def _describe_transformers(name: str) -> CheckpointHeader:
+    from .transformers_detector.source import read_source
+
+    return read_source(name).header()
+
+
+def _holds_transformers(folder: Path) -> bool:
+    """Whether a folder is a model directory of transformers, of a kind that is known here."""
+    content = read_json(folder / "config.json") if folder.is_dir() else None
+    return isinstance(content, dict) and content.get("model_type") in FAMILIES
 
 
 def load_model(
@@ -113,11 +136,12 @@ def load_model(
     num_groups: int = 1,
     device: torch.device | str | None = None,
     **settings: Any,
-) -> Detector:
+) -> "Detector | TransformersDetector":
     """Build the detector that a checkpoint is of, and load it, for inference.
 
     Args:
-        checkpoint: file or folder of this package, an original repository or transformers.
+        checkpoint: file or folder of this package, an original repository or transformers; or
+            ``transformers:DIR_OR_ID``, for a model of transformers to run in transformers' own code.
         model: name of the detector, for checkpoints without it (this package stores it).
         num_classes: the same, for the number of classes; by default that of the original model (91 with COCO's ids as
             labels, and 80 for Mask2Former).
@@ -136,10 +160,29 @@ def load_model(
     device = _find_device(device)
     header = describe_model(checkpoint, model)
     changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
-    detector = build_detector(header, num_groups=num_groups, **changes)
-    load_checkpoint(detector, checkpoint)
+    detector: Detector | TransformersDetector
+    if header.transformers:
+        detector = _load_transformers(checkpoint, header, num_groups, changes)
+    else:
+        detector = build_detector(header, num_groups=num_groups, **changes)
+        load_checkpoint(detector, checkpoint)
     cast(Any, detector).inference_settings = InferenceSettings.from_header(header)
     return detector.to(device).eval()
+
+
+def _load_transformers(
+    checkpoint: str | Path, header: CheckpointHeader, num_groups: int, changes: Mapping[str, Any]
+) -> "TransformersDetector":
+    require_transformers()
+    from .transformers_detector.build import build_from_header, load_pretrained, load_weights
+
+    if changes:
+        raise ValueError(f"{next(iter(changes))} cannot be set for {header.model}: its own configuration has it")
+    if of_transformers(checkpoint) or not read_header(checkpoint).transformers:  # as transformers has saved it
+        return load_pretrained(str(header.model))
+    detector = build_from_header(header, num_groups=num_groups)
+    load_weights(detector, checkpoint)
+    return detector
 
 
 def _find_device(device: torch.device | str | None) -> torch.device | str:

@@ -9,6 +9,7 @@ from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
 from ..training.optimization import OptimizationConfig
+from ..transformers_detector.families import of_transformers
 from .flags import CheckpointArgument, named
 
 __all__ = ["EvalCommand"]
@@ -19,14 +20,17 @@ class EvalCommand:
     """Evaluate a checkpoint on data in COCO's or YOLO's format.
 
     Attributes:
-        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
-        model: name of the detector, for checkpoints without it (this package stores it).
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers;
+            or transformers:DIR_OR_ID, for a model of transformers in a directory or on the hub.
+        model: name of the detector, for checkpoints without it (this package stores it); transformers:DIR_OR_ID, with
+            no checkpoint, evaluates that model as it is.
         data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
         val_images: folder of images.
         val_annotations: COCO json.
         labels: "contiguous" or "category_id", for checkpoints without that setting; "category_id" is what the
             original repositories use.
+        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
         eval_short_side: short side of the images in pixels; None for the checkpoint's own.
         eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's own.
         image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
@@ -48,6 +52,7 @@ class EvalCommand:
     val_images: Path | None = None
     val_annotations: Path | None = None
     labels: Literal["contiguous", "category_id"] | None = None
+    square: bool | None = None
     eval_short_side: int | None = None
     eval_max_size: int | None = None
     image_mean: tuple[float, float, float] | None = None
@@ -70,7 +75,10 @@ class EvalCommand:
         Raises:
             ValueError: if no checkpoint is named, or neither it nor the flags name the detector.
         """
-        checkpoint = named(self.checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
+        checkpoint = self.checkpoint
+        if checkpoint is None and of_transformers(self.model):
+            checkpoint = Path(str(self.model))
+        checkpoint = named(checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
         header = describe_model(checkpoint, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(

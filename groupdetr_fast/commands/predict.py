@@ -46,7 +46,8 @@ class PredictCommand(DetectorFlags):
     be read are named, and the others done.
 
     Attributes:
-        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers.
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers;
+            or transformers:DIR_OR_ID, for a model of transformers in a directory or on the hub.
         images: files, folders (the images directly in them) and patterns such as "photos/**/*.jpg".
         output: folder to write into.
         categories: COCO json whose categories name the classes, for checkpoints that do not.
@@ -54,6 +55,7 @@ class PredictCommand(DetectorFlags):
         score_threshold: detections with lower scores are left out.
         top_k: detections per image.
         batch_size: images at a time.
+        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
         eval_short_side: short side to which images are resized, in pixels; None for that of the checkpoint.
         eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's.
         image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
@@ -71,6 +73,7 @@ class PredictCommand(DetectorFlags):
     score_threshold: float = 0.3
     top_k: int = 100
     batch_size: int = 4
+    square: bool | None = None
     eval_short_side: int | None = None
     eval_max_size: int | None = None
     image_mean: tuple[float, float, float] | None = None
@@ -120,6 +123,7 @@ class PredictCommand(DetectorFlags):
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
         return settings.with_sizes(
+            square=self.square,
             eval_short_side=self.eval_short_side,
             eval_max_size=self.eval_max_size,
             image_mean=self.image_mean,

@@ -10,6 +10,8 @@ from ..runs.config_file import from_yaml
 from ..runs.evaluate import evaluate_checkpoint
 from ..runs.recipes import find_recipe
 from ..runs.train import train
+from ..training.checkpoint import latest_checkpoint
+from ..transformers_detector.families import of_transformers
 from .flags import read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
@@ -28,6 +30,9 @@ class TrainCommand(CocoTrainingConfig):
     After an interruption: the same command with --resume. To begin again in the same folder: --overwrite.
     Once more, with another seed:
     groupdetr train --config runs/coco/config.yaml --seed 1 --output runs/again
+
+    A pretrained detector of Hugging Face transformers, trained on data of your own:
+    groupdetr train --model transformers:PekingU/rtdetr_v2_r18vd --data-path DIR
 
     To use the result: groupdetr predict runs/coco/checkpoints/best IMAGES
 
@@ -53,18 +58,22 @@ class _Origin:
 
     recipe: str | None = None
     config: Path | None = None
+    model: str | None = None
+    output: Path = CocoTrainingConfig.output
+    resume: bool = False
 
 
 def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | None = None) -> TrainCommand:
     """What the flags of a training start from.
 
     Args:
-        arguments: the command line, of which ``--recipe`` and ``--config`` are read.
+        arguments: the command line, of which ``--recipe`` and ``--config`` are read; with a ``--model`` of
+            transformers, that model's sizes of images and number of groups are the defaults.
         otherwise: the defaults without them.
 
     Raises:
-        ValueError: for an unknown recipe, one that these processes cannot train, or a configuration that is wrong or
-            missing.
+        ValueError: for an unknown recipe, one that these processes cannot train, a configuration that is wrong or
+            missing, or a model of transformers that cannot be read.
     """
     origin = read_flags(_Origin, arguments)
     config = otherwise or CocoTrainingConfig()
@@ -76,4 +85,7 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
         config = from_yaml(CocoTrainingConfig, origin.config)
     elif origin.recipe is not None:
         config = find_recipe(origin.recipe).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if origin.model is not None and of_transformers(origin.model) and origin.model != config.model.model:
+        resumed = latest_checkpoint(origin.output) if origin.resume else None
+        config = config.with_transformers(origin.model, resumed)
     return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=origin.recipe)

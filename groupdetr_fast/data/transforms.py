@@ -23,6 +23,8 @@ class AugmentationConfig:
     Attributes:
         short_sides: the short side of a training image is one of these, with equal probability.
         max_size: limit on the long side, or None; it takes precedence over the short side.
+        square: resize images to squares, in training and evaluation, whatever their aspect ratio: the sizes above and
+            in evaluation are then their sides, and the limits on the long side do not count.
         crop_short_sides: short sides before a crop.
         crop_min: smallest side of a crop; a shorter image side is kept whole.
         crop_max: largest side of a crop.
@@ -43,6 +45,7 @@ class AugmentationConfig:
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
     max_size: int | None = 1333
+    square: bool = False
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
     crop_min: int = 384
     crop_max: int = 600
@@ -105,14 +108,14 @@ def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
             v2.SanitizeBoundingBoxes(),
         ]
         steps.append(v2.RandomApply(crop, config.crop))
-    steps.append(ResizeShortSide(config.short_sides, config.max_size))
+    steps.append(_resize(config, config.short_sides, config.max_size))
     return v2.Compose([*steps, SayNormalization(config.normalization)])
 
 
 def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
     """Resize to the evaluation size; the boxes follow, and the normalisation is said as in training."""
     config = config or AugmentationConfig()
-    resize = ResizeShortSide((config.eval_short_side,), config.eval_max_size)
+    resize = _resize(config, (config.eval_short_side,), config.eval_max_size)
     return v2.Compose([resize, SayNormalization(config.normalization)])
 
 
@@ -133,6 +136,10 @@ def _rearranged(image: tv_tensors.Image, change: Callable[[torch.Tensor], torch.
     """
     pixels = change(image.as_subclass(torch.Tensor).permute(1, 2, 0)).contiguous()
     return tv_tensors.wrap(pixels.permute(2, 0, 1), like=image)
+
+
+def _resize(config: AugmentationConfig, short_sides: tuple[int, ...], max_size: int | None) -> v2.Transform:
+    return ResizeSquare(short_sides) if config.square else ResizeShortSide(short_sides, max_size)
 
 
 class ResizeShortSide(v2.Transform):
@@ -161,6 +168,14 @@ class ResizeShortSide(v2.Transform):
         if isinstance(inpt, tv_tensors.Mask):
             return _resized_mask(inpt, params)
         return self._call_kernel(F.resize, inpt, **params)
+
+
+class ResizeSquare(ResizeShortSide):
+    """Resize to a square whose side is drawn from ``short_sides``; the aspect ratio is not kept."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        side = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+        return {"size": [side, side]}
 
 
 class ScaleJitter(v2.ScaleJitter):

@@ -43,11 +43,12 @@ class DetectorOutput:
     """Predictions of every decoder layer, last layer last.
 
     Attributes:
-        logits: ``[layers, B, Q, C]``, one logit per class (sigmoid), Q = K * N.
+        logits: ``[layers, B, Q, C]``, one logit per class (sigmoid), Q = K * N; C + 1 with ``no_object``.
         boxes: ``[layers, B, Q, 4]``, ``cxcywh`` in [0, 1], relative to each image's own size without padding.
         groups: how the Q queries fall into groups; it has no denoising queries.
         denoising: predictions of the denoising queries, where there were any.
         encoder: predictions of the first stage, of two-stage detectors.
+        no_object: whether the classes exclude each other (softmax), and the last one is "no object".
     """
 
     logits: Tensor
@@ -55,6 +56,7 @@ class DetectorOutput:
     groups: QueryGroups
     denoising: DenoisingOutput | None = None
     encoder: EncoderOutput | None = None
+    no_object: bool = False
 
     @classmethod
     def from_sequence(

@@ -38,6 +38,8 @@ def postprocess(
 ) -> list[dict[str, Tensor]]:
     """The best ``top_k`` pairs of query and class of each image, as in Deformable DETR and in Mask2Former.
 
+    Of a detector of boxes with a class "no object", as DETR is, every query has its best class alone.
+
     Masks are interpolated as in Mask2Former's repository: to the frame that the model saw, and from the image's part of
     it to the image. Their scores are the probability of the class times the mean probability of the pixels inside.
 
@@ -70,7 +72,10 @@ def _detect_boxes(
     out: DetectorOutput, image_sizes: Tensor, top_k: int, threshold: float, rows: slice
 ) -> list[dict[str, Tensor]]:
     logits, boxes = out.logits[-1, :, rows].float(), out.boxes[-1, :, rows].float()
-    scores, labels, queries = _best_pairs(logits.sigmoid(), top_k)
+    if out.no_object:
+        scores, labels, queries = _best_queries(logits.softmax(-1)[..., :-1], top_k)
+    else:
+        scores, labels, queries = _best_pairs(logits.sigmoid(), top_k)
     chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     pixels = cxcywh_to_xyxy(chosen) * image_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]
     counts = _counts_above(scores, threshold)
@@ -124,6 +129,13 @@ def _best_pairs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     num_classes = scores.shape[-1]
     best, index = scores.flatten(1).topk(min(top_k, scores[0].numel()), dim=1)
     return best, index % num_classes, index // num_classes
+
+
+def _best_queries(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`_best_pairs`, of the best class of each query."""
+    best, labels = scores.max(-1)
+    best, queries = best.topk(min(top_k, best.shape[1]), dim=1)
+    return best, labels.gather(1, queries), queries
 
 
 def _make_masks(

@@ -4,17 +4,22 @@ import difflib
 import logging
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..losses.matcher import Assignment
 from ..models import build_model, load_checkpoint, model_config
-from ..models.checkpoints import CheckpointHeader
+from ..models.checkpoints import CheckpointHeader, CheckpointMismatch, read_header
+from ..models.checkpoints.read import find_weights
 from ..models.detector import Detector
 from ..models.postprocess import check_selection
 from ..training.optimization import OptimizationConfig
+from ..transformers_detector.families import PREFIX, of_transformers, place_of, require_transformers
 from .config_file import to_yaml
+
+if TYPE_CHECKING:
+    from ..transformers_detector.detector import TransformersDetector
 
 __all__ = ["CocoTrainingConfig", "ModelConfig"]
 
@@ -29,8 +34,11 @@ class ModelConfig:
 
     Attributes:
         model: name of the detector: conditional_detr_r50, dab_detr_r50, dn_detr_r50 (each also with _dc5),
-            dab_deformable_detr_r50, dino_4scale_r50 or mask2former_r50.
-        num_groups: K, groups of queries in training.
+            dab_deformable_detr_r50, dino_4scale_r50 or mask2former_r50; or transformers:DIR_OR_ID, a detector of
+            Hugging Face transformers (RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR, RF-DETR, Deformable DETR,
+            Conditional DETR, DAB-DETR, DETR) in a directory or on the hub, with its weights.
+        num_groups: K, groups of queries in training. Of a model of transformers, the number that it has (with the
+            command the default); any for its Conditional, DAB- and one-stage Deformable DETR.
         num_queries: N, queries of one group.
         d_model: size of tokens and queries.
         num_heads: attention heads.
@@ -51,6 +59,7 @@ class ModelConfig:
         loss_points: points of a mask at which Mask2Former computes costs and losses.
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
+        accelerate_kernels: let a model of transformers compute with the kernels of this package.
     """
 
     model: str = "conditional_detr_r50"
@@ -75,6 +84,7 @@ class ModelConfig:
     loss_points: int | None = None
     load: Path | None = None
     new_class_head: bool = False
+    accelerate_kernels: bool = True
 
     @classmethod
     def of_checkpoint(cls, header: CheckpointHeader, **changes: Any) -> "ModelConfig":
@@ -84,16 +94,30 @@ class ModelConfig:
             header: of the checkpoint; settings in it that are no fields here are left out.
             **changes: fields that differ.
         """
-        settings = {f.name: header.model_config[f.name] for f in fields(cls) if f.name in header.model_config}
+        # Of a model of transformers, its own configuration in the header has all settings but the number of groups.
+        names = [f.name for f in fields(cls)] if not header.transformers else ["num_groups"]
+        settings = {name: header.model_config[name] for name in names if name in header.model_config}
         return cls(**{**settings, "model": header.model, "backbone_weights": None, **changes})
 
     @property
     def predicts_masks(self) -> bool:
         """Whether the detector predicts masks, and not boxes."""
-        return model_config(self.model).predicts_masks
+        return not of_transformers(self.model) and model_config(self.model).predicts_masks
 
-    def build(self, num_classes: int) -> Detector:
-        """The detector as a training begins with it, with the weights of ``load`` if that is given."""
+    def build(self, num_classes: int, *, resumed: Path | None = None) -> "Detector | TransformersDetector":
+        """The detector as a training begins with it, with the weights of ``load`` if that is given.
+
+        Args:
+            num_classes: C.
+            resumed: the checkpoint whose weights will replace those of the detector. It describes a model of
+                transformers too, so that the directory which that came from is not needed again.
+
+        Raises:
+            CheckpointMismatch: if ``load`` or ``resumed`` is of another detector, or has another number of classes.
+            ValueError: for settings that the detector does not have, and if it cannot be loaded.
+        """
+        if of_transformers(self.model):
+            return self._build_transformers(num_classes, resumed)
         model = self._build(num_classes)
         if self.load is not None:
             load_checkpoint(model, self.load, new_class_head=self.new_class_head)
@@ -110,10 +134,51 @@ class ModelConfig:
         """The detector with random weights everywhere, for those of a checkpoint to replace."""
         return replace(self, backbone_weights=None)._build(num_classes)
 
-    def _build(self, num_classes: int) -> Detector:
-        own = ("model", "num_groups", "load", "new_class_head")
+    def _build_transformers(self, num_classes: int, resumed: Path | None) -> "TransformersDetector":
+        """The same, of a model of transformers."""
+        require_transformers()
+        from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
+
+        if self._overrides():
+            raise ValueError(
+                f"{next(iter(self._overrides()))} cannot be set for a model of transformers: its own configuration, "
+                "config.json, has all its settings"
+            )
+        checkpoint = resumed or self.load
+        if checkpoint is None:
+            return load_pretrained(
+                self.model,
+                num_classes=num_classes,
+                num_groups=self.num_groups,
+                accelerate_kernels=self.accelerate_kernels,
+            )
+        header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
+        if not header.transformers:  # as transformers has saved it
+            name = checkpoint if of_transformers(checkpoint) else f"{PREFIX}{checkpoint}"
+            model = load_pretrained(str(name), accelerate_kernels=self.accelerate_kernels)
+        else:
+            model = build_from_header(header, num_groups=self.num_groups, accelerate_kernels=self.accelerate_kernels)
+        if (own := model.config.num_classes) != num_classes and self.new_class_head:
+            name = f"{PREFIX}{find_weights(place_of(checkpoint))}"
+            groups = self.num_groups if header.transformers else None
+            return load_pretrained(
+                name, num_classes=num_classes, num_groups=groups, accelerate_kernels=self.accelerate_kernels
+            )
+        if own != num_classes:
+            sentence = f"{checkpoint} has a class head for {own} classes, and the data have {num_classes}"
+            raise CheckpointMismatch(sentence, (own, num_classes))
+        if header.transformers and resumed is None:
+            load_weights(model, checkpoint)
+        return model
+
+    def _overrides(self) -> dict[str, Any]:
+        """Settings of the detector that are given."""
+        own = ("model", "num_groups", "load", "new_class_head", "accelerate_kernels")
         overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return {name: value for name, value in overrides.items() if value is not None}
+
+    def _build(self, num_classes: int) -> Detector:
+        overrides = self._overrides()
         return build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
 
 
@@ -177,6 +242,8 @@ class CocoTrainingConfig:
         check_selection(self.top_k)
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
+        if of_transformers(self.model.model):
+            self._check_transformers()
         for name in ("keep_checkpoints", "early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -198,6 +265,32 @@ class CocoTrainingConfig:
             changes[owners[name]][name] = value
         replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
         return replace(self, **replaced, **changes[""])
+
+    def with_transformers(self, name: str, resumed: Path | None = None) -> "CocoTrainingConfig":
+        """The same run of a model of transformers, with the sizes of images and the number of groups of this model.
+
+        Args:
+            name: ``transformers:DIR_OR_ID``.
+            resumed: a checkpoint of the run, which says the same, so that the directory is not needed again.
+
+        Raises:
+            ValueError: if the model cannot be read.
+        """
+        require_transformers()
+        from ..transformers_detector.source import ModelSource, read_source
+
+        header = CheckpointHeader() if resumed is None else read_header(resumed)
+        source = ModelSource.of_header(header) if header.transformers else read_source(name)
+        model = replace(self.model, model=name, num_groups=source.num_groups)
+        return replace(self, model=model, augmentation=source.augmentation())
+
+    def _check_transformers(self) -> None:
+        """Refuse what models of transformers cannot do."""
+        given = {name: getattr(self.optimization, name) for name in ("compile", "cuda_graphs", "groups_per_pass")}
+        given["assignment"] = self.assignment != "group"
+        for name, value in {**given, "positives": self.positives}.items():
+            if value:
+                raise ValueError(f"{name} is not for models of transformers: leave it out for {self.model.model}")
 
     def as_yaml(self) -> str:
         """The configuration as ``groupdetr train --config`` reads it."""

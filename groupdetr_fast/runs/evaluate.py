@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from ..evaluation.ground_truth import IouType
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
-from ..models.checkpoints import CheckpointMismatch, read_header
-from ..prediction import class_table
+from ..models.checkpoints import CheckpointMismatch
+from ..prediction import class_table, describe_model
 from ..random_state import random_state_kept
 from ..training.engine import build_accelerator
 from ..training.faults import deaths_of_processes_explained, deaths_of_workers_explained
@@ -63,7 +62,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     dataset = evaluation_set(config)
     model = _build(config, dataset)
     loader = accelerator.prepare(evaluation_loader(dataset, config))
-    _compare_categories(config.model.load, dataset)
+    _compare_categories(config, dataset)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     again = "run the same command again"
     with deaths_of_workers_explained(loader.num_workers, again), deaths_of_processes_explained(again):
@@ -193,9 +192,10 @@ def _as_json(evaluator: CocoEvaluator) -> str:
     return f"[{', '.join(filter(None, images))}]\n"
 
 
-def _compare_categories(checkpoint: Path | None, val_set: CocoDataset) -> None:
+def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
     """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
-    categories = [] if checkpoint is None else read_header(checkpoint).categories
+    checkpoint = config.model.load
+    categories = [] if checkpoint is None else describe_model(checkpoint, config.model.model).categories
     trained, evaluated = (
         {entry["id"]: str(entry["name"]) for entry in each} for each in (categories, val_set.categories)
     )

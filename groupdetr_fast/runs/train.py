@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,13 +14,13 @@ from ..build import build_criterion
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..evaluation.coco import format_table
 from ..files import write_whole
-from ..models import Detector
 from ..models.checkpoints import CheckpointHeader, read_header
-from ..prediction import EVAL_SETTINGS
-from ..training.checkpoint import BEST, resumable_checkpoints
+from ..prediction import EVAL_SETTINGS, class_table
+from ..training.checkpoint import BEST, latest_checkpoint, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
+from ..transformers_detector.families import of_transformers
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
 FIXED = {"data.labels", "optimization.decay_norms", "optimization.seed"}
-FREE = {f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points")}
+FREE = {
+    f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
+}
 
 
 def train(
@@ -80,7 +82,9 @@ def _train(
     """The training of :func:`train`, in a folder that no other one uses."""
     val_set, train_set = evaluation_set(config), training_set(config)
     _check_categories(train_set, val_set)
-    model = config.model.build(val_set.num_classes)
+    newest = latest_checkpoint(config.output) if config.resume else None
+    model = config.model.build(val_set.num_classes, resumed=newest)
+    header = _header(config, model, val_set)
     val_loader = accelerator.prepare(evaluation_loader(val_set, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
@@ -95,14 +99,14 @@ def _train(
         model,
         build_criterion(model, assignment=config.assignment, positives=config.positives),
         training_loader(readable_set, config, train_set.indices_with_objects() if config.data.filter_empty else None),
-        _settings(config, _header(config, model, val_set)),
+        _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
         observe=observe,
     )
     # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
     # them, which then abort it now and then (pytorch/pytorch#179291).
     own_trainer = weakref.ref(trainer)
-    if config.resume and resumable_checkpoints(config.output):
+    if newest is not None:
         _compare_with_beginning(config, loud=accelerator.is_main_process)
         _compare_categories(config, val_set)
     if config.resume and not trainer.resume():
@@ -180,18 +184,23 @@ def _flat(config: CocoTrainingConfig) -> dict[str, Any]:
     return flat | {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
 
 
-def _header(config: CocoTrainingConfig, model: Detector, val_set: CocoDataset) -> CheckpointHeader:
+def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> CheckpointHeader:
     """What the checkpoints of a run say of their detector."""
+    described = {}
+    if of_transformers(config.model.model):
+        model.name_classes(class_table(val_set.categories, config.data.labels)[0])
+        described = model.describe()
     return CheckpointHeader(
         model=config.model.model,
         model_config=asdict(model.config),
         categories=val_set.categories,
         labels=config.data.labels,
         evaluation={name: getattr(config.augmentation, name) for name in EVAL_SETTINGS},
+        transformers=described,
     )
 
 
-def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSettings:
+def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mapping[str, str]) -> TrainerSettings:
     """What the training loop needs to know of a run."""
     return TrainerSettings(
         config.optimization.resolved(),
@@ -203,6 +212,7 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader) -> TrainerSe
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         max_skipped_steps=0 if config.strict else config.max_skipped_steps,
+        files=files,
     )
 
 

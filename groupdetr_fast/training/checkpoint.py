@@ -51,6 +51,7 @@ def save_checkpoint(
     state: dict[str, Any],
     metadata: dict[str, Any],
     keep: int = 0,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint, and then remove what resuming no longer needs.
 
@@ -62,6 +63,7 @@ def save_checkpoint(
         state: what else resuming needs, in types that ``torch.load(weights_only=True)`` reads.
         metadata: what is needed to rebuild the model; kept as json in the header of the weights file.
         keep: epochs whose weights stay, the newest ones; 0 for all. What can be resumed and the best stay in any case.
+        files: texts to write beside the weights, by the name of the file, for those who read the weights otherwise.
 
     Returns:
         The checkpoint's folder.
@@ -79,7 +81,9 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
         write_weights(unfinished / WEIGHTS, weights, metadata)
         torch.save(state, unfinished / STATE)
-        for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
+        for file_name, text in (files or {}).items():
+            (unfinished / file_name).write_text(text)
+        for path in (*unfinished.iterdir(), unfinished):
             force_to_disk(path)
         if folder.exists():
             shutil.rmtree(folder)
@@ -148,31 +152,39 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def mark_best(run: Path, epoch: int) -> None:
-    """Let ``checkpoints/best`` have the weights of a finished epoch; it is whole at any moment.
+    """Let ``checkpoints/best`` have the weights of a finished epoch, and the texts beside them.
 
-    It is another name of the same file, and a copy only where the file system has no hard links.
+    The files are other names of the same ones, and copies only where the file system has no hard links. They are whole
+    at any moment.
 
     Raises:
         CheckpointError: if it cannot be written, as on a full disk.
     """
     source = run / "checkpoints" / f"epoch_{epoch:04d}" / WEIGHTS
     target = run / "checkpoints" / BEST / WEIGHTS
-    unfinished = target.with_name(f".{WEIGHTS}.unfinished")
     # Someone may have removed the weights of old epochs; those that are marked are then the best still.
     if not source.exists() or (target.exists() and target.samefile(source)):
         return
     try:
         target.parent.mkdir(exist_ok=True)
-        unfinished.unlink(missing_ok=True)  # of a process that was killed
-        try:
-            os.link(source, unfinished)
-        except OSError:
-            shutil.copyfile(source, unfinished)
-            force_to_disk(unfinished)
-        os.replace(unfinished, target)
+        beside = [path for path in source.parent.iterdir() if path.name not in (WEIGHTS, STATE)]
+        for path in (*beside, source):  # the weights last: before them, these files are of no use
+            _link(path, target.with_name(path.name))
         force_to_disk(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}; {_whats_left(run)}") from None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let ``target`` be another name of a file, or a copy of it; it is whole at any moment."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+        force_to_disk(unfinished)
+    os.replace(unfinished, target)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:

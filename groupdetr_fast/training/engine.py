@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ class TrainerSettings:
         max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
             skipped.
         keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
+        files: texts to write beside the weights of every checkpoint, by the name of the file.
     """
 
     optimization: OptimizationConfig
@@ -74,6 +75,7 @@ class TrainerSettings:
     checkpoint_every: int = 0
     max_skipped_steps: int = 10
     keep_checkpoints: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -360,7 +362,8 @@ class Trainer:
             TrainingError: once it is written, if all processes together could not read more samples than are allowed.
         """
         self.ledger.settle()
-        self.state.save(self.settings.run, self.settings.metadata, self.settings.keep_checkpoints)
+        settings = self.settings
+        self.state.save(settings.run, settings.metadata, settings.keep_checkpoints, settings.files)
         self._write_results()
         self.accelerator.wait_for_everyone()
         self._check_unreadable()

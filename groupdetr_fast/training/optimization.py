@@ -129,16 +129,20 @@ class OptimizationConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with a rate of its own for those under ``model.backbone``."""
+    """AdamW over the trainable parameters, with a rate of its own for those of the backbone.
+
+    These are what a model's ``is_backbone`` says of their names, and those under ``model.backbone`` of a model without.
+    """
     undecayed = set() if config.decay_norms else _norms_and_embeddings(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    is_backbone = getattr(model, "is_backbone", lambda name: name.startswith("backbone."))
     groups = []
     for in_backbone, lr in ((False, config.lr), (True, config.backbone_lr)):
         for decayed in (True, False):
             chosen = [
                 parameter
                 for name, parameter in trainable
-                if name.startswith("backbone.") == in_backbone and (name not in undecayed) == decayed
+                if is_backbone(name) == in_backbone and (name not in undecayed) == decayed
             ]
             if chosen:
                 groups.append({"params": chosen, "lr": lr, "weight_decay": config.weight_decay if decayed else 0.0})

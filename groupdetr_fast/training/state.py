@@ -109,13 +109,14 @@ class TrainingState:
         """Indices of the samples that could not be read so far, each once, however many processes met it."""
         return sorted(set(gather_object(list(getattr(self.loader.dataset, "unreadable", [])))))
 
-    def save(self, run: Path, metadata: dict[str, Any], keep: int = 0) -> None:
+    def save(self, run: Path, metadata: dict[str, Any], keep: int = 0, files: Mapping[str, str] | None = None) -> None:
         """Write a checkpoint into the folder of a run. Every process must call this; the main one writes.
 
         Args:
             run: the folder.
             metadata: what is needed to rebuild the model.
             keep: epochs whose weights stay; 0 for all.
+            files: texts to write beside the weights, by the name of the file.
 
         Raises:
             CheckpointError: if it cannot be written.
@@ -145,7 +146,8 @@ class TrainingState:
             # The averaged weights are those to evaluate; the trained ones are then part of the state.
             state |= {"weights": weights, "ema_updates": self.average.updates.item()}
             weights = average
-        save_checkpoint(run, self.epoch, self.current.batches, weights, state, self._description(metadata), keep)
+        description = self._description(metadata)
+        save_checkpoint(run, self.epoch, self.current.batches, weights, state, description, keep, files)
 
     def save_history(self, run: Path, metadata: dict[str, Any]) -> None:
         """Write the history into the checkpoint of the epoch that has just ended. The main process alone writes.

@@ -275,3 +275,18 @@ class _Apply:
 def test_faulty_configs(sizes, message):
     with pytest.raises(ValueError, match=message):
         AugmentationConfig(**sizes)
+
+
+def test_squares_have_one_of_the_sides_and_boxes_follow():
+    config = AugmentationConfig(short_sides=(64, 80), square=True, crop=0, flip=0, eval_short_side=96, max_size=10)
+    shapes = set()
+    for _ in range(20):
+        image, target = train_transforms(config)(*scene(120, 60, (15, 30, 45, 90)))
+        assert len(target["boxes"]) == 1
+        side = image.shape[-1]
+        expected = torch.tensor([[side / 4, side / 4, side * 3 / 4, side * 3 / 4]])
+        torch.testing.assert_close(target["boxes"].as_subclass(torch.Tensor), expected)
+        shapes.add(tuple(image.shape[1:]))
+    assert shapes == {(64, 64), (80, 80)}
+    image, _ = eval_transforms(config)(*scene(120, 60, (15, 30, 45, 90)))
+    assert image.shape == (3, 96, 96)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from groupdetr_fast.training.checkpoint import amend_checkpoint, save_checkpoint
+from groupdetr_fast.training.checkpoint import amend_checkpoint, mark_best, save_checkpoint
 
 
 @pytest.mark.parametrize("amended", [False, True])
@@ -22,3 +22,13 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode, amended
         "model.safetensors": mode,
         "state.pt": mode,
     }
+
+
+def test_texts_beside_the_weights_are_in_every_checkpoint_and_in_the_best(tmp_path):
+    for epoch in (1, 2):
+        folder = save_checkpoint(tmp_path, epoch, 0, {"a": torch.zeros(2)}, {}, {}, files={"config.json": f"{epoch}"})
+        assert (folder / "config.json").read_text() == f"{epoch}"
+        mark_best(tmp_path, epoch)
+    best = tmp_path / "checkpoints" / "best"
+    assert sorted(path.name for path in best.iterdir()) == ["config.json", "model.safetensors"]
+    assert (best / "config.json").read_text() == "2"

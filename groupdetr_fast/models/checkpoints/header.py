@@ -29,6 +29,11 @@ _BACKBONE = re.compile(r"conv:\d+(-\d+){0,7}|(timm:)?[\w.-]{1,100}", re.ASCII)
 _WIDEST = 2048  # of a conv: backbone
 _LONGEST_SIDE = 10_000  # pixels of an image in evaluation
 _LONGEST_TEXT = 1000  # characters of a setting
+# Of the settings of transformers' models.
+_DEEPEST = 8
+_LONGEST_LIST = 1000
+_COUNTED = ("layers", "depths", "blocks", "group", "stage_num")  # parts of names of what modules are built for
+_LARGEST_COUNT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class CheckpointHeader:
         categories: COCO's entries, ascending by id.
         labels: "contiguous" or "category_id", what the class numbers of the detector are.
         evaluation: sizes and normalisation of images in evaluation, settings of ``AugmentationConfig`` by name.
+        transformers: of a model of transformers, its configuration and that of its image processor, as transformers
+            writes them; empty for the detectors of this package.
         epoch: finished epochs.
         AP: of the weights, in [0, 1]; None where they were not evaluated.
     """
@@ -52,6 +59,7 @@ class CheckpointHeader:
     categories: list[dict[str, Any]] = field(default_factory=list)
     labels: Literal["contiguous", "category_id"] = "category_id"
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    transformers: Mapping[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     AP: float | None = None
 
@@ -95,12 +103,13 @@ def _check(header: CheckpointHeader) -> None:
     _require("labels", header.labels, '"contiguous" or "category_id"', header.labels in ("contiguous", "category_id"))
     _require("epoch", header.epoch, "a whole number or null", header.epoch is None or _is_whole(header.epoch, 0))
     _require("AP", header.AP, "a number or null", header.AP is None or _is_number(header.AP))
-    for name in ("model_config", "evaluation"):
+    for name in ("model_config", "evaluation", "transformers"):
         value = getattr(header, name)
         _require(name, value, "an object", isinstance(value, dict))
     _check_categories(header)
     _check_evaluation(header)
     _check_model(header)
+    _check_foreign(header.transformers, "transformers", depth=0)
 
 
 def _check_categories(header: CheckpointHeader) -> None:
@@ -122,6 +131,8 @@ def _check_evaluation(header: CheckpointHeader) -> None:
         if name in ("eval_short_side", "eval_max_size"):
             fits = _is_whole(value, 1, _LONGEST_SIDE) or (value is None and name == "eval_max_size")
             _require(key, value, f"a whole number from 1 to {_LONGEST_SIDE}", fits)
+        elif name == "square":
+            _require(key, value, "true or false", isinstance(value, bool))
         elif name in ("image_mean", "image_std"):
             fits = isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
             _require(key, value, "three numbers", fits)
@@ -146,6 +157,25 @@ def _check_model(header: CheckpointHeader) -> None:
             raise ValueError(
                 f"the header is of a model with {count} parameters, and at most {_MOST_PARAMETERS} are built"
             )
+
+
+def _check_foreign(value: Any, key: str, depth: int) -> None:
+    """Check settings whose names are not known here: that they are plain, and of no size that would take forever."""
+    _require(key, value, f"nested at most {_DEEPEST} times", depth <= _DEEPEST)
+    if isinstance(value, dict):
+        _require(key, len(value), f"at most {_LARGEST_SETTING} entries", len(value) <= _LARGEST_SETTING)
+        for name, each in value.items():
+            _check_foreign(each, f"{key}.{name}", depth + 1)
+    elif isinstance(value, list):
+        _require(key, len(value), f"at most {_LONGEST_LIST} entries", len(value) <= _LONGEST_LIST)
+        for each in value:
+            _check_foreign(each, key, depth + 1)
+    elif isinstance(value, str):
+        _require(key, value, f"at most {_LONGEST_TEXT} characters", len(value) <= _LONGEST_TEXT)
+    elif value is not None and not isinstance(value, bool):
+        counted = any(word in key.rpartition(".")[2] for word in _COUNTED)
+        largest = _LARGEST_COUNT if counted else _LARGEST_SETTING
+        _require(key, value, f"a number of at most {largest}", _is_number(value) and abs(value) <= largest)
 
 
 @lru_cache

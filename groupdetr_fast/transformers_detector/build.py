@@ -1,0 +1,161 @@
+"""Building a detector of transformers: from a directory, the hub, or the header of a checkpoint."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForObjectDetection, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
+from ..models.checkpoints.read import read_checkpoint
+from .detector import TransformersDetector
+from .families import place_of
+from .source import ModelSource, explained, read_source
+
+__all__ = ["build_from_header", "load_pretrained", "load_weights"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_PARAMETERS = 10**9
+# Settings of a configuration that could load code or weights from elsewhere; a header may be anybody's.
+_LEFT_OUT = re.compile(
+    r"_?attn_implementation(_internal)?|_?experts_implementation|auto_map|quantization_config|use_kernels"
+)
+_BACKBONE_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)
+
+
+def load_pretrained(
+    name: str, *, num_classes: int | None = None, num_groups: int | None = None, accelerate_kernels: bool = True
+) -> TransformersDetector:
+    """The detector of a directory or of the hub, with its weights.
+
+    Args:
+        name: ``transformers:DIR_OR_ID``.
+        num_classes: C; a model with another number gets a new class head, which the log says. None for the model's own.
+        num_groups: K; None for the model's own.
+        accelerate_kernels: see :class:`TransformersDetector`.
+
+    Raises:
+        ValueError: if the model cannot be loaded, lacks weights, or cannot have so many groups.
+    """
+    source = read_source(name)
+    own = len(source.class_names)
+    settings: dict[str, Any] = {} if num_classes in (None, own) else {"num_labels": num_classes}
+    if "anchor_image_size" in source.config:
+        settings["anchor_image_size"] = None  # else evaluation would have the anchors of one size of image
+    with explained(place_of(name)), _quiet():
+        model, report = AutoModelForObjectDetection.from_pretrained(
+            place_of(name),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+        _freeze_as_built(model)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{place_of(name)} lacks weights of its {type(model).__name__}, such as {missing[0]}")
+    if settings.get("num_labels"):
+        logger.info("%s: a new class head for %d classes, in place of one for %d", name, num_classes, own)
+    elif report["mismatched_keys"]:
+        raise ValueError(f"weights in {place_of(name)} do not have the shapes that its config.json says")
+    groups = source.num_groups if num_groups is None else num_groups
+    detector = TransformersDetector(model, source.processor, num_groups=groups, accelerate_kernels=accelerate_kernels)
+    if not any(detector.is_backbone(key) and weight.requires_grad for key, weight in detector.named_parameters()):
+        logger.warning("%s: transformers freezes the whole backbone of this model, which stays as it is", name)
+    return detector
+
+
+def build_from_header(
+    header: CheckpointHeader, *, num_groups: int | None = None, accelerate_kernels: bool = True
+) -> TransformersDetector:
+    """The detector that a checkpoint describes, with random weights, for those of the checkpoint to replace.
+
+    Args:
+        header: of the checkpoint.
+        num_groups: K; None for that of the checkpoint. Models with groups of their own keep them.
+        accelerate_kernels: see :class:`TransformersDetector`.
+
+    Raises:
+        ValueError: if the header does not describe a model of transformers that can be built.
+    """
+    source = ModelSource.of_header(header)
+    config = _configuration(source)
+    with explained(source.name), _quiet():
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in AutoModelForObjectDetection.from_config(config).parameters())
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"it has {count} parameters, and at most {_MOST_PARAMETERS} are built")
+        model = AutoModelForObjectDetection.from_config(config, dtype=torch.float32)
+    groups = int(header.model_config.get("num_groups", 1)) if num_groups is None else num_groups
+    if source.family.groups == "own":
+        groups = source.num_groups
+    return TransformersDetector(model, source.processor, num_groups=groups, accelerate_kernels=accelerate_kernels)
+
+
+def load_weights(detector: TransformersDetector, checkpoint: str | Path) -> None:
+    """Load a checkpoint of this package into the detector that its header describes.
+
+    Raises:
+        CheckpointMismatch: if the weights are those of another model.
+        FileNotFoundError, ValueError: as ``models.load_checkpoint``.
+    """
+    state = read_checkpoint(checkpoint).state
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointMismatch(
+            f"checkpoint {checkpoint} does not fit the model that it describes: {reason}"
+        ) from None
+
+
+def _freeze_as_built(model: PreTrainedModel) -> None:
+    """Freeze what the model's own code freezes, such as D-FINE's ``reg_scale``: loading weights makes all trainable."""
+    with torch.device("meta"):
+        built = dict(AutoModelForObjectDetection.from_config(model.config).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(built[name].requires_grad)
+
+
+def _configuration(source: ModelSource) -> PretrainedConfig:
+    """The configuration in a header, without what would load anything from elsewhere."""
+    plain = _harmless(source.config)
+    with explained(source.name):
+        return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_harmless(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {}
+    for name, each in value.items():
+        if _LEFT_OUT.fullmatch(name):
+            continue
+        if name in ("use_pretrained_backbone", "use_pretrained"):
+            each = False
+        if name == "backbone" and each is not None and not (isinstance(each, str) and _BACKBONE_NAME.fullmatch(each)):
+            raise ValueError("the checkpoint's backbone must be the name of a network of timm")
+        kept[name] = _harmless(each)
+    return kept
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers does not write a table of what it loaded, of which the log here has one line."""
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,271 @@
+"""Whole runs with detectors of transformers, through the command: training, resuming, evaluation, prediction."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_detectors import GROUPS, NAMES, QUERIES, batch_of, model_of, processor_of
+from tiny_transformers import lw_detr_config
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, LwDetrForObjectDetection, LwDetrViTConfig
+
+import groupdetr_fast as gd
+from groupdetr_fast import cli
+from groupdetr_fast.commands.train import training_defaults
+from groupdetr_fast.data import DigitsConfig, digits_dataset
+from groupdetr_fast.models.checkpoints import CheckpointHeader
+from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.train import train
+from groupdetr_fast.training.checkpoint import read_checkpoint
+from groupdetr_fast.transformers_detector.build import load_pretrained
+from groupdetr_fast.transformers_detector.source import ModelSource, read_source
+
+DIGITS = 10  # classes
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    size = DigitsConfig(image_size=64, train_images=6, val_images=3, max_objects=3, min_digit=16, max_digit=32)
+    return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a tiny model as transformers does, and returns its folder."""
+
+    def save(name, processor=True, **overrides):
+        folder = tmp_path / "pretrained"
+        model_of(name, **overrides).save_pretrained(folder)
+        if processor:
+            processor_of(name).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def data_flags(digits):
+    paths = digits._asdict()
+    return [part for name, path in paths.items() for part in (f"--{name.replace('_', '-')}", str(path))]
+
+
+def flags(folder, digits, output, *others):
+    return [
+        *("train", "--model", f"transformers:{folder}", *data_flags(digits), "--output", str(output)),
+        *("--epochs", "1", "--batch-size", "3", "--workers", "0", "--pictures", "1", "--lr-drop", "5", *others),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DFine", {"num_denoising": 6}),
+        ("DeformableDetr", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in NAMES if name not in ("DFine", "DeformableDetr")),
+    ],
+)
+def test_a_run_needs_the_directory_only_at_its_beginning(name, settings, saved, digits, tmp_path, caplog, capsys):
+    folder, run = saved(name, **settings), tmp_path / "run"
+    groups = ["--num-groups", "2"] if name == "DeformableDetr" else []
+    with caplog.at_level("INFO"):
+        cli.main(flags(folder, digits, run, "--ema-decay", "0.9", *groups))
+    assert f"a new class head for {DIGITS} classes, in place of one for 4" in caplog.text
+    shutil.rmtree(folder)
+    cli.main(flags(folder, digits, run, "--ema-decay", "0.9", *groups, "--epochs", "2", "--resume"))
+    results = json.loads((run / "results.json").read_text())
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2]
+    assert results["model"] == f"transformers:{folder}"
+
+    best = run / "checkpoints" / "best"
+    model = AutoModelForObjectDetection.from_pretrained(best).eval()
+    assert model.config.id2label == {number: str(number) for number in range(DIGITS)}
+    assert AutoImageProcessor.from_pretrained(best).to_dict()["size"] == dict(processor_of(name).to_dict()["size"])
+    images, _ = batch_of((0, 0))
+    detector = gd.load_model(run, device="cpu")
+    with torch.no_grad():
+        expected, out = model(pixel_values=images), detector(images)
+    assert_close(out.logits[0], expected.logits, rtol=1e-4, atol=1e-4)
+    assert_close(out.boxes[0], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+    evaluated = tmp_path / "evaluated"
+    arguments = ["eval", str(run), "--val-images", str(digits.val_images), "--workers", "0", "--pictures", "0"]
+    cli.main([*arguments, "--val-annotations", str(digits.val_annotations), "--output", str(evaluated)])
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert metrics["AP"] == pytest.approx(max(row["metrics"]["AP"] for row in results["epochs"]), abs=1e-6)
+    cli.main(["predict", str(run), str(digits.val_images), "--output", str(tmp_path / "out"), "--score-threshold", "0"])
+    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {entry["name"] for entry in predictions["categories"]} <= set(map(str, range(DIGITS)))
+    assert len(predictions["annotations"]) >= 3 * QUERIES
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["RTDetr"])
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(name, saved, digits, tmp_path):
+    folder = saved(name, num_denoising=6)
+    cli.main(flags(folder, digits, tmp_path / "whole", "--epochs", "2"))
+    cli.main(flags(folder, digits, tmp_path / "parts"))
+    cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
+    (expected, _), (found, _) = (
+        read_checkpoint(tmp_path / run / "checkpoints" / "epoch_0002") for run in ("whole", "parts")
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_defaults_are_those_of_the_model(saved):
+    config = training_defaults(["--model", f"transformers:{saved('RTDetr')}"])
+    augmentation = config.augmentation
+    assert (config.model.num_groups, augmentation.square, augmentation.short_sides) == (1, True, (64,))
+    assert (augmentation.image_mean, augmentation.image_std) == ((0, 0, 0), (1, 1, 1))
+    config = training_defaults(["--model", f"transformers:{saved('LwDetr')}"])
+    augmentation = config.augmentation
+    assert (config.model.num_groups, augmentation.square, augmentation.eval_short_side) == (GROUPS, False, 64)
+    assert augmentation.image_mean == (0.485, 0.456, 0.406)
+    assert training_defaults([]).augmentation == CocoTrainingConfig().augmentation
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("Detr", (800, 1333, False)), ("DFine", (640, None, True)), ("RfDetr", (800, 1333, False))]
+)
+def test_without_a_processor_the_defaults_of_the_architecture_count(name, size, saved):
+    augmentation = read_source(f"transformers:{saved(name, processor=False)}").augmentation()
+    assert (augmentation.eval_short_side, augmentation.eval_max_size, augmentation.square) == size
+    if name == "Detr":  # whose augmentation is that of this package
+        assert augmentation == CocoTrainingConfig().augmentation
+
+
+def test_a_directory_of_transformers_is_evaluated_and_predicted_with_as_it_is(saved, digits, tmp_path, capsys):
+    folder = saved("RTDetr", num_labels=DIGITS)
+    arguments = ["--val-images", str(digits.val_images), "--val-annotations", str(digits.val_annotations)]
+    arguments += ["--workers", "0", "--pictures", "0", "--labels", "contiguous"]
+    for index, model in enumerate((["--model", f"transformers:{folder}"], [str(folder)], [f"transformers:{folder}"])):
+        cli.main(["eval", *model, *arguments, "--output", str(tmp_path / str(index))])
+    first, *others = [(tmp_path / str(index) / "detections.json").read_text() for index in range(3)]
+    assert others == [first, first]
+    detector = gd.load_model(f"transformers:{folder}", device="cpu")
+    assert type(detector.model).__name__ == "RTDetrForObjectDetection"
+    assert len(gd.predict(detector, sorted(digits.val_images.iterdir()), score_threshold=0.0)) == 3
+    with pytest.raises(SystemExit, match="has a class head of 4 rows"):
+        cli.main(["eval", str(saved("RTDetr")), *arguments, "--output", str(tmp_path / "wrong")])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        (["--compile"], "compile is not for models of transformers"),
+        (["--cuda-graphs", "2"], "cuda_graphs is not for models of transformers"),
+        (["--groups-per-pass", "1"], "groups_per_pass is not for models of transformers"),
+        (["--assignment", "one_to_one"], "assignment is not for models of transformers"),
+        (["--num-groups", "3"], "RTDetrForObjectDetection trains with one group"),
+        (["--d-model", "32"], "d_model cannot be set for a model of transformers"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(others, sentence, saved, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(flags(saved("RTDetr"), digits, tmp_path / "run", *others))
+    said = str(raised.value)
+    if said == "2":  # refused while the flags are read, which frames the sentence
+        said = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert sentence in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["DFine", "Detr"])
+def test_what_the_architecture_freezes_is_not_trained(name, saved, caplog):
+    folder = saved(name)
+    built = {key for key, weight in model_of(name).named_parameters() if weight.requires_grad}
+    detector = load_pretrained(f"transformers:{folder}")
+    assert {key for key, weight in detector.model.named_parameters() if weight.requires_grad} == built
+    assert ("freezes the whole backbone" in caplog.text) == (name == "Detr")  # with a ResNet of transformers itself
+
+
+def test_models_that_cannot_be_loaded_are_named(saved, digits, tmp_path):
+    with pytest.raises(SystemExit, match=r"transformers cannot load '.*nowhere'") as raised:
+        cli.main(flags(tmp_path / "nowhere", digits, tmp_path / "run"))
+    assert "\n" not in str(raised.value)
+    folder = saved("RTDetr")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "decoder_layers": 3}))
+    with pytest.raises(ValueError, match=r"lacks weights of its RTDetrForObjectDetection, such as"):
+        load_pretrained(f"transformers:{folder}")
+    (folder / "config.json").write_text(json.dumps({"model_type": "yolos"}))
+    with pytest.raises(ValueError, match=r"is a model of type 'yolos'; those that are trained here are detr, cond"):
+        load_pretrained(f"transformers:{folder}")
+
+
+def test_the_class_trains_models_of_transformers_too(saved, digits, tmp_path, capsys):
+    folder = saved("RTDetr")
+    detector = gd.Detector(f"transformers:{folder}", accelerate_kernels=False)
+    settings = {"epochs": 1, "batch_size": 3, "workers": 0, "pictures": 0, "report": False}
+    detector.train(**digits._asdict(), **settings, output=tmp_path / "run")
+    shutil.rmtree(folder)
+    again = gd.Detector.from_pretrained(tmp_path / "run", device="cpu")
+    images = sorted(digits.val_images.iterdir())
+    (expected, *_), (found, *_) = (each.predict(images, score_threshold=0.0) for each in (detector, again))
+    assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+
+
+def test_export_is_refused(saved, tmp_path):
+    with pytest.raises(SystemExit, match="models of transformers are exported by other tools"):
+        cli.main(["export", f"transformers:{saved('RTDetr')}", "--output", str(tmp_path / "a.onnx")])
+
+
+def test_a_header_may_be_anybodys(saved):
+    source = read_source(f"transformers:{saved('RTDetr')}")
+    plain = json.loads(json.dumps(source.header().to_json()))
+    assert ModelSource.of_header(CheckpointHeader.from_json(plain)).config == source.config
+    for change in ({"decoder_layers": 10**6}, {"d_model": 10**7}, {"a": {"b": "c" * 1001}}, {"a": [0] * 1001}):
+        wrong = {**plain, "transformers": {**plain["transformers"], "config": {**source.config, **change}}}
+        with pytest.raises(ValueError, match="in the header must be"):
+            CheckpointHeader.from_json(wrong)
+
+
+@pytest.mark.slow
+def test_lw_detr_learns_the_digits_that_it_is_shown(tmp_path):
+    size = DigitsConfig(image_size=64, train_images=16, val_images=1, max_objects=2, min_digit=24, max_digit=44)
+    digits = digits_dataset(tmp_path / "data", config=size)
+    backbone = LwDetrViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        pretrain_image_size=64,
+        patch_size=8,
+        num_windows=4,
+        window_block_indices=[0],
+        out_indices=[1, 2],
+    )
+    folder = tmp_path / "random"
+    overrides = {"backbone_config": backbone, "d_model": 64, "decoder_ffn_dim": 128, "num_queries": 10}
+    model = LwDetrForObjectDetection(lw_detr_config("LwDetr", **overrides, num_labels=DIGITS))
+    model.save_pretrained(folder)
+    processor_of("LwDetr").save_pretrained(folder)
+    config = CocoTrainingConfig().with_transformers(f"transformers:{folder}")
+    config = config.with_settings(
+        train_images=digits.train_images,
+        train_annotations=digits.train_annotations,
+        val_images=digits.train_images,
+        val_annotations=digits.train_annotations,
+        workers=0,
+        cache_images=True,
+        crop=0.0,
+        flip=0.0,
+        short_sides=(64,),
+        pictures=0,
+        epochs=150,
+        lr_drop=(120,),
+        lr=5e-4,
+        backbone_lr=5e-4,
+        warmup_steps=20,
+        batch_size=8,
+        evaluate_every=50,
+        report=False,
+        keep_checkpoints=1,
+        output=tmp_path / "run",
+    )
+    results = train(config)
+    aps = [row["metrics"]["AP50"] for row in results["epochs"] if "metrics" in row]
+    assert aps[0] < aps[-1] - 0.1
+    assert aps[-1] > 0.6
