@@ -164,7 +164,7 @@ def test_without_data_the_defaults_are_those_of_the_demo(monkeypatch):
     cli.main(["analyze", "ablation", "--coco-path", "coco"])
     cli.main(["analyze", "ablation", "--data-path", "photos"])
     demo, own, photos = seen
-    assert (photos.data.data_path, photos.data.workers, photos.augmentation.flip) == (Path("photos"), 2, 0.5)
+    assert (photos.data.data_path, photos.data.workers, photos.augmentation.flip) == (Path("photos"), None, 0.5)
     assert (photos.model, photos.optimization) == (demo.model, demo.optimization)
     assert photos.augmentation.short_sides == demo.augmentation.short_sides
     assert demo.model == digits_demo(compose=False).model
