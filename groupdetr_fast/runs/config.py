@@ -15,6 +15,7 @@ from ..models.checkpoints.read import find_weights
 from ..models.detector import Detector
 from ..models.postprocess import check_selection
 from ..training.optimization import OptimizationConfig
+from ..training.tracking import TrackerName
 from ..transformers_detector.families import PREFIX, of_transformers, place_of, require_transformers
 from .config_file import to_yaml
 
@@ -209,6 +210,8 @@ class CocoTrainingConfig:
         eval_batch_size: images per process that are evaluated at a time, padded to one size; None for ``batch_size``.
         top_k: detections per image in evaluation.
         pictures: images in ``predictions.png``; 0 for no picture.
+        track: where curves, pictures and settings go: tensorboard (in ``output``), wandb, mlflow, trackio, several of
+            them, or none.
         report: whether to write ``index.html``, the page about the run, at its end.
     """
 
@@ -232,6 +235,7 @@ class CocoTrainingConfig:
     eval_batch_size: int | None = None
     top_k: int = 100
     pictures: int = 12
+    track: tuple[TrackerName, ...] = ("tensorboard",)
     report: bool = True
 
     def __post_init__(self) -> None:

@@ -15,7 +15,16 @@ from ..training.processes import on_main_process
 __all__ = ["clear", "reserved"]
 
 LOCK = ".training.lock"
-OF_A_RUN = ("checkpoints", "tensorboard", "results.json", "detections.json", "predictions.png", "index.html", "report")
+OF_A_RUN = (
+    "checkpoints",
+    "tensorboard",
+    "results.json",
+    "detections.json",
+    "predictions.png",
+    "index.html",
+    "report",
+    "trackers.json",
+)
 
 
 @contextmanager

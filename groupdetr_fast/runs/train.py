@@ -20,6 +20,7 @@ from ..training.checkpoint import BEST, latest_checkpoint, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
+from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
@@ -63,6 +64,7 @@ def train(
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     config = replace(config, optimization=config.optimization.as_launched())
+    check_trackers(config.track)
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization, config.output)
     with (
@@ -91,7 +93,9 @@ def _train(
         running = own_trainer()
         assert running is not None  # it is what calls this
         display = running.progress.display
-        return evaluate(accelerator, model, val_loader, val_set, config, running.stop_if_asked, display)
+        metrics = evaluate(accelerator, model, val_loader, val_set, config, running.stop_if_asked, display)
+        log_picture(accelerator, "predictions", config.output / "predictions.png", running.state.batches)
+        return metrics
 
     readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(
@@ -213,6 +217,8 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mappi
         keep_checkpoints=config.keep_checkpoints,
         max_skipped_steps=0 if config.strict else config.max_skipped_steps,
         files=files,
+        trackers=config.track,
+        tracked=_flat(config),
     )
 
 

@@ -42,6 +42,7 @@ from .setup import build_accelerator, send_buffers_only_if_trained
 from .sharding import check_sharding
 from .state import TrainingState
 from .step_ledger import StepLedger
+from .tracking import start_trackers
 
 __all__ = ["Trainer", "TrainerSettings", "build_accelerator"]
 
@@ -64,6 +65,8 @@ class TrainerSettings:
             skipped.
         keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
         files: texts to write beside the weights of every checkpoint, by the name of the file.
+        trackers: where curves go, see ``tracking.start_trackers``.
+        tracked: settings by name, which trackers show.
     """
 
     optimization: OptimizationConfig
@@ -76,6 +79,8 @@ class TrainerSettings:
     max_skipped_steps: int = 10
     keep_checkpoints: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
+    trackers: tuple[str, ...] = ("tensorboard",)
+    tracked: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -185,7 +190,7 @@ class Trainer:
                 loads images or another one that trains died.
             CheckpointError: if a checkpoint cannot be written.
         """
-        self.accelerator.init_trackers("tensorboard")
+        start_trackers(self.accelerator, self.settings.trackers, self.settings.run, self.settings.tracked)
         explained = deaths_of_workers_explained(self.state.loader.num_workers)
         with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
             self._evaluate_what_was_interrupted()

@@ -14,7 +14,7 @@ __all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"
 
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
-    """Devices, precision, processes; curves go to ``run/tensorboard``. Seeds everything.
+    """Devices, precision, processes. Seeds everything.
 
     Raises:
         ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing; and if the launcher
@@ -30,7 +30,6 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
         # Without an accelerator, Accelerate would take the processes of a launcher for so many single ones.
         cpu=cpu or not torch.accelerator.is_available(),
         mixed_precision=config.precision,
-        log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
         step_scheduler_with_optimizer=False,
         # The loaders pin batches for CUDA. A copy that the host waits for would wait for the step before it, too.

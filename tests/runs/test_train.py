@@ -15,6 +15,8 @@ from digit_runs import weights
 
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.models.checkpoints import read_header
+from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine
@@ -205,3 +207,13 @@ def test_the_demo_is_the_same_code_with_smaller_sizes():
     assert config.model.model == "conditional_detr_r50"
     assert config.model.num_groups > 1
     assert config.data.train_annotations.is_file()
+
+
+def test_a_run_without_trackers_leaves_no_curves(config, tmp_path):
+    config = replace(config, track=("none",), optimization=replace(config.optimization, epochs=1))
+    train(config)
+    assert not (config.output / "tensorboard").exists()
+    assert from_yaml(CocoTrainingConfig, config.output / "config.yaml").track == ("none",)
+    with pytest.raises(ValueError, match="track must be none or others"):
+        train(replace(config, track=("none", "tensorboard"), output=tmp_path / "another"))
+    assert not (tmp_path / "another").exists()
