@@ -97,14 +97,13 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
             for one that cannot be understood, or if there is none at all.
     """
     path = Path(path)
-    content = read_json(path)
-    _check_not_empty(path, content)
+    _check_not_empty(path, content := read_json(path))
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
     _check_names(path, categories)
     position = {image_id: index for index, image_id in enumerate(images)}
-    file_names = [_file_name(path, image) for image in images.values()]
+    names = Texts.pack([_file_name(path, image) for image in images.values()])
     image_sizes = [_image_size(path, image) for image in images.values()]
 
     kept: list[dict[str, Any]] = []
@@ -117,30 +116,30 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
             boxes[len(kept)] = box
             kept.append(annotation)
 
-    owners = np.array([position[annotation["image_id"]] for annotation in kept], dtype=np.int64)
-    category_ids = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
+    owners = np.array([position[each["image_id"]] for each in kept], dtype=np.int64)
+    category_ids = torch.tensor([each["category_id"] for each in kept], dtype=torch.int64)
     boxes, valid = _clip(boxes[: len(kept)], np.array(image_sizes)[owners])
     warnings = [_dropped(kept, ~valid, "boxes that are empty, not finite or outside their image")]
     parsed: list[Segmentation | None] = [None] * len(kept)
     if segmentations:
         parsed = [_segmentation(path, annotation, images) for annotation in kept]
-        usable = np.array([segmentation is not None for segmentation in parsed], dtype=bool)
+        usable = np.array([mask is not None for mask in parsed], dtype=bool)
         if kept and not usable.any():
             raise DataError(f"annotation file {path} has no segmentations; give a file with polygons or run lengths")
         warnings.append(_dropped(kept, valid & ~usable, "objects without a usable segmentation"))
         valid &= usable
-    order = np.flatnonzero(valid)
-    order = order[np.argsort(owners[order], kind="stable")]
+    order = np.argsort(owners, kind="stable")
+    order = order[valid[order]]
     counts = np.bincount(owners[order], minlength=len(images))
     usable_ones = [segmentation for index in order if (segmentation := parsed[index]) is not None]
     return Annotations(
         path=path,
         image_ids=np.array(list(images), dtype=np.int64),
-        file_names=Texts.pack(file_names),
+        file_names=names,
         image_sizes=np.array(image_sizes, dtype=np.int64),
         categories=[categories[category_id] for category_id in sorted(categories)],
         boxes=torch.from_numpy(boxes[order]),
-        category_ids=torch.from_numpy(category_ids[order]),
+        category_ids=category_ids[order],
         offsets=np.concatenate(([0], np.cumsum(counts))),
         segmentations=Segmentations.pack(usable_ones) if segmentations else None,
         warnings=tuple(filter(None, warnings)),

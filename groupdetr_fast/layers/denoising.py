@@ -64,11 +64,8 @@ def make_denoising_queries(
 ) -> DenoisingQueries | None:
     """Make the denoising queries of one training step.
 
-    The sampling is that of the original repositories. DN-DETR moves a box's centre by up to ``box_noise / 2`` of its
-    size and changes its size by up to the fraction ``box_noise``, both uniformly. DINO (``contrastive``) moves the four
-    sides independently, outwards or inwards, by up to ``box_noise / 2`` of the size; those of negatives by once to
-    twice that. Shapes follow from host-side numbers alone and nothing waits for the device. Random numbers come from
-    torch's default generator of the targets' device.
+    The sampling is that of the original repositories. Shapes follow from host-side numbers alone and nothing waits for
+    the device. Random numbers come from torch's default generator of the targets' device.
 
     Args:
         targets: the ground truth of the batch.
@@ -78,10 +75,11 @@ def make_denoising_queries(
             groups as fit for the fullest image of the batch (or for the room that targets padded further have, as
             with CUDA graphs), and at least one. 0 for no denoising.
         label_noise: probability that a label is replaced by a random one, which may be the same.
-        box_noise: amount of noise on the boxes.
+        box_noise: share of a box's size. DN-DETR moves the centre by up to half of it and changes the size by up to it;
+            DINO (``contrastive``) moves each side by up to half of it, those of negatives once to twice as far.
         contrastive: in each denoising group, follow the positives by as many negatives. As in DINO's repository,
             padding then counts as negative too; without negatives, padding has no loss, as in DN-DETR's.
-        scope: ``"first"`` makes one set, for query group 0; ``"every"`` makes one for each query group.
+        scope: ``"first"`` makes one set, for query group 0; ``"every"`` one for each query group.
 
     Returns:
         The queries; None if the batch has no objects or ``number`` is 0. Parameters that only denoising queries use
@@ -94,18 +92,14 @@ def make_denoising_queries(
         return None
     targets.check_labels(num_classes)  # beyond which the embedding of labels has no row
     layout = _layout(groups, max(1, number // size), 2 * size if contrastive else size, scope)
-    index = torch.arange(layout.denoising_length, device=targets.device)
-    repeats = len(index) // size
-    exists = targets.valid.repeat(1, repeats)
+    index, repeats = torch.arange(layout.denoising_length, device=targets.device), layout.denoising_length // size
+    exists, labels = (each.repeat(1, repeats) for each in (targets.valid, targets.labels))
     boxes = targets.boxes.repeat(1, repeats, 1)
+    positive, negative = exists, torch.zeros_like(exists)
     if contrastive:
         second = index // size % 2 == 1  # [D], the negative half of each denoising group
         positive, negative = exists & ~second, ~exists | second
-        boxes = _move_sides(boxes, box_noise, second)
-    else:
-        positive, negative = exists, torch.zeros_like(exists)
-        boxes = _move_and_resize(boxes, box_noise)
-    labels = targets.labels.repeat(1, repeats)
+    boxes = _move_sides(boxes, box_noise, second) if contrastive else _move_and_resize(boxes, box_noise)
     replaced = torch.rand(labels.shape, device=labels.device) < label_noise
     return DenoisingQueries(
         labels=torch.where(replaced, torch.randint_like(labels, num_classes), labels).where(exists, 0),

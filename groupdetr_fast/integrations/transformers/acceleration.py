@@ -68,10 +68,7 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     if not attention.DEVICES and not serves_losses:
         warn_unchanged("groupdetr_fast was installed without its compiled kernels")
         return model
-    exchanged = False
-    if attention.DEVICES:
-        for module in model.modules():
-            exchanged |= attention.exchange(module)
+    exchanged = bool(attention.DEVICES) and sum(map(attention.exchange, model.modules())) > 0
     loss = _LOSSES.get(type(model).__name__)
     if loss is not None and serves_losses:
         exchanged = True
