@@ -1,8 +1,7 @@
 """From a checkpoint and images to named detections, without a data set (extra ``train``)."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from .data.images import IMAGE_LIKE, ChannelOrder, ImageLike, as_rgb
 from .files import read_json
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
-from .models.detector import Detector
+from .models.detector import Detector, in_eval_mode
 from .models.postprocess import check_selection
 from .transformers_detector.families import FAMILIES, PREFIX, of_transformers, require_transformers
 
@@ -155,7 +154,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        ValueError: if nobody names the detector, the checkpoint does not fit it, or the device is not there.
+        ValueError: if the detector is not named, the checkpoint does not fit it, or the device is not there.
     """
     device = _find_device(device)
     header = describe_model(checkpoint, model)
@@ -252,7 +251,7 @@ def predict(
     device = next(model.parameters()).device
     remaining = cast(Iterable[ImageLike], [images] if single else images)
     detections: list[dict[str, Tensor]] = []
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         # One image after another, and by map, which keeps none: a large one is gone before the next is read.
         samples = map(partial(_sample, transform=transform, channel_order=channel_order), remaining)
         while part := list(itertools.islice(samples, batch_size)):
@@ -281,18 +280,6 @@ def _sample(image: ImageLike, transform: Any, channel_order: ChannelOrder) -> tu
 def _named(detection: dict[str, Tensor], settings: InferenceSettings) -> dict[str, Any]:
     detection = {name: value.cpu() for name, value in detection.items()}
     return {**detection, "class_names": [settings.name(label) for label in detection["labels"].tolist()]}
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _as_tuple(value: Any) -> Any:

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "draw_ablation",
+    "draw_agreement",
     "draw_assignment",
     "draw_cost",
     "draw_distances",
@@ -168,6 +169,23 @@ def draw_distances(rows: Rows) -> Figure:
         _mean_line(axis, rows, name, label, f"C{index}")
     axis.set(xlabel="training step", ylabel="distance relative to the image")
     _start_at_zero(axis)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_agreement(rows: Rows) -> Figure:
+    """The cosine between the groups' gradients against the training step.
+
+    Args:
+        rows: with ``step``, ``decoder`` and ``memory``.
+    """
+    figure, (axis,) = _figure(1, width=5.5)
+    steps = [row["step"] for row in rows]
+    axis.plot(steps, [row["decoder"] for row in rows], marker=".", label="the decoder's shared parameters")
+    axis.plot(steps, [row["memory"] for row in rows], marker=".", label="what the encoder receives")
+    axis.set(xlabel="training step", ylabel="cosine between two groups' gradients")
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    axis.set_ylim(top=1.05)
     axis.legend(fontsize=8)
     return figure
 

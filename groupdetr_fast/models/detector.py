@@ -1,5 +1,7 @@
 """What every detector has: settings, an encoder of images, a decoder of groups of queries, and the one forward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from ..targets import PackedTargets, check_packed
 from .config import BaseConfig
 from .output import DetectorOutput, SegmentationOutput
 
-__all__ = ["Detector", "group_rows"]
+__all__ = ["Detector", "group_rows", "in_eval_mode"]
 
 
 class Detector(nn.Module):
@@ -113,3 +115,15 @@ def group_rows(weight: Tensor, groups: QueryGroups, first: int) -> Tensor:
     """Rows of a group-major embedding ``[K_total * N, d]`` that belong to the chosen groups, ``[1, K * N, d]``."""
     start = first * groups.queries_per_group
     return weight[None, start : start + groups.matching_length]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -196,6 +196,17 @@ def test_no_seed_is_refused():
         analyze.AblationCommand(seeds=0)
 
 
+def test_the_agreement_of_groups_is_measured_while_they_train(flags, tmp_path, capsys):
+    cli.main(["analyze", "agreement", "--steps", "3", "--every", "2", "--batches", "1", *flags])
+    rows = rows_of(tmp_path / "analysis", "agreement")
+    assert [int(row["step"]) for row in rows] == [0, 2, 3]
+    assert all(-1 <= float(row["decoder"]) <= 1 for row in rows)
+    assert len({row["decoder"] for row in rows}) == 3  # it trains
+    assert "step 2: cosine" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the agreement of groups needs at least 2 groups, got 1"):
+        cli.main(["analyze", "agreement", *flags, "--num-groups", "1"])
+
+
 @pytest.mark.slow
 def test_time_and_memory(flags, tmp_path):
     """A process of its own for each number of groups."""

@@ -13,6 +13,7 @@ from ...runs.config import CocoTrainingConfig
 from ...runs.recipes import digits_demo
 from ..flags import FLAGS, read_flags
 from .ablation import AblationCommand
+from .agreement import AgreementCommand
 from .assignment import AssignmentCommand
 from .common import Analysis
 from .cost import CostCommand
@@ -34,6 +35,7 @@ _COMMANDS = {
     "reference-points": ReferencePointsCommand,
     "distances": DistancesCommand,
     "group-ap": GroupApCommand,
+    "agreement": AgreementCommand,
 }
 
 
