@@ -60,6 +60,7 @@ class Findings:
         errors: by kind, sentences about what stops a training, or makes it learn something else than is meant.
         warnings: by kind, sentences about what is dropped or deserves a look.
         categories: name of each category id.
+        unnamed: the ids of those without one, which is an error of its own.
         statistics: see there.
         digests: of each file that was read, its image ids: equal files have equal digests.
     """
@@ -68,6 +69,7 @@ class Findings:
     errors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     warnings: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     categories: dict[int, str] = field(default_factory=dict)
+    unnamed: set[int] = field(default_factory=set)
     statistics: Statistics = field(default_factory=Statistics)
     digests: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
@@ -98,6 +100,7 @@ def check_part(
     categories = _unique(content["categories"], "category", findings)
     annotations = _unique(content["annotations"], "annotation", findings)
     findings.categories = {number: str(entry.get("name", number)) for number, entry in categories.items()}
+    findings.unnamed = {number for number, entry in categories.items() if "name" not in entry}
     for table, entries in (("images", images), ("categories", categories)):
         if not entries:
             findings.errors["empty"].append(f"{name}: there are no {table}")
@@ -115,7 +118,7 @@ def compare_parts(train: Findings, val: Findings) -> None:
         val.errors["categories"].append(
             f"category {number} ({owner.categories[number]}) is in {owner.name}, but not in {other.name}"
         )
-    for number in sorted(train.categories.keys() & val.categories.keys()):
+    for number in sorted((train.categories.keys() & val.categories.keys()) - train.unnamed - val.unnamed):
         names = train.categories[number], val.categories[number]
         if names[0] != names[1]:
             val.errors["categories"].append(

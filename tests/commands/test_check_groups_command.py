@@ -66,9 +66,9 @@ def test_json_alone_is_printed(module, capsys):
 
 
 def test_a_checkpoint_of_this_package(tmp_path, capsys):
-    """It holds one group, and its header names no number, so that it is that of the detector."""
+    """Which has one group, as its header says."""
     cli.main(["check-groups", str(write_checkpoint(tmp_path)), "--image-size", "32", "32"])
-    assert capsys.readouterr().out.startswith("ConditionalDetr: 11 groups of 4 queries; evaluation uses group 0\n")
+    assert capsys.readouterr().out.startswith("ConditionalDetr: one group of queries\n")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ DESCRIPTION = {
     "category_ids": [4, 9, 11],
     "eval_short_side": 32,
     "eval_max_size": 1333,
+    "square": False,
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
