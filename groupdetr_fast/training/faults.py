@@ -106,9 +106,16 @@ def deaths_of_workers_explained(workers: int, then: str = RESUME) -> Iterator[No
         broken_pipe = not isinstance(error, RuntimeError) and workers > 0
         if not (broken_pipe or str(error).startswith(WORKER_DIED)):
             raise
+        _hear_of_no_further_death()
         raise TrainingError(
             f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers help; {then}"
         ) from None
+
+
+def _hear_of_no_further_death() -> None:
+    """Keep torch from raising the error again, wherever the program is when the other workers end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager

@@ -145,8 +145,8 @@ def test_sigterm_stops_at_the_next_step_with_a_checkpoint(data, tmp_path, undist
     [
         pytest.param(signal.SIGTERM, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="SIGTERM"),
         pytest.param(signal.SIGINT, "AdamW.step", 8, "epoch_0001_batch_000003", "in epoch 2", id="Ctrl-C"),
-        pytest.param(  # the first two updates are of the evaluation that is tried before the first step
-            signal.SIGTERM, "CocoEvaluator.update", 3, "epoch_0002", "in the evaluation of epoch 2", id="evaluation"
+        pytest.param(  # the first four images are of the evaluation that is tried before the first step
+            signal.SIGTERM, "CollectedDetections.add", 5, "epoch_0002", "in the evaluation of epoch 2", id="evaluation"
         ),
     ],
 )

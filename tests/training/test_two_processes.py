@@ -205,7 +205,7 @@ def processes_below(pid):
         # two processes, two calls each before the first step
         pytest.param(
             "launcher",
-            "CocoEvaluator.update",
+            "CollectedDetections.add",
             5,
             "in the evaluation of epoch 1",
             id="evaluation",
