@@ -52,10 +52,11 @@ def draw(axis: Axes, image: Tensor, groups: list[dict[str, Any]], title: str) ->
     axis.set_axis_off()
     axis.set_title(title, fontsize=9)
     palette = colormaps["tab10"]
-    for group, detections in enumerate(groups):
+    for group, detections in reversed(list(enumerate(groups))):
+        width = 1.5 * (group + 1)  # nested, so that all are seen
         for left, top, right, bottom in detections["boxes"].tolist():
             size = (right - left, bottom - top)
-            axis.add_patch(Rectangle((left, top), *size, fill=False, linewidth=1.5, edgecolor=palette(group % 10)))
+            axis.add_patch(Rectangle((left, top), *size, fill=False, linewidth=width, edgecolor=palette(group % 10)))
 
 
 def main(arguments: Arguments) -> None:
@@ -69,8 +70,8 @@ def main(arguments: Arguments) -> None:
     figure = Figure(figsize=(7, 3.8), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    draw(left, image, groups, f"training: {num_groups} groups, each object found once in every one")
-    draw(right, image, groups[:1], "inference: one group, each object found once")
+    draw(left, image, groups, f"training: {num_groups} groups, one colour each")
+    draw(right, image, groups[:1], "inference: one group")
     figure.savefig(arguments.output)
     found = [len(detections["scores"]) for detections in groups]
     print(f"{arguments.output}: {', '.join(map(str, found))} detections of groups 0 to {num_groups - 1}")
