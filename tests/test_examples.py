@@ -107,7 +107,10 @@ def test_groups_are_drawn_in_their_colours(tmp_path, capsys):
     }
     torch.manual_seed(0)
     model = gd.build_model("conditional_detr_r50", num_classes=2, num_groups=3, backbone="conv:8", **sizes)
-    header = CheckpointHeader(model="conditional_detr_r50", model_config=asdict(model.config))
+    sizes_of_images = {"eval_short_side": 20}
+    header = CheckpointHeader(
+        model="conditional_detr_r50", model_config=asdict(model.config), evaluation=sizes_of_images
+    )
     write_weights(tmp_path / "model.safetensors", model.state_dict(), header.to_json())
     Image.new("RGB", (60, 40), (200, 200, 200)).save(tmp_path / "grey.png")
     example = load_example("draw_groups")
