@@ -50,7 +50,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run: Path, se
         names: of the trackers, see :func:`check_trackers`. TensorBoard's curves are in the folder of the run; the
             others are configured by their own variables of the environment, and called after the folder.
         run: folder of the run.
-        settings: of the run, by name, which are logged at its beginning.
+        settings: of the run, by name, which are logged at its beginning; TensorBoard has ``config.yaml`` beside it.
     """
     names = check_trackers(names)
     identities: dict[str, str] = read_json(run / IDENTITIES) or {}
@@ -64,7 +64,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run: Path, se
         name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in settings.items()
     }
     for name, tracker in zip(names, trackers, strict=True):
-        if name in begun:
+        if name in begun and name != "tensorboard":  # which would make folders of its own; config.yaml is there
             tracker.store_init_configuration(plain)
         if name == "mlflow":
             identities[name] = tracker.tracker.info.run_id

@@ -32,6 +32,7 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 10.0), (2, 5.0)]
     assert [event.step for event in events.Images("predictions")] == [1, 2]
+    assert all(path.name.startswith("events.") for path in (tmp_path / "run" / "tensorboard").iterdir())
 
 
 def test_wandb(tmp_path, monkeypatch):
