@@ -68,6 +68,10 @@ def draw_group_ap():
     return plots.draw_group_ap([{"model": f"seed {seed}", "group": g, "AP": 0.4} for seed in SEEDS for g in range(3)])
 
 
+def draw_agreement():
+    return plots.draw_agreement([{"step": step, "decoder": 0.9, "memory": 0.5} for step in (0, 20, 40)])
+
+
 FIGURES = {
     "assignment": draw_assignment,
     "sweep_groups": draw_sweep,
@@ -76,6 +80,7 @@ FIGURES = {
     "distances": draw_distances,
     "reference_points": draw_reference_points,
     "group_ap": draw_group_ap,
+    "agreement": draw_agreement,
 }
 
 
