@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from .models.registry import model_config
 from .prediction import describe_model, load_model, predict, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
-from .runs.recipes import find_recipe
+from .runs.recipes import launched_recipe
 from .runs.train import train
 from .training.checkpoint import BEST, latest_checkpoint, write_weights
 from .transformers_detector.families import of_transformers
@@ -154,7 +153,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Raises:
             ValueError: for an unknown setting, and as ``runs.train.train``.
         """
-        run = self._run if recipe is None else find_recipe(recipe).config(int(os.environ.get("WORLD_SIZE", "1")))
+        run = self._run if recipe is None else launched_recipe(recipe)
         if recipe is not None and self.checkpoint is not None:
             self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
         if self.checkpoint is not None:

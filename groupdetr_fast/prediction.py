@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 
 from .data import AugmentationConfig, collate, eval_transforms
 from .data.images import IMAGE_LIKE, ChannelOrder, ImageLike, as_rgb
+from .data.transforms import EVAL_SETTINGS
 from .files import read_json
 from .models import load_checkpoint, postprocess
 from .models.checkpoints import CheckpointHeader, build_detector, read_header
@@ -33,9 +34,6 @@ __all__ = [
     "predict",
     "settings_of",
 ]
-
-# The settings of AugmentationConfig that inference needs; checkpoints carry them under "evaluation".
-EVAL_SETTINGS = ("square", "eval_short_side", "eval_max_size", "image_mean", "image_std")
 
 
 def class_table(categories: Sequence[Mapping[str, Any]], labels: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

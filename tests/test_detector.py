@@ -4,20 +4,12 @@ import json
 
 import pytest
 import torch
+from small_sizes import SIZES
 
 import groupdetr_fast as gd
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.models.checkpoints import read_header
 
-SIZES = {
-    "num_queries": 5,
-    "d_model": 32,
-    "num_heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "dim_feedforward": 32,
-    "backbone": "conv:8-16",
-}
 AUGMENTATION = {"short_sides": (48,), "crop": 0.0, "eval_short_side": 48}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sizes import SIZES
 from torch.utils.data import DataLoader
 
 import groupdetr_fast as gd
@@ -26,15 +27,6 @@ from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.optimization import OptimizationConfig
 
-SIZES = {
-    "num_queries": 5,
-    "d_model": 32,
-    "num_heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "dim_feedforward": 32,
-    "backbone": "conv:8-16",
-}
 AUGMENTATION = AugmentationConfig(
     short_sides=(40,), crop=0, eval_short_side=40, eval_max_size=None, image_mean=(0.5,) * 3, image_std=(0.25,) * 3
 )

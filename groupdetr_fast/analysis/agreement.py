@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ..build import build_criterion
 from ..data import Batch
 from ..groups import QueryGroups
 from ..models.detector import Detector, in_eval_mode
 from ..random_state import random_state_kept
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import evaluation_loader, evaluation_set, training_loader, training_set
-from ..training.engine import Trainer, TrainerSettings
-from ..training.setup import build_accelerator
+from ..runs.loaders import evaluation_loader, evaluation_set
+from .steps import endless_steps, trainer_of
 
 __all__ = ["gradient_agreement", "train_and_measure"]
 
@@ -93,30 +91,17 @@ def train_and_measure(
     Yields:
         ``"step"`` and what :func:`gradient_agreement` returns.
     """
-    optimization = config.optimization.resolved()
-    accelerator = build_accelerator(optimization, folder)
-    dataset = training_set(config)
-    model = config.model.build(dataset.num_classes)
+    trainer = trainer_of(config, folder)
+    model, criterion = trainer.gradients.bare, trainer.gradients.criterion
     if not isinstance(model, Detector):
         raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")
-    criterion = build_criterion(model)
-    trainer = Trainer(
-        accelerator, model, criterion, training_loader(dataset, config), TrainerSettings(optimization, folder)
-    )
     images = itertools.islice(evaluation_loader(evaluation_set(config), config), batches)
-    held = [batch.to(accelerator.device) for batch in images]
+    held = [batch.to(trainer.accelerator.device) for batch in images]
     yield _measure(model, criterion, held, 0)
-    trainer.state.model.train()
-    done = 0
-    while done < steps:
-        for step in trainer.steps():
-            trainer.run_step(step)
-            done += 1
-            if done % every == 0 or done == steps:
-                yield _measure(model, criterion, held, done)
-            if done == steps:
-                return
-        trainer.state.next_epoch()
+    for done, step in enumerate(itertools.islice(endless_steps(trainer), steps), start=1):
+        trainer.run_step(step)
+        if done % every == 0 or done == steps:
+            yield _measure(model, criterion, held, done)
 
 
 def _measure(model: Detector, criterion: Callable[..., dict[str, Tensor]], held: Sequence[Batch], step: int) -> Row:

@@ -1,5 +1,6 @@
 """Time and memory of training steps, in a process of their own. ``python -m groupdetr_fast.analysis.cost FOLDER``"""
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -11,14 +12,13 @@ from typing import Any
 
 import torch
 
-from ..build import build_criterion
 from ..files import read_json, write_json
 from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_plain
-from ..runs.loaders import training_loader, training_set
-from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.engine import Trainer
 from ..training.progress import peak_memory_mib
 from .json_files import to_json
+from .steps import endless_steps, trainer_of
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
 
@@ -67,28 +67,18 @@ def measure_cost(settings: CostSettings, folder: Path, *, threads: int) -> dict[
 
 def _seconds_of_steps(trainer: Trainer, number: int) -> list[float]:
     """Seconds of each of so many optimiser steps, without loading images."""
-    trainer.state.model.train()
     times: list[float] = []
-    while True:
-        for batches in trainer.steps():
-            _wait()
-            begin = time.perf_counter()
-            trainer.run_step(batches)
-            _wait()
-            times.append(time.perf_counter() - begin)
-            if len(times) == number:
-                return times
-        trainer.state.next_epoch()
+    for batches in itertools.islice(endless_steps(trainer), number):
+        _wait()
+        begin = time.perf_counter()
+        trainer.run_step(batches)
+        _wait()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
 def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
-    config = settings.training
-    optimization = config.optimization.resolved()
-    accelerator = build_accelerator(optimization, folder)
-    dataset = training_set(config)
-    loader = training_loader(dataset, config)
-    model = config.model.build(dataset.num_classes)
-    trainer = Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
+    trainer = trainer_of(settings.training, folder)
     times = _seconds_of_steps(trainer, settings.warmup + settings.steps)[settings.warmup :]
     median = statistics.median(times)
     percentiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
@@ -96,7 +86,7 @@ def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
         "seconds_per_step": median,
         "seconds_per_step_p20": percentiles[0].item(),
         "seconds_per_step_p80": percentiles[1].item(),
-        "seconds_per_epoch": median * -(-len(loader) // optimization.accumulate),
+        "seconds_per_epoch": median * trainer.state.steps_per_epoch,
         "peak_memory_mib": peak_memory_mib(),
     }
 

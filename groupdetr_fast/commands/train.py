@@ -1,6 +1,5 @@
 """The command ``groupdetr train``."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_yaml
 from ..runs.evaluate import evaluate_checkpoint
-from ..runs.recipes import find_recipe
+from ..runs.recipes import launched_recipe
 from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..transformers_detector.families import of_transformers
@@ -84,7 +83,7 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
             raise ValueError(f"there is no configuration file {origin.config}: --config takes a config.yaml of a run")
         config = from_yaml(CocoTrainingConfig, origin.config)
     elif origin.recipe is not None:
-        config = find_recipe(origin.recipe).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
+        config = launched_recipe(origin.recipe)
     if origin.model is not None and of_transformers(origin.model) and origin.model != config.model.model:
         resumed = latest_checkpoint(origin.output) if origin.resume else None
         config = config.with_transformers(origin.model, resumed)

@@ -11,8 +11,10 @@ from torchvision.transforms.v2 import functional as F
 
 from .normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 
-__all__ = ["AugmentationConfig", "eval_transforms", "train_transforms"]
+__all__ = ["EVAL_SETTINGS", "AugmentationConfig", "eval_transforms", "train_transforms"]
 
+# The settings of AugmentationConfig that inference needs; checkpoints carry them under "evaluation".
+EVAL_SETTINGS = ("square", "eval_short_side", "eval_max_size", "image_mean", "image_std")
 LEAST_SIDE = 8  # pixels; backbones reduce images to nothing that are smaller
 
 

@@ -1,4 +1,4 @@
-"""The COCO metric, by hotcoco, whose numbers are those of pycocotools bit by bit."""
+"""The COCO metric, by hotcoco, whose numbers are those of pycocotools."""
 
 import contextlib
 import io
@@ -256,9 +256,8 @@ def _found(
 def _per_category(truth: GroundTruth, precision: np.ndarray) -> dict[str, float | None]:
     # [thresholds, recalls, categories, areas, detections]: all areas, 100 detections; -1 where nothing counts.
     precision = precision[:, :, :, 0, -1]
-    names, result = truth.category_names, {}
-    for index, (category_id, name) in enumerate(zip(truth.category_ids, names, strict=True)):
+    result: dict[str, float | None] = {}
+    for index, name in enumerate(truth.distinct_names()):
         valid = precision[:, :, index][precision[:, :, index] > -1]
-        key = name if names.count(name) == 1 else f"{name} ({category_id})"
-        result[key] = float(valid.mean()) if valid.size else None
+        result[name] = float(valid.mean()) if valid.size else None
     return result

@@ -3,14 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
-from ..data.segmentations import parse_segmentation, to_run_lengths
-from .ground_truth import IouType
+from ..data.segmentations import to_run_lengths
+from .ground_truth import CocoLike, GroundTruth, IouType
 
 __all__ = ["ERRORS", "ClassDiagnosis", "Diagnosis", "ImageDiagnosis", "diagnose"]
 
@@ -95,14 +96,14 @@ class Diagnosis:
 
 
 def diagnose(
-    ground_truth: Mapping[str, Any],
+    ground_truth: CocoLike | Mapping[str, Any] | str | Path,
     results: Iterable[Mapping[str, Any]],
     iou_type: IouType = "bbox",
 ) -> Diagnosis:
     """Find out what detections get wrong.
 
     Args:
-        ground_truth: the content of a COCO json. Objects without the box or mask that is asked for do not count.
+        ground_truth: as :class:`~groupdetr_fast.evaluation.CocoEvaluator` takes it.
         results: detections in COCO's result format; of each image the best 100 count.
         iou_type: whether the IoU is that of boxes or of masks.
 
@@ -110,27 +111,16 @@ def diagnose(
         See :class:`Diagnosis`. Detections on crowds count as neither right nor wrong, as in COCO's metric.
 
     Raises:
-        ValueError: for a segmentation that cannot be understood.
+        ValueError: for a ground truth that cannot be used.
     """
-    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    labels = {category["id"]: label for label, category in enumerate(categories)}
-    geometry = "bbox" if iou_type == "bbox" else "segmentation"
-    objects, detections = defaultdict(list), defaultdict(list)
-    for annotation in ground_truth["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
+    truth = GroundTruth.of(ground_truth, iou_type)
+    known = frozenset(truth.category_ids)
+    detections = defaultdict(list)
     for result in results:
-        if result["category_id"] in labels:
+        if result["category_id"] in known:
             detections[result["image_id"]].append(result)
-    images = []
-    for image in ground_truth["images"]:
-        known = objects[image["id"]]
-        if iou_type == "bbox":
-            known = [each for each in known if "bbox" in each]
-        else:
-            known = _with_run_lengths(known, image["height"], image["width"])
-        images.append(_Image(image["id"], known, detections[image["id"]], labels, geometry))
-    names = _names(categories)
-    classes = tuple(_diagnose_class(name, label, images) for label, name in enumerate(names))
+    images = [_Image(truth, number, detections[image_id]) for number, image_id in enumerate(truth.image_ids, start=1)]
+    classes = tuple(_diagnose_class(name, label, images) for label, name in enumerate(truth.distinct_names()))
     thresholds = np.array([np.inf if each.threshold is None else each.threshold for each in classes])
     confusion = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
     errors = dict.fromkeys(ERRORS, 0)
@@ -141,21 +131,6 @@ def diagnose(
         rows.append(ImageDiagnosis(image.image_id, found.wrong, found.missed))
     rows.sort(key=lambda row: -(row.wrong + row.missed))
     return Diagnosis(classes, confusion, correct, errors, tuple(rows))
-
-
-def _names(categories: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the categories; those of equal name also have their ids."""
-    names = [str(category["name"]) for category in categories]
-    return [
-        name if names.count(name) == 1 else f"{name} ({category['id']})"
-        for name, category in zip(names, categories, strict=True)
-    ]
-
-
-def _with_run_lengths(annotations: Sequence[Mapping[str, Any]], height: int, width: int) -> list[Mapping[str, Any]]:
-    """The annotations that have a mask, as run lengths, which IoU is computed from."""
-    parsed = [(each, parse_segmentation(each.get("segmentation", []), height, width)) for each in annotations]
-    return [{**each, "segmentation": to_run_lengths(mask, height, width)} for each, mask in parsed if mask is not None]
 
 
 @dataclass(frozen=True)
@@ -175,29 +150,23 @@ class _Image:
         object_labels: of the objects, crowds aside.
     """
 
-    def __init__(
-        self,
-        image_id: int,
-        objects: Sequence[Mapping[str, Any]],
-        detections: Sequence[Mapping[str, Any]],
-        labels: Mapping[int, int],
-        geometry: str,
-    ):
-        self.image_id = image_id
-        # Crowds last, so that the others have the numbers of their places.
-        objects = sorted(objects, key=lambda each: bool(each.get("iscrowd", 0)))
+    def __init__(self, truth: GroundTruth, number: int, detections: Sequence[Mapping[str, Any]]):
+        """The image with this number in the ground truth, counted from 1."""
+        self.image_id = truth.image_ids[number - 1]
+        objects = truth.objects_of(number)
+        objects = objects[np.argsort(truth.crowds[objects], kind="stable")]  # crowds last: the others keep their places
+        crowd = truth.crowds[objects].astype(bool)
         detections = sorted(detections, key=lambda each: -each["score"])[:DETECTIONS_PER_IMAGE]
-        crowd = np.array([bool(each.get("iscrowd", 0)) for each in objects], dtype=bool)
-        self.labels = np.array([labels[each["category_id"]] for each in detections], dtype=np.int64)
+        self.labels = np.searchsorted(truth.category_ids, [each["category_id"] for each in detections])
         self.scores = np.array([each["score"] for each in detections], dtype=np.float64)
-        every_label = np.array([labels[each["category_id"]] for each in objects], dtype=np.int64)
+        every_label = truth.categories[objects] - 1
         self.object_labels = every_label[~crowd]
-        overlaps = _overlaps(detections, objects, crowd, geometry)
-        number = len(self.object_labels)
-        self.overlaps = overlaps[:, :number]
+        overlaps = _overlaps(truth, number, detections, objects)
+        count = len(self.object_labels)
+        self.overlaps = overlaps[:, :count]
         of_class = self.labels[:, None] == every_label[None]
-        self.on_object = _match(np.where(of_class[:, :number], self.overlaps, 0.0))
-        on_crowd = ((overlaps[:, number:] >= MATCH_IOU) & of_class[:, number:]).any(1)
+        self.on_object = _match(np.where(of_class[:, :count], self.overlaps, 0.0))
+        on_crowd = ((overlaps[:, count:] >= MATCH_IOU) & of_class[:, count:]).any(1)
         self.ignored = (self.on_object < 0) & on_crowd
 
     def explain(self, thresholds: Floats, confusion: NDArray[np.int64], errors: dict[str, int]) -> _Found:
@@ -220,14 +189,14 @@ class _Image:
 
         explained = taken.copy()
         for index in np.flatnonzero(~right):
-            kind, which = self._kind(labels[index], overlaps[index], taken)
+            kind, which = self._kind(labels[index], overlaps[index])
             errors[kind] += 1
             if kind in ("place", "class"):
                 explained[which] = True
         errors["missed"] += int((~explained).sum())
         return _Found(int(right.sum()), int((~right).sum()), int((~taken).sum()))
 
-    def _kind(self, label: int, overlaps: Floats, taken: NDArray[np.bool_]) -> tuple[str, int]:
+    def _kind(self, label: int, overlaps: Floats) -> tuple[str, int]:
         """The kind of error that a detection is, and the object that it is about; -1 for none."""
         own = np.where(self.object_labels == label, overlaps, 0.0)
         other = np.where(self.object_labels == label, 0.0, overlaps)
@@ -242,19 +211,21 @@ class _Image:
 
 
 def _overlaps(
-    detections: Sequence[Mapping[str, Any]],
-    objects: Sequence[Mapping[str, Any]],
-    crowd: NDArray[np.bool_],
-    geometry: str,
+    truth: GroundTruth, number: int, detections: Sequence[Mapping[str, Any]], objects: NDArray[np.int64]
 ) -> Floats:
     """IoU ``[detections, objects]``; with crowds the share of the detection that lies on them."""
-    if not detections or not objects:
+    if not detections or not len(objects):
         return np.zeros((len(detections), len(objects)))
-    ours: Any = [each[geometry] for each in detections]
-    theirs: Any = [each[geometry] for each in objects]
-    if geometry == "bbox":
-        ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-    return np.asarray(rle.iou(ours, theirs, crowd.astype(np.uint8).tolist()))
+    ours: Any
+    theirs: Any
+    if truth.segmentations is None:
+        ours = np.array([each["bbox"] for each in detections], dtype=np.float64)
+        theirs = truth.boxes[objects]
+    else:
+        size: Any = truth.sizes[number - 1]  # without which no polygon would have been understood
+        ours = [each["segmentation"] for each in detections]
+        theirs = [to_run_lengths(truth.segmentations[index], *size) for index in objects]
+    return np.asarray(rle.iou(ours, theirs, truth.crowds[objects].tolist()))
 
 
 def _match(overlaps: Floats) -> NDArray[np.int64]:

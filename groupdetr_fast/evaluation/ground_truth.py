@@ -1,5 +1,6 @@
 """The ground truth of COCO's metric: checked, and with numbers of its own in place of ids."""
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,24 @@ class GroundTruth:
             crowds=_numbers(int(annotation.get("iscrowd", 0)) for annotation in objects),
             segmentations=[segmentations[index] for index in used] if iou_type == "segm" else None,
         )
+
+    def objects_of(self, number: int) -> np.ndarray:
+        """Places of the objects of the image with this number, among all ``M``."""
+        order, bounds = self._by_image
+        return order[bounds[number - 1] : bounds[number]]
+
+    @functools.cached_property
+    def _by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.images, kind="stable")
+        return order, np.searchsorted(self.images[order], np.arange(1, len(self.image_ids) + 2))
+
+    def distinct_names(self) -> list[str]:
+        """Names of the categories; those of equal name have their ids, too."""
+        names = self.category_names
+        return [
+            name if names.count(name) == 1 else f"{name} ({category_id})"
+            for category_id, name in zip(self.category_ids, names, strict=True)
+        ]
 
 
 def check_iou_type(iou_type: str) -> None:

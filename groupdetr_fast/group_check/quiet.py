@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..random_state import random_state_kept
+
 __all__ = ["Modes", "own_chance", "quiet"]
 
 _PATH = re.compile("DropPath|StochasticDepth|DropBlock|DropLayer")
@@ -49,9 +51,8 @@ class Modes:
 
 @contextmanager
 def own_chance(seed: int) -> Iterator[None]:
-    """Draw from generators in a state of one's own; on leaving, those of all devices are as before."""
-    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)
-    with torch.random.fork_rng(list(used)):
+    """Draw from generators in a state of one's own; on leaving, they are as before."""
+    with random_state_kept():
         torch.manual_seed(seed)
         yield
 

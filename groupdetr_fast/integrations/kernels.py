@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["DEVICES", "Shapes", "attend", "is_tested", "serves_everywhere", "warn_unchanged"]
+__all__ = ["DEVICES", "Shapes", "attend", "can_serve", "serves_everywhere"]
 
 # Types of devices for which ops.ms_deform_attn has a kernel; elsewhere it would run its reference.
 DEVICES = frozenset(
@@ -36,12 +36,25 @@ def serves_everywhere(op: str) -> bool:
     return all(kinds[device] in ("C++", "CUDA") for device in devices)
 
 
-def is_tested(version: str, first: Version, last: Version) -> bool:
-    """Whether a version lies between two minor versions, these included."""
+def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
+    """Whether kernels may be put into a model of another package.
+
+    Args:
+        package, version: of the model.
+        tested: the first and the last minor version that the tests ran with.
+        has_kernels: whether there is any compiled kernel for it.
+
+    Returns:
+        Whether the version is one of these, and there is a kernel; if not, the caller's caller is warned.
+    """
+    first, last = (".".join(map(str, each)) for each in tested)
     major, minor = version.split(".")[:2]
-    return first <= (int(major), int(minor)) <= last
-
-
-def warn_unchanged(reason: str) -> None:
-    """Warn, on behalf of the caller's caller, that a model stays as it is."""
+    if not tested[0] <= (int(major), int(minor)) <= tested[1]:
+        versions = first if first == last else f"{first} to {last}"
+        reason = f"accelerate was tested with {package} {versions}, not {version}"
+    elif not has_kernels:
+        reason = "groupdetr_fast was installed without its compiled kernels"
+    else:
+        return True
     warnings.warn(f"{reason}: the model is unchanged", stacklevel=3)
+    return False

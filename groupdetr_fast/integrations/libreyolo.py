@@ -5,15 +5,13 @@ LW-DETR, RF-DETR, Deformable DETR, RT-DETR, D-FINE's family and Grounding DINO.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import ops
-from .kernels import attend
+from .kernels import DEVICES, attend
 
 __all__ = ["register_kernels", "unregister_kernels"]
 
@@ -34,7 +32,7 @@ def register_kernels() -> None:
     kernels = _registry()
     kernels.resolve(_SLOT)  # LibreYOLO's own register on the first use, and would else come after this and be preferred
     _remove(kernels)
-    kernels.register(_SLOT, _ms_deform_attn, name=_NAME, predicate=lambda: bool(_devices()))
+    kernels.register(_SLOT, _ms_deform_attn, name=_NAME, predicate=lambda: bool(DEVICES))
 
 
 def unregister_kernels() -> None:
@@ -59,13 +57,6 @@ def _remove(kernels: ModuleType) -> None:
     kernels.clear_cache()  # unregister leaves what was resolved before
 
 
-@cache
-def _devices() -> frozenset[str]:
-    """Types of devices with a kernel; elsewhere the op would run its reference."""
-    kinds = ops.backends()["ms_deform_attn"]
-    return frozenset(device for device, kind in kinds.items() if kind not in ("reference", "PyTorch"))
-
-
 def _ms_deform_attn(
     value: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]], locations: Tensor, weights: Tensor
 ) -> Tensor | None:
@@ -80,7 +71,7 @@ def _ms_deform_attn(
     Returns:
         ``[B, Lq, H * D]`` in the dtype of ``value``, or None where LibreYOLO is to run its own code.
     """
-    if value.device.type not in _devices():
+    if value.device.type not in DEVICES:
         return None
     shapes = _sizes(spatial_shapes)
     if shapes is None:

@@ -7,6 +7,7 @@ So is the precision. Mask2Former's repository trains with mixed precision, here 
 products torch rounded to TF32 by itself on A100s when they were published.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..models.registry import model_config
 from ..training.optimization import OptimizationConfig
 from .config import CocoTrainingConfig, ModelConfig
 
-__all__ = ["RECIPES", "Recipe", "digits_demo", "find_recipe", "with_digits"]
+__all__ = ["RECIPES", "Recipe", "digits_demo", "find_recipe", "launched_recipe", "with_digits"]
 
 DEMO_DIGITS = DigitsConfig(image_size=64, min_digit=14, max_digit=36, max_objects=5)
 IMAGES_PER_PROCESS = 2  # at a time; the rest of a step's images are accumulated
@@ -162,6 +163,15 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; groupdetr recipes lists them")
     return RECIPES[name]
+
+
+def launched_recipe(name: str) -> CocoTrainingConfig:
+    """The run of that name, for as many processes as a launcher has started.
+
+    Raises:
+        ValueError: if there is none, or these processes cannot share a step's images evenly.
+    """
+    return find_recipe(name).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def digits_demo(*, compose: bool = True) -> CocoTrainingConfig:

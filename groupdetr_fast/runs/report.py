@@ -13,7 +13,6 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from ..data import CocoDataset
-from ..data.annotations import read_json as read_coco
 from ..evaluation.coco import METRICS
 from ..evaluation.diagnosis import ERRORS, ClassDiagnosis, Diagnosis, diagnose
 from ..evaluation.ground_truth import IouType
@@ -69,7 +68,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     results = read_json(config.output / "detections.json") or []
-    diagnosis = diagnose(read_coco(dataset.annotation_file), results, iou_type)
+    diagnosis = diagnose(dataset.annotation_file, results, iou_type)
     sections = [_summary(config, dataset, metrics, history)]
     if history:
         draw_curves(history, folder / "curves.png")

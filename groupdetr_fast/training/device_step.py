@@ -124,8 +124,7 @@ class DeviceStep:
         statistics = self._statistics.copies()
         parts, norm = self.add_gradients(batches)
         losses = Losses.summed(parts)
-        broken = ~(losses["loss"] + norm).isfinite()
-        flags = broken[None] if self.agree is None else self.agree(broken)
+        flags = self._agreed(~(losses["loss"] + norm).isfinite())
         broken = flags[0]
         with self._unless(broken):
             self.optimizer.step()
@@ -135,6 +134,10 @@ class DeviceStep:
             self.average.update(unless=broken)
         self.optimizer.zero_grad()
         return StepOutcome(losses, torch.stack([part["loss"] for part in parts]), norm, flags)
+
+    def _agreed(self, broken: Tensor) -> Tensor:
+        """The flags of :class:`StepOutcome`, from whether this process's step is broken."""
+        return broken[None] if self.agree is None else self.agree(broken)
 
     @contextmanager
     def _unless(self, broken: Tensor) -> Iterator[None]:

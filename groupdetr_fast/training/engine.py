@@ -157,7 +157,7 @@ class Trainer:
         average = AveragedWeights(bare, config.ema_decay) if config.ema_decay else None
         return TrainingState(accelerator, model, optimizer, scheduler, average, loader, config.accumulate)
 
-    def _build_step(self) -> DeviceStep | ScaledStep:
+    def _build_step(self) -> DeviceStep:
         state, accelerator = self.state, self.accelerator
         agree = _Agreement(accelerator, self.stop) if accelerator.num_processes > 1 else None
         parts = (self.gradients, self.gradients.bare, state.optimizer, state.average, agree)

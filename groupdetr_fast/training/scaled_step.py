@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device_step import AddGradients, RunningStatistics, StepOutcome
+from .device_step import AddGradients, DeviceStep, StepOutcome
 from .ema import AveragedWeights
 from .step_losses import Losses
 
 __all__ = ["ScaledStep"]
 
 
-class ScaledStep:
+class ScaledStep(DeviceStep):
     """A step that the scaler may leave out, since a gradient overflows now and then; it then lowers the scale.
 
     Only the scale tells what the scaler has found, so that the host reads it after every step.
@@ -33,19 +33,14 @@ class ScaledStep:
         agree: Callable[[Tensor], Tensor] | None,
         scaler: torch.amp.GradScaler,
     ):
-        self.add_gradients = add_gradients
-        self.optimizer = optimizer
-        self.average = average
-        self.agree = agree
+        super().__init__(add_gradients, model, optimizer, average, agree)
         self.scaler = scaler
-        self._statistics = RunningStatistics(model)
 
     def __call__(self, batches: Sequence[Any]) -> StepOutcome:
         statistics = self._statistics.copies()
         parts, norm = self.add_gradients(batches)
         losses = Losses.summed(parts)
-        broken = ~losses["loss"].isfinite()
-        flags = broken[None] if self.agree is None else self.agree(broken)
+        flags = self._agreed(~losses["loss"].isfinite())
         overflowed = False
         if flags[0]:
             self.scaler.update()

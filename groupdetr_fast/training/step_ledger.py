@@ -14,9 +14,8 @@ __all__ = ["StepLedger"]
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERFLOWS_IN_A_ROW = (
-    25  # the first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large
-)
+# The first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large.
+MAX_OVERFLOWS_IN_A_ROW = 25
 
 
 class StepLedger:

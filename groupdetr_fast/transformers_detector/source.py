@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data import AugmentationConfig
+from ..data.transforms import EVAL_SETTINGS
 from ..models.checkpoints import CheckpointHeader
 from .families import FAMILIES, Family, place_of, require_transformers
 
@@ -87,12 +88,11 @@ class ModelSource:
     def header(self) -> CheckpointHeader:
         """The model as a checkpoint of this package would describe it; labels are the model's own numbers."""
         augmentation = self.augmentation()
-        names = ("square", "eval_short_side", "eval_max_size", "image_mean", "image_std")
         return CheckpointHeader(
             model=self.name,
             model_config={"num_classes": len(self.class_names), "num_groups": self.num_groups},
             categories=[{"id": number, "name": name} for number, name in sorted(self.class_names.items())],
-            evaluation={name: getattr(augmentation, name) for name in names},
+            evaluation={name: getattr(augmentation, name) for name in EVAL_SETTINGS},
             transformers={"config": self.config, "processor": self.processor},
         )
 

@@ -1,4 +1,5 @@
 import pytest
+from small_sizes import SIZES
 
 from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
@@ -17,17 +18,7 @@ def training(digits, tmp_path):
     """A training of seconds: 2 groups of 5 queries, 2 epochs of 2 steps."""
     return CocoTrainingConfig(
         data=DataConfig(**digits._asdict(), workers=0),
-        model=ModelConfig(
-            num_groups=2,
-            num_queries=5,
-            d_model=32,
-            num_heads=2,
-            encoder_layers=1,
-            decoder_layers=2,
-            dim_feedforward=32,
-            dropout=0.0,
-            backbone="conv:8-16",
-        ),
+        model=ModelConfig(num_groups=2, dropout=0.0, **{**SIZES, "decoder_layers": 2}),
         augmentation=AugmentationConfig(
             short_sides=(48,), flip=0.0, crop=0.0, max_size=None, eval_short_side=48, eval_max_size=None
         ),

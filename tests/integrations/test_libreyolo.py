@@ -11,7 +11,7 @@ from groupdetr_fast.integrations.libreyolo import register_kernels, unregister_k
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
 
 SHAPES = [(5, 7), (3, 4), (1, 2)]
-compiled = pytest.mark.skipif(not integration._devices(), reason="no compiled kernel of ms_deform_attn")
+compiled = pytest.mark.skipif(not integration.DEVICES, reason="no compiled kernel of ms_deform_attn")
 
 
 def arguments(dtype=torch.float32, batch=2, requires_grad=False):

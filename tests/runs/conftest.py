@@ -1,6 +1,7 @@
 """A small run on the digits."""
 
 import pytest
+from small_sizes import SIZES
 
 from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
@@ -18,17 +19,7 @@ def digits(tmp_path_factory):
 def config(digits, tmp_path):
     return CocoTrainingConfig(
         data=DataConfig(**digits._asdict(), workers=0),
-        model=ModelConfig(
-            num_groups=2,
-            num_queries=5,
-            d_model=32,
-            num_heads=2,
-            encoder_layers=1,
-            decoder_layers=2,
-            dim_feedforward=32,
-            dropout=0.1,
-            backbone="conv:8-16",
-        ),
+        model=ModelConfig(num_groups=2, dropout=0.1, **{**SIZES, "decoder_layers": 2}),
         augmentation=AugmentationConfig(
             short_sides=(40, 48), crop_short_sides=(48,), crop_min=24, crop_max=48, flip=0.5, eval_short_side=48
         ),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rfdetr.detr import RFDETR
 from torch import nn
 
-from ..kernels import is_tested, serves_everywhere, warn_unchanged
+from ..kernels import can_serve, serves_everywhere
 from . import attention, criterion
 from .passes import check_passes
 
@@ -59,14 +59,8 @@ def accelerate(model: Model, *, groups_per_pass: int | None = None) -> Model:
     if groups_per_pass is not None and groups_per_pass < 1:
         raise ValueError(f"groups_per_pass must be at least 1, got {groups_per_pass}")
     modules = _modules_of(model)
-    if not is_tested(_VERSION, *_TESTED):
-        first, last = (".".join(map(str, numbers)) for numbers in _TESTED)
-        tested = first if first == last else f"{first} to {last}"
-        warn_unchanged(f"accelerate was tested with rfdetr {tested}, not {_VERSION}")
-        return model
     serves_losses = serves_everywhere("linear_assignment")
-    if not attention.DEVICES and not serves_losses:
-        warn_unchanged("groupdetr_fast was installed without its compiled kernels")
+    if not can_serve("rfdetr", _VERSION, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
         return model
     _set_passes(model, groups_per_pass)
     exchanged = isinstance(model, RFDETR)

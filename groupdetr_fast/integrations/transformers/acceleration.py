@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
-from ..kernels import is_tested, serves_everywhere, warn_unchanged
+from ..kernels import can_serve, serves_everywhere
 from . import attention
 from .losses import DetectionLoss, LwDetrLoss
 
@@ -60,13 +60,8 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         )
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True puts other kernels in the same place: load the model without it")
-    if not is_tested(__version__, *_TESTED):
-        first, last = (".".join(map(str, version)) for version in _TESTED)
-        warn_unchanged(f"accelerate was tested with transformers {first} to {last}, not {__version__}")
-        return model
     serves_losses = serves_everywhere("linear_assignment")
-    if not attention.DEVICES and not serves_losses:
-        warn_unchanged("groupdetr_fast was installed without its compiled kernels")
+    if not can_serve("transformers", __version__, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
         return model
     exchanged = bool(attention.DEVICES) and sum(map(attention.exchange, model.modules())) > 0
     loss = _LOSSES.get(type(model).__name__)

@@ -1,0 +1,31 @@
+"""A training whose steps alone are of interest: no evaluations, no checkpoints."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..build import build_criterion
+from ..runs.config import CocoTrainingConfig
+from ..runs.loaders import training_loader, training_set
+from ..training.engine import Trainer, TrainerSettings
+from ..training.setup import build_accelerator
+
+__all__ = ["endless_steps", "trainer_of"]
+
+
+def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
+    """The trainer of a configuration, before its first step, with ``folder`` for its files."""
+    optimization = config.optimization.resolved()
+    accelerator = build_accelerator(optimization, folder)
+    dataset = training_set(config)
+    model = config.model.build(dataset.num_classes)
+    loader = training_loader(dataset, config)
+    return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
+
+
+def endless_steps(trainer: Trainer) -> Iterator[list[Any]]:
+    """The batches of one optimiser step after another, for ``run_step``, epoch after epoch."""
+    trainer.state.model.train()
+    while True:
+        yield from trainer.steps()
+        trainer.state.next_epoch()
