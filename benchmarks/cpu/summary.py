@@ -7,7 +7,7 @@ python benchmarks summary --write    and put tables and plots into docs/
 import argparse
 import csv
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,16 @@ def ratio(comparison: str, case: object, contender: str) -> Callable[[SavedResul
     return measure
 
 
+def least_ratio(comparison: str, predictions: str, contender: str) -> Callable[[SavedResults], Measured]:
+    """The smallest of a contender's ratios, over all numbers of targets up to 200."""
+    of_cases = [
+        ratio(comparison, replace(case, predictions=predictions), contender)
+        for case in cases.ASSIGNMENT
+        if case.targets <= 200
+    ]
+    return lambda results: min((measure(results) for measure in of_cases), key=lambda measured: measured.median)
+
+
 def memory_ratio(comparison: str, case: object, contender: str) -> Callable[[SavedResults], Measured]:
     def measure(results: SavedResults) -> Measured:
         theirs, ours = (float(results.row(comparison, case, name)["bytes"]) for name in (contender, OURS))
@@ -104,7 +114,7 @@ def price_of_groups(results: SavedResults) -> Measured:
 
 
 ONE_GROUP, MANY_GROUPS = cases.DETECTION[0], cases.DETECTION[-1]
-ASSIGNMENT = {case.targets: case for case in cases.MATCHING}
+ASSIGNMENT = {case.targets: case for case in cases.ASSIGNMENT}
 ATTENTION = cases.ATTENTION[-1]
 ENCODER = cases.DEFORMABLE[0]
 
@@ -112,8 +122,18 @@ GOALS = [
     *(
         Goal(f"assignment of 132 problems of 300 x {targets}", peer, limit, ratio("linear_assignment", case, peer))
         for targets, case in ASSIGNMENT.items()
-        for peer, limit in (("scipy", {5: 12, 20: 12, 100: 8}.get(targets)), ("lapcpp", 2.5))
-        if limit is not None
+        for peer, limit in (("scipy", {5: 12, 20: 12, 60: 8, 100: 8, 200: 8}.get(targets)), ("lapcpp", 2.5))
+        if limit is not None and targets <= 200
+    ),
+    *(
+        Goal(
+            f"the same, predictions {predictions}, the least of 5 to 200 targets",
+            peer,
+            limit,
+            least_ratio(f"linear_assignment_{predictions}", predictions, peer),
+        )
+        for predictions in cases.OTHER_PREDICTIONS
+        for peer, limit in (("scipy", 8), ("lapcpp", 2.5))
     ),
     *(
         Goal("attention in 11 groups of 300", peer, limit, ratio("grouped_attention", ATTENTION, peer))
@@ -198,6 +218,9 @@ def processors(rows: Iterable[Row]) -> list[str]:
 
 TITLES = {
     "linear_assignment": "Assignment: all problems of a training step, one thread",
+    "linear_assignment_random": "The same with random predictions",
+    "linear_assignment_early": "The same with predictions of the first steps",
+    "linear_assignment_crowded": "The same with predictions around few of many objects",
     "matching": "Matching: cost and assignment, 6 layers, 2 images, 11 groups of 300",
     "criterion": "Criterion with backward, 6 layers, 2 images, 11 groups of 300, 91 classes",
     "grouped_attention": "Decoder self-attention, forward and backward, groups of 300, 2 images",
@@ -216,6 +239,9 @@ TITLES = {
 }
 X_LABELS = {
     "linear_assignment": "objects per image",
+    "linear_assignment_random": "objects per image",
+    "linear_assignment_early": "objects per image",
+    "linear_assignment_crowded": "objects per image",
     "matching": "objects per image",
     "criterion": "objects per image",
     "grouped_attention": "groups K",

@@ -4,6 +4,8 @@ Shapes are those of the paper: 6 decoder layers, 11 groups of 300 queries, 8 hea
 process; feature levels are those of a 400 x 533 image, and whole detectors see 480 x 640 pixels.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,33 +24,57 @@ class Matching:
     num_groups: int = 11
     num_queries: int = 300
     classes: int = 91
+    predictions: str = "trained"  # or one of OTHER_PREDICTIONS
 
     def __str__(self) -> str:
-        return f"{self.layers * self.batch * self.num_groups}x{self.num_queries}x{self.targets}"
+        size = f"{self.layers * self.batch * self.num_groups}x{self.num_queries}x{self.targets}"
+        return size if self.predictions == "trained" else f"{size} {self.predictions}"
 
     @property
     def groups(self) -> gd.QueryGroups:
         return gd.QueryGroups(self.num_groups, self.num_queries)
 
     def make(self) -> tuple[gd.DetectorOutput, list[dict[str, Tensor]]]:
-        """Predictions as of a model in training: 60 % of the queries lie around targets, closer in later layers."""
+        """Predictions and targets.
+
+        - trained: as of a model in training, 60 % of the queries lie around targets, closer in later layers;
+        - random: no query has anything to do with a target;
+        - early: all queries predict about the same box and no class, as after a few steps;
+        - crowded: goods on a shelf, in rows and columns, and every query lies around one of a quarter of them.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator)
 
+        crowded = self.predictions == "crowded"
         targets, near = [], []
         for _ in range(self.batch):
-            boxes = torch.cat((uniform(self.targets, 2) * 0.8 + 0.1, uniform(self.targets, 2) * 0.3 + 0.02), dim=1)
-            labels = torch.randint(self.classes, (self.targets,), generator=generator)
+            if crowded:
+                boxes, labels = self._shelf(uniform), torch.zeros(self.targets, dtype=torch.int64)
+            else:
+                boxes = torch.cat((uniform(self.targets, 2) * 0.8 + 0.1, uniform(self.targets, 2) * 0.3 + 0.02), dim=1)
+                labels = torch.randint(self.classes, (self.targets,), generator=generator)
             targets.append({"labels": labels, "boxes": boxes})
-            near.append(boxes[torch.randint(self.targets, (self.groups.length,), generator=generator)])
+            found = boxes[::4] if crowded else boxes
+            near.append(found[torch.randint(len(found), (self.groups.length,), generator=generator)])
         shape = (self.layers, self.batch, self.groups.length)
+        if self.predictions == "early":
+            boxes = 0.4 + 0.02 * torch.randn(*shape, 4, generator=generator)
+            logits = 0.1 * torch.randn(*shape, self.classes, generator=generator) - 4.6
+            return gd.DetectorOutput(logits, boxes, self.groups), targets
         noise = torch.randn(*shape, 4, generator=generator) * torch.linspace(0.1, 0.01, self.layers).view(-1, 1, 1, 1)
         around = (torch.stack(near) + noise).clamp(0.01, 0.99)
-        boxes = torch.where(uniform(*shape, 1) < 0.6, around, uniform(*shape, 4) * 0.9 + 0.05)
+        share = {"trained": 0.6, "random": 0.0, "crowded": 1.0}[self.predictions]
+        boxes = torch.where(uniform(*shape, 1) < share, around, uniform(*shape, 4) * 0.9 + 0.05)
         logits = torch.randn(*shape, self.classes, generator=generator) - 3
         return gd.DetectorOutput(logits, boxes, self.groups), targets
+
+    def _shelf(self, uniform: Callable[..., Tensor]) -> Tensor:
+        side = math.ceil(self.targets**0.5)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))[: self.targets]
+        centers = 0.25 + 0.5 * (places + 0.5 + 0.2 * (uniform(self.targets, 2) - 0.5)) / side
+        return torch.cat((centers, 0.5 / side * (0.9 + 0.2 * uniform(self.targets, 2))), dim=1)
 
 
 @dataclass(frozen=True)
@@ -272,6 +298,8 @@ class RfDetr:
 
 
 MATCHING = [Matching(5), Matching(20), Matching(60), Matching(100)]
+OTHER_PREDICTIONS = ("random", "early", "crowded")
+ASSIGNMENT = [Matching(targets) for targets in (5, 20, 60, 100, 200, 300)]
 ATTENTION = [Attention(1), Attention(3), Attention(5), Attention(11)]
 DEFORMABLE = [Deformable(None), Deformable(300)]
 DETECTION = [Detection(1), Detection(5), Detection(11)]
