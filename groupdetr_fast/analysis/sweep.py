@@ -9,20 +9,25 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..data.config import usable_cores
 from ..training.faults import StopRequest, TrainingStopped
+from .gpus import SharedGpu, shared_gpus
 from .run import Run, RunResults
 
-__all__ = ["SweepError", "run_sweep"]
+__all__ = ["SweepError", "default_jobs", "run_sweep"]
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0  # between two looks at the memory of GPUs
 STOP_SECONDS = 60  # for a run to write a checkpoint when it is asked to stop
 DEFAULT_MEMORY_SHARE = 0.8  # of what is available when the sweep begins
 
@@ -31,10 +36,24 @@ class SweepError(ValueError):
     """Runs of a sweep that failed; the message names the first and what it said last."""
 
 
+def default_jobs() -> int:
+    """Runs at a time: two, or with a GPU one for two cores, of which one prepares the images of the other."""
+    return max(2, usable_cores() // 2) if torch.cuda.device_count() else 2
+
+
 def run_sweep(
-    runs: Iterable[Run], folder: Path, *, jobs: int = 1, threads: int = 1, memory_gib: float | None = None
+    runs: Iterable[Run],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    memory_gib: float | None = None,
+    gpu_memory_gib: float | None = None,
 ) -> dict[str, RunResults]:
     """Make the runs that are not done yet, those that were interrupted from their last checkpoint on.
+
+    Small runs do not fill a GPU, since the host launches their work kernel by kernel; so several share one, each in a
+    process of its own. Of several GPUs each run gets the one with the fewest.
 
     Args:
         runs: each is made once, however often it occurs.
@@ -43,6 +62,9 @@ def run_sweep(
         threads: CPU threads of each.
         memory_gib: limit of the memory of all runs together, in GiB; by default 80 % of what is free now. When it is
             exceeded, the run that was started last stops and goes on later; a single run may exceed it.
+        gpu_memory_gib: limit of the memory of all runs on a GPU, in GiB; by default 90 % of what is free now. The first
+            run trains an epoch alone, which shows what one takes. A run that finds no memory beside others is made
+            again with fewer of them.
 
     Returns:
         The results of each run under its name.
@@ -50,14 +72,15 @@ def run_sweep(
     Raises:
         SweepError: if runs failed; the others are made nevertheless.
         TrainingStopped: after SIGTERM, once all runs have ended.
-        ValueError: if ``jobs``, ``threads`` or ``memory_gib`` is not positive.
+        ValueError: if ``jobs``, ``threads`` or a limit is not positive, or if nvidia-smi does not tell a GPU's memory.
     """
-    for name, value in (("jobs", jobs), ("threads", threads), ("memory_gib", memory_gib)):
+    limits = {"jobs": jobs, "threads": threads, "memory_gib": memory_gib, "gpu_memory_gib": gpu_memory_gib}
+    for name, value in limits.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
     limit = psutil.virtual_memory().available * DEFAULT_MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
     unique = {run.name: run for run in runs}
-    pool = _Pool(unique, folder, jobs, threads, limit)
+    pool = _Pool(unique, folder, jobs, threads, limit, shared_gpus(gpu_memory_gib))
     pool.work()
     if pool.failed:
         name, reason = next(iter(pool.failed.items()))
@@ -78,13 +101,22 @@ class _Worker:
 
     name: str
     process: psutil.Popen
+    gpu: SharedGpu | None
 
     @classmethod
-    def start(cls, name: str, folder: Path, threads: int) -> "_Worker":
+    def start(cls, name: str, folder: Path, threads: int, gpu: SharedGpu | None) -> "_Worker":
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        if gpu is not None:
+            environment |= gpu.environment()
+            gpu.runs += 1
         with (folder / LOG).open("a") as log:
             process = psutil.Popen(run_command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment)
-        return cls(name, process)
+        return cls(name, process, gpu)
+
+    def leave(self) -> None:
+        """Say that the process has ended."""
+        if self.gpu is not None:
+            self.gpu.runs -= 1
 
     def memory(self) -> int:
         """Bytes in use by the process and those that load its images."""
@@ -105,12 +137,23 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, runs: dict[str, Run], folder: Path, jobs: int, threads: int, memory_limit: float):
+    def __init__(
+        self,
+        runs: dict[str, Run],
+        folder: Path,
+        jobs: int,
+        threads: int,
+        memory_limit: float,
+        gpus: list[SharedGpu],
+    ):
         self.runs = runs
         self.folder = folder
         self.jobs = jobs
         self.threads = threads
         self.memory_limit = memory_limit
+        self.gpus = gpus
+        self.looked = monotonic()
+        self.size_is_known = False  # whether a run has trained an epoch since the sweep began
         self.largest = 0  # memory of a run, as far as seen
         self.waiting = deque(name for name, run in runs.items() if not run.is_done(folder / name))
         self.active: list[_Worker] = []
@@ -138,8 +181,7 @@ class _Pool:
                 while self.waiting or self.active:
                     if stop.received:
                         raise TrainingStopped("the sweep was asked to stop: the same command goes on from here")
-                    for worker in self.active:
-                        self.epochs[worker.name] = self.runs[worker.name].epochs_done(self.folder / worker.name)
+                    self._look()
                     self._reap()
                     self._keep_the_limit()
                     self._fill()
@@ -154,14 +196,34 @@ class _Pool:
                 for worker in self.active:
                     worker.stop()
 
+    def _look(self) -> None:
+        """Take note of the epochs that are done, and of the memory of GPUs."""
+        known = self.size_is_known
+        for worker in self.active:
+            done = self.runs[worker.name].epochs_done(self.folder / worker.name)
+            self.size_is_known |= done > self.epochs[worker.name]
+            self.epochs[worker.name] = done
+        now = monotonic()
+        if self.size_is_known and (not known or now - self.looked >= LOOK_SECONDS):
+            self.looked = now
+            for gpu in self.gpus:
+                gpu.look()
+
     def _reap(self) -> None:
         """Take note of the runs that have ended."""
         for worker in [worker for worker in self.active if worker.process.poll() is not None]:
             self.active.remove(worker)
+            worker.leave()
             if worker.process.returncode != 0:
                 lines = (self.folder / worker.name / LOG).read_text(errors="replace").strip().splitlines()
-                self.failed[worker.name] = lines[-1] if lines else f"exit status {worker.process.returncode}"
-                logger.error("run %s failed: %s", worker.name, self.failed[worker.name])
+                reason = lines[-1] if lines else f"exit status {worker.process.returncode}"
+                if worker.gpu is not None and worker.gpu.runs > 0 and "out of memory" in reason.lower():
+                    logger.warning("run %s found no memory beside %d others and waits", worker.name, worker.gpu.runs)
+                    worker.gpu.was_full()
+                    self.waiting.appendleft(worker.name)
+                    continue
+                self.failed[worker.name] = reason
+                logger.error("run %s failed: %s", worker.name, reason)
 
     def _keep_the_limit(self) -> None:
         sizes = [worker.memory() for worker in self.active]
@@ -170,6 +232,7 @@ class _Pool:
             newest = self.active.pop()
             logger.warning("run %s waits until there is more memory", newest.name)
             newest.stop()
+            newest.leave()
             self.waiting.appendleft(newest.name)
 
     def _fill(self) -> None:
@@ -178,6 +241,9 @@ class _Pool:
             used = sum(worker.memory() for worker in self.active)
             if self.active and used + self.largest > self.memory_limit:
                 return
+            gpu = min(self.gpus, key=lambda gpu: gpu.runs, default=None)
+            if gpu is not None and not gpu.has_room(self.size_is_known):
+                return
             name = self.waiting.popleft()
             self.runs[name].prepare(self.folder / name)
-            self.active.append(_Worker.start(name, self.folder / name, self.threads))
+            self.active.append(_Worker.start(name, self.folder / name, self.threads, gpu))

@@ -13,7 +13,7 @@ from ...analysis.experiments import Cell, Row
 from ...analysis.json_files import to_json
 from ...analysis.report import Measurement, write_measurement
 from ...analysis.run import Run, RunResults
-from ...analysis.sweep import run_sweep
+from ...analysis.sweep import default_jobs, run_sweep
 from ...data import AugmentationConfig
 from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
@@ -77,8 +77,9 @@ class Sweep(Analysis):
 
     Attributes:
         seeds: runs of every setting, with the seeds ``seed``, ``seed + 1``, ...
-        jobs: runs at a time.
+        jobs: runs at a time; None for two, or with a GPU for one for two cores.
         memory_gib: limit of the memory of all runs together in GiB, or None for 80 % of what is free at the start.
+        gpu_memory_gib: the same for the memory of each GPU, or None for 90 % of what is free at the start.
         nms_threshold: IoU above which non-maximum suppression drops a box.
         evaluate_every: epochs between evaluations.
         top_k: detections per image in evaluation.
@@ -86,8 +87,9 @@ class Sweep(Analysis):
     """
 
     seeds: int = 3
-    jobs: int = 2
+    jobs: int | None = None
     memory_gib: float | None = None
+    gpu_memory_gib: float | None = None
     nms_threshold: float = 0.7
     evaluate_every: int = 1
     top_k: int = CocoTrainingConfig.top_k
@@ -102,6 +104,10 @@ class Sweep(Analysis):
         """See :class:`Analysis`."""
         return replace(super().training(), evaluate_every=self.evaluate_every, top_k=self.top_k)
 
+    def resolved_jobs(self) -> int:
+        """``jobs``, or what None stands for on this machine."""
+        return default_jobs() if self.jobs is None else self.jobs
+
     def seed_range(self) -> range:
         """The seeds of every setting."""
         return range(self.optimization.seed, self.optimization.seed + self.seeds)
@@ -114,7 +120,12 @@ class Sweep(Analysis):
         """Make the runs of a measurement that are not done yet; the results of all of them."""
         runs = [Run(cell.training, self.nms_threshold) for cell in cells]
         results = run_sweep(
-            runs, self.output / "runs", jobs=self.jobs, threads=self.threads, memory_gib=self.memory_gib
+            runs,
+            self.output / "runs",
+            jobs=self.resolved_jobs(),
+            threads=self.threads,
+            memory_gib=self.memory_gib,
+            gpu_memory_gib=self.gpu_memory_gib,
         )
         return [(cell, run, results[run.name]) for cell, run in zip(cells, runs, strict=True)]
 

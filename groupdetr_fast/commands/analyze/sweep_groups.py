@@ -41,8 +41,8 @@ class SweepGroupsCommand(Sweep):
             plots.draw_sweep(summary, curves, epochs),
             "Tables 1 and 2: the number of groups",
             f"AP (COCO, 0 to 1) of group 0: against the number of groups K after {epochs} epochs, against the epoch, "
-            f"and at the end against the minutes spent in training steps, with {count_of(self.jobs, 'run')} at "
-            f"a time on {count_of(self.threads, 'thread')} each; {self.seeds_in_words()}",
+            f"and at the end against the minutes spent in training steps, with {count_of(self.resolved_jobs(), 'run')} "
+            f"at a time on {count_of(self.threads, 'thread')} each; {self.seeds_in_words()}",
             rows,
             summary,
         )

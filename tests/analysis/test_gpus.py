@@ -1,0 +1,158 @@
+"""Runs that share GPUs: a stand-in for nvidia-smi counts what the runs, which only pretend to train, say they take."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from groupdetr_fast.analysis import gpus, sweep
+from groupdetr_fast.analysis.gpus import GpuError, shared_gpus
+from groupdetr_fast.analysis.run import Run
+from groupdetr_fast.analysis.sweep import SweepError, default_jobs, run_sweep
+
+GIB = 2**30
+# Of 1000 MiB on each GPU, 100 are another program's, and each run takes what its settings say while it is at work.
+NVIDIA_SMI = """#!{python}
+import sys
+from pathlib import Path
+
+folder = Path({folder!r})
+gpu = sys.argv[sys.argv.index("-i") + 1]
+used = 100
+for file in folder.glob(f"gpu{{gpu}}-*"):
+    try:
+        used += int(file.read_text() or 0)
+    except FileNotFoundError:  # the run has just ended
+        pass
+print(used, 1000, sep=", ")
+"""
+# "Trains" epoch after epoch; fails like torch where the GPU has less left than it takes.
+PRETENDER = """
+import json, os, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+settings = json.loads((folder / "settings.json").read_text())
+gpu, taken = os.environ["CUDA_VISIBLE_DEVICES"], {mib}
+assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+memory = folder.parent / f"gpu{{gpu}}-{{folder.name}}"
+memory.write_text(str(taken))
+others = [file for file in folder.parent.glob(f"gpu{{gpu}}-*") if file != memory]
+used = taken * (1 + len(others))
+notes = (folder.parent / "notes.txt").open("a")
+try:
+    if 100 + used > {capacity}:
+        print("failed", folder.name, gpu, len(others), file=notes, flush=True)
+        sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    print("start", folder.name, gpu, len(others), file=notes, flush=True)
+    results = folder / "results.json"
+    done = []
+    for epoch in range(1, settings["training"]["optimization"]["epochs"] + 1):
+        time.sleep({seconds})
+        done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0, "metrics": {{}}}})
+        results.write_text(json.dumps({{"epochs": done}}))
+    (folder / "measured.json").write_text(json.dumps({{"nms_threshold": settings["nms_threshold"], "usages": {{}}}}))
+finally:
+    memory.unlink()
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """A function that sets up a number of GPUs, and what a run takes of one."""
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.02)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(NVIDIA_SMI.format(python=sys.executable, folder=str(tmp_path / "runs")))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+
+    def pretend(count, mib=100, capacity=1000, seconds=0.3):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        script = tmp_path / "pretender.py"
+        script.write_text(PRETENDER.format(mib=mib, capacity=capacity, seconds=seconds))
+        monkeypatch.setattr(sweep, "run_command", lambda folder: [sys.executable, str(script), str(folder)])
+
+    return pretend
+
+
+@pytest.fixture
+def runs(training):
+    return [Run(replace(training, optimization=replace(training.optimization, seed=seed)), 0.7) for seed in range(1, 6)]
+
+
+def notes(folder, what="start"):
+    lines = [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+    return [(name, gpu, int(others)) for happened, name, gpu, others in lines if happened == what]
+
+
+def test_runs_share_a_gpu_once_the_first_has_shown_its_size(pretend, runs, tmp_path):
+    pretend(1, seconds=0.6)
+    run_sweep(runs, tmp_path / "runs", jobs=4)
+    starts = notes(tmp_path / "runs")
+    assert {gpu for _, gpu, _ in starts} == {"0"}
+    assert starts[0][2] == 0
+    assert max(others for _, _, others in starts) >= 1
+    first = json.loads((tmp_path / "runs" / starts[0][0] / "results.json").read_text())["epochs"]
+    assert first, "the second run did not wait for an epoch of the first"
+
+
+def test_the_limit_of_a_gpu_holds(pretend, runs, tmp_path):
+    """Runs of 300 MiB under a limit of 650 MiB: never three at a time."""
+    pretend(1, mib=300)
+    run_sweep(runs, tmp_path / "runs", jobs=5, gpu_memory_gib=650 / 1024)
+    assert max(others for _, _, others in notes(tmp_path / "runs")) == 1
+
+
+def test_runs_are_spread_over_gpus(pretend, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    pretend(2)
+    run_sweep(runs, tmp_path / "runs", jobs=2)
+    assert {gpu for _, gpu, _ in notes(tmp_path / "runs")} == {"3", "5"}
+
+
+def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, runs, tmp_path):
+    """The limit lets three runs in; the GPU has room for two."""
+    pretend(1, mib=300, capacity=750, seconds=1.0)
+    results = run_sweep(runs, tmp_path / "runs", jobs=5, gpu_memory_gib=1)
+    assert set(results) == {run.name for run in runs}
+    failed = notes(tmp_path / "runs", "failed")
+    assert failed
+    assert all(others >= 1 for _, _, others in failed)
+
+
+def test_a_run_without_memory_alone_fails(pretend, runs, tmp_path):
+    pretend(1, mib=950)
+    with pytest.raises(SweepError, match=r"1 of 1 runs failed; .*CUDA out of memory"):
+        run_sweep(runs[:1], tmp_path / "runs", jobs=2)
+
+
+def test_memory_that_cannot_be_read_is_an_error(pretend, runs, tmp_path, monkeypatch):
+    pretend(1)
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!{sys.executable}\nprint('[N/A], [N/A]')\n")
+    with pytest.raises(GpuError, match="nvidia-smi does not say how much memory of GPU 0 is in use"):
+        run_sweep(runs, tmp_path / "runs", jobs=2)
+
+
+def test_the_default_limit_is_nine_tenths_of_what_is_free(pretend):
+    pretend(1)
+    (gpu,) = shared_gpus(None)
+    assert gpu.memory_limit == pytest.approx((100 + 0.9 * 900) * 2**20)
+    assert shared_gpus(0.5)[0].memory_limit == pytest.approx(100 * 2**20 + 0.5 * GIB)
+
+
+def test_without_a_gpu_nothing_is_asked(pretend, monkeypatch):
+    pretend(0)
+    monkeypatch.setattr(gpus, "_memory", lambda name: pytest.fail("nvidia-smi was asked"))
+    assert shared_gpus(None) == []
+    assert default_jobs() == 2
+
+
+def test_with_a_gpu_there_is_a_run_for_two_cores(pretend, monkeypatch):
+    pretend(1)
+    monkeypatch.setattr(sweep, "usable_cores", lambda: 16)
+    assert default_jobs() == 8
