@@ -13,6 +13,7 @@ COMMANDS = {
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
+    "speed": ("paper.speed", "the picture of the first page: how many times as fast as what else there is"),
     "roofline": ("paper.roofline", "floors of the kernels on an H100, on paper"),
     "scaling": ("paper.scaling", "steps and epochs of many GPUs, on paper"),
 }
