@@ -1,0 +1,82 @@
+"""Triton without a GPU: kernels are compiled as for one, launched by Triton's own launcher, and do nothing.
+
+The launcher is Triton's own, linked to a CUDA driver library that is made here and whose functions succeed and do
+nothing else. So the host does all that it does for a launch, up to the call of the driver.
+"""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+__all__ = ["CAPABILITY", "idle_driver"]
+
+CAPABILITY = (9, 0)
+# Functions of the driver that Triton's launcher is linked to, or looks up.
+_FUNCTIONS = """
+cuCtxGetCurrent cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDeviceGet cuDevicePrimaryCtxRetain
+cuDriverGetVersion cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString cuInit cuLaunchKernelEx cuModuleGetFunction
+cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters cuPointerGetAttribute cuTensorMapEncodeIm2col
+cuTensorMapEncodeTiled
+"""
+# What else it asks: threads of a block, and shared memory. Contexts and functions are numbers that are not 0.
+_SOURCE = """
+int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 232448; return 0; }
+"""
+
+
+@contextmanager
+def idle_driver() -> Iterator[None]:
+    """Inside, Triton launches kernels for a device that is not there; tensors may lie anywhere.
+
+    Raises:
+        ImportError: if Triton is not installed.
+        FileNotFoundError: if there is no gcc, which Triton compiles its launcher with.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
+        returns = {"cuPointerGetAttribute": "*(void **)a = c;"}
+        texts = [
+            f"int {name}(void *a, long b, void *c) {{ {returns.get(name, '')} return 0; }}"
+            for name in _FUNCTIONS.split()
+        ]
+        source.write_text("\n".join([*texts, _SOURCE]))
+        # "-w": their true types do not matter
+        command = ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+        subprocess.run(command, check=True)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # by its soname, whoever asks for it from now on gets it
+        settings = mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", folder)})
+        with settings, mock.patch.object(knobs.nvidia, "libcuda_path", folder):
+            before = driver._active
+            driver.set_active(_driver())
+            try:
+                yield
+            finally:
+                driver._active = before
+
+
+def _driver() -> object:
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class IdleDriver(CudaDriver):
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_device_capability(self, device: int) -> tuple[int, int]:
+            return CAPABILITY
+
+    made = IdleDriver()
+    for name in ("get_current_device", "get_current_stream", "get_device_capability"):
+        vars(made).pop(name, None)  # torch's, which ask for a GPU
+    return made
