@@ -50,12 +50,13 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
-    """Run a Python function as the kernel of op ``name``, in the dtypes of its inputs.
+    """Run a Python function as the kernel of op ``name``.
 
     Args:
+        name: of an op that is defined.
+        kernel: takes all arguments in order. What autocast would reach in it runs inside :func:`without_autocast`.
         key: ``"CPU"`` or ``"CUDA"``.
     """
-    kernel = without_autocast(kernel)
     LIB.impl(name, kernel, key)
     _python_kernels[name, key == "CUDA"] = kernel
 

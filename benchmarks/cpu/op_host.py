@@ -4,16 +4,18 @@
 
 Sizes are as small as they can be, so that arithmetic takes no time. Ops whose GPU kernels are in Triton run these, on
 tensors of the CPU: compiled as for a GPU, and launched by Triton's own launcher for a driver that does nothing
-(harness/no_device.py). Deformable attention and the assignment run their C++ kernels for the CPU, which the host calls as
-it does those of CUDA; these allocate more, and launch. "By the dispatcher" is what ``torch.library`` and Triton make of
-the same ops: autograd by its kernels in Python, and every kernel launched by ``kernel[grid]``.
+(harness/no_device.py). Deformable attention and the assignment run their C++ kernels for the CPU, which the host calls
+as it does those of CUDA; these allocate more, and launch. "By the dispatcher" is what ``torch.library`` and Triton make
+of the same ops: autograd by its kernels in Python, and every kernel launched by ``kernel[grid]``.
 """
 
 import argparse
 import csv
 import functools
+import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -31,9 +33,7 @@ from harness.no_device import idle_driver
 from harness.places import RESULTS
 from harness.results import commit, processor
 
-from .step_host import cpu_milliseconds
-
-__all__ = ["HERE", "PARTS", "PLAIN", "Call", "calls", "measure", "on_idle_gpu", "plainly", "rows", "yardsticks"]
+__all__ = ["HERE", "PARTS", "PLAIN", "Call", "calls", "on_idle_gpu", "plainly", "rows", "yardsticks"]
 
 HERE, PLAIN = "here", "by the dispatcher"
 PARTS = ("checks", "to the kernel", "arguments", "allocation", "launch", "autograd")
@@ -154,7 +154,7 @@ def on_idle_gpu() -> Iterator[None]:
     library = torch.library.Library(_library.NAMESPACE, "IMPL")
     with ExitStack() as stack:
         stack.enter_context(idle_driver())
-        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=None))  # the index of a CPU
+        stack.enter_context(mock.patch("torch.cuda.current_device", index_of_a_cpu))
         of_cpu = {(name, False): kernel for name, kernel in kernels.items()}
         stack.enter_context(mock.patch.dict(_library._python_kernels, of_cpu))
         stack.callback(library._destroy)
@@ -163,13 +163,22 @@ def on_idle_gpu() -> Iterator[None]:
         yield
 
 
+def index_of_a_cpu() -> None:
+    """In place of that of the current GPU; a function, since calls of a Mock take longer than a launch."""
+    return
+
+
+def never(tensors: tuple[Tensor, ...]) -> bool:
+    return False
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Inside, ops go through the dispatcher, and Triton launches kernels."""
     from groupdetr_fast.ops import _triton_launch
 
     with (
-        mock.patch.object(_eager, "meets_only_autograd", return_value=False),
+        mock.patch.object(_eager, "meets_only_autograd", never),
         mock.patch.object(_triton_launch, "DIRECT", False),
     ):
         yield
@@ -239,30 +248,57 @@ def parts_of(call: Call, times: dict[str, float]) -> dict[str, float]:
     return parts
 
 
-def measure(call: Call, way: str, rounds: int, repeats: int) -> dict[str, float]:
-    """Microseconds of CPU time: ``forward``, ``both`` where there is a gradient, and the parts of our way."""
-    ways = {"forward": call.forward} | ({"both": call.both} if call.inputs else {})
-    times = cpu_milliseconds(ways, rounds, repeats)
-    if way == HERE and call.op is not None:
+Timed = tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]  # inside which context, and what
+
+
+def timed_of(call: Call) -> dict[tuple[str, str, str], Timed]:
+    """What is timed of a call, by its name, the way and the part of it."""
+    timed: dict[tuple[str, str, str], Timed] = {}
+    for way, context in ((HERE, nullcontext), (PLAIN, plainly)):
+        timed[call.name, way, "forward"] = context, call.forward
+        if call.inputs:
+            timed[call.name, way, "both"] = context, call.both
+    if call.op is not None:
         with torch.no_grad():
-            stages = stages_of(call)
-            found = cpu_milliseconds({"no_grad": call.run} | stages, rounds, repeats)
-        times |= parts_of(call, found | {"both": times["both"]})
-    return {name: 1000 * milliseconds for name, milliseconds in times.items()}
+            stages = {"no_grad": call.run} | stages_of(call)
+        timed |= {(call.name, HERE, stage): (torch.no_grad, run) for stage, run in stages.items()}
+    return timed
 
 
-def rows(rounds: int = 31, repeats: int = 100) -> list[dict[str, Any]]:
+def medians(timed: dict[Any, Timed], rounds: int, repeats: int) -> dict[Any, float]:
+    """Microseconds of CPU time of a call, the medians of some rounds, in each of which everything has its turn."""
+    found: dict[Any, list[float]] = {key: [] for key in timed}
+    for turn in range(rounds + 1):
+        for key, (context, run) in timed.items():
+            with context():
+                begin = time.thread_time()
+                for _ in range(repeats):
+                    run()
+                seconds = time.thread_time() - begin
+            if turn > 0:  # the first one compiles
+                found[key].append(1e6 * seconds / repeats)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def rows(rounds: int = 31, repeats: int = 50) -> list[dict[str, Any]]:
     """A row for every op in both ways, and for every yardstick."""
+    ours, others = calls(), yardsticks()
+    timed: dict[tuple[str, str, str], Timed] = {}
+    with on_idle_gpu():
+        for call in ours:
+            timed |= timed_of(call)
+        for call in others:
+            timed |= {key: value for key, value in timed_of(call).items() if key[1] == HERE}
+        times = medians(timed, rounds, repeats)
     where = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
     found = []
-    with on_idle_gpu():
-        for call in calls():
-            for way in (HERE, PLAIN):
-                with plainly() if way == PLAIN else ExitStack():
-                    times = measure(call, way, rounds, repeats)
-                found.append({"op": call.name, "way": way, **times, **where})
-    for call in yardsticks():
-        found.append({"op": call.name, "way": "", **measure(call, "", rounds, repeats), **where})
+    for call in (*ours, *others):
+        for way in (HERE, PLAIN):
+            own = {stage: value for (name, of, stage), value in times.items() if (name, of) == (call.name, way)}
+            if own:
+                named = {name: own[name] for name in ("forward", "both") if name in own}
+                parts = parts_of(call, own) if "no_grad" in own else {}
+                found.append({"op": call.name, "way": way, **named, **parts, **where})
     return found
 
 

@@ -6,6 +6,7 @@ nothing else. So the host does all that it does for a launch, up to the call of 
 
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from unittest import mock
 __all__ = ["CAPABILITY", "idle_driver"]
 
 CAPABILITY = (9, 0)
+_DEVICE = 99  # Triton keeps what it compiles by this number: not that of a GPU
+_MARK = "-idle-driver"  # in the name of the folder of a library
 # Functions of the driver that Triton's launcher is linked to, or looks up.
 _FUNCTIONS = """
 cuCtxGetCurrent cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDeviceGet cuDevicePrimaryCtxRetain
@@ -36,12 +39,19 @@ def idle_driver() -> Iterator[None]:
 
     Raises:
         ImportError: if Triton is not installed.
-        FileNotFoundError: if there is no gcc, which Triton compiles its launcher with.
+        RuntimeError: if the process has a true driver, or there is no gcc, which Triton compiles its launcher with.
     """
     from triton import knobs
+    from triton.backends.nvidia.driver import libcuda_dirs, library_dirs
     from triton.runtime import driver
 
-    with tempfile.TemporaryDirectory() as folder:
+    if _has_true_driver():
+        raise RuntimeError(
+            "this process has a CUDA driver: where there is a GPU, measure by benchmarks/gpu_report.py ops"
+        )
+    if shutil.which("gcc") is None:
+        raise RuntimeError("Triton's launcher is compiled with gcc, which is not installed")
+    with tempfile.TemporaryDirectory(suffix=_MARK) as folder:
         source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
         returns = {"cuPointerGetAttribute": "*(void **)a = c;"}
         texts = [
@@ -56,11 +66,21 @@ def idle_driver() -> Iterator[None]:
         settings = mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", folder)})
         with settings, mock.patch.object(knobs.nvidia, "libcuda_path", folder):
             before = driver._active
+            for remembered in (libcuda_dirs, library_dirs):
+                remembered.cache_clear()
             driver.set_active(_driver())
             try:
                 yield
             finally:
                 driver._active = before
+                for remembered in (libcuda_dirs, library_dirs):
+                    remembered.cache_clear()
+
+
+def _has_true_driver() -> bool:
+    """Whether the process has loaded a driver that was not made here."""
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return any("libcuda.so" in line and _MARK not in line for line in mapped)
 
 
 def _driver() -> object:
@@ -68,7 +88,7 @@ def _driver() -> object:
 
     class IdleDriver(CudaDriver):
         def get_current_device(self) -> int:
-            return 0
+            return _DEVICE
 
         def get_current_stream(self, device: int) -> int:
             return 0
