@@ -12,7 +12,8 @@ of the same ops: autograd by its kernels in Python, and every kernel launched by
 import argparse
 import csv
 import functools
-import statistics
+import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -87,13 +88,13 @@ def attention_call() -> Call:
 
 
 def deformable_call() -> Call:
-    shapes = ((1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, 1, 1, 1, 1))
+    shapes = ((2, 1, 1, 1), (2, 1, 1, 1, 1, 2), (2, 1, 1, 1, 1))
     inputs = value, locations, weights = tuple(torch.rand(shape).requires_grad_() for shape in shapes)
     plain = tuple(tensor.detach() for tensor in inputs)
     arguments = plain[0], [1, 1], *plain[1:]
     run = functools.partial(ops.ms_deform_attn, value, [(1, 1)], locations, weights)
     name = "ms_deform_attn"
-    return Call(name, run, inputs, (name, arguments), (f"{name}_backward", (torch.ones(1, 1, 1), *arguments, False)))
+    return Call(name, run, inputs, (name, arguments), (f"{name}_backward", (torch.ones(2, 1, 1), *arguments, False)))
 
 
 def class_loss_call() -> Call:
@@ -265,22 +266,45 @@ def timed_of(call: Call) -> dict[tuple[str, str, str], Timed]:
     return timed
 
 
-def medians(timed: dict[Any, Timed], rounds: int, repeats: int) -> dict[Any, float]:
-    """Microseconds of CPU time of a call, the medians of some rounds, in each of which everything has its turn."""
-    found: dict[Any, list[float]] = {key: [] for key in timed}
-    for turn in range(rounds + 1):
-        for key, (context, run) in timed.items():
+def least(timed: dict[Any, Timed], rounds: int, sample: float) -> dict[Any, float]:
+    """Microseconds of CPU time of a call: the least of some rounds, in each of which everything has its turn.
+
+    What else the machine does only adds to such short times, and moves their medians.
+
+    Args:
+        timed: what to time.
+        rounds: at least 1.
+        sample: seconds that the calls of one turn take at least.
+    """
+    found = dict.fromkeys(timed, math.inf)
+    repeats, keys = {}, list(timed)
+    for key, (context, run) in timed.items():
+        with context():
+            _sample(run, 2)  # compiles
+            repeats[key] = max(1, math.ceil(sample / max(_sample(run, 5), 1e-7)))
+    for turn in range(rounds):
+        first = turn % len(keys)  # nobody always comes after the same neighbour
+        for key in keys[first:] + keys[:first]:
+            context, run = timed[key]
             with context():
-                begin = time.thread_time()
-                for _ in range(repeats):
-                    run()
-                seconds = time.thread_time() - begin
-            if turn > 0:  # the first one compiles
-                found[key].append(1e6 * seconds / repeats)
-    return {key: statistics.median(values) for key, values in found.items()}
+                found[key] = min(found[key], 1e6 * _sample(run, repeats[key]))
+        gc.collect()
+    return found
 
 
-def rows(rounds: int = 31, repeats: int = 50) -> list[dict[str, Any]]:
+def _sample(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a call."""
+    gc.disable()
+    try:
+        begin = time.thread_time()
+        for _ in range(repeats):
+            run()
+        return (time.thread_time() - begin) / repeats
+    finally:
+        gc.enable()
+
+
+def rows(rounds: int = 151, sample: float = 0.001) -> list[dict[str, Any]]:
     """A row for every op in both ways, and for every yardstick."""
     ours, others = calls(), yardsticks()
     timed: dict[tuple[str, str, str], Timed] = {}
@@ -289,7 +313,7 @@ def rows(rounds: int = 31, repeats: int = 50) -> list[dict[str, Any]]:
             timed |= timed_of(call)
         for call in others:
             timed |= {key: value for key, value in timed_of(call).items() if key[1] == HERE}
-        times = medians(timed, rounds, repeats)
+        times = least(timed, rounds, sample)
     where = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
     found = []
     for call in (*ours, *others):
@@ -318,7 +342,7 @@ def text(found: list[dict[str, Any]]) -> str:
         if "autograd" in row:
             parts.append([row["op"], *(shown(row, part) for part in PARTS)])
     first = found[0]
-    where = f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}; microseconds of CPU time"
+    where = f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}; microseconds of CPU time, the least of many rounds"
     return f"{where}.\n\n{table(header, times)}\n\n{table(['of it, µs', *PARTS], parts)}"
 
 
@@ -335,7 +359,7 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help=f"keep the rows, and put the tables into {PERFORMANCE.name}"
     )
-    parser.add_argument("--rounds", type=int, default=31, help="of which medians are taken")
+    parser.add_argument("--rounds", type=int, default=151, help="of which the least time is taken")
     arguments = parser.parse_args()
     found = rows(arguments.rounds)
     if arguments.write:
