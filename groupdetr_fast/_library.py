@@ -18,6 +18,7 @@ NAMESPACE = "groupdetr_fast"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 
 _public_ops: list[str] = []
+_python_kernels: dict[tuple[str, bool], Callable[..., Any]] = {}  # by op, and whether for CUDA
 
 
 def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], public: bool = False) -> None:
@@ -46,6 +47,23 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(*args, **kwargs)
 
     return wrapped
+
+
+def register_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Run a Python function as the kernel of op ``name``.
+
+    Args:
+        name: of an op that is defined.
+        kernel: takes all arguments in order. What autocast would reach in it runs inside :func:`without_autocast`.
+        key: ``"CPU"`` or ``"CUDA"``.
+    """
+    LIB.impl(name, kernel, key)
+    _python_kernels[name, key == "CUDA"] = kernel
+
+
+def python_kernel(name: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """What :func:`register_kernel` registered for the device of a tensor, a CPU or a GPU of CUDA."""
+    return _python_kernels.get((name, tensor.is_cuda))
 
 
 def register_autograd(name: str, *, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> None:

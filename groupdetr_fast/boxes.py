@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "aligned_generalized_box_iou",
+    "aligned_generalized_box_iou_of_centers",
     "box_area",
     "cxcywh_to_xyxy",
     "masks_to_xyxy",
@@ -19,9 +20,14 @@ __all__ = [
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes ``[..., 4]`` from centre format to corner format."""
-    center, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(_corners(boxes), dim=-1)
+
+
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Top left and bottom right ``[..., 2]`` of boxes in centre format."""
+    center, size = boxes.split(2, dim=-1)
     half = size / 2
-    return torch.cat((center - half, center + half), dim=-1)
+    return center - half, center + half
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -32,8 +38,8 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def box_area(boxes: Tensor) -> Tensor:
     """Area ``[...]`` of ``xyxy`` boxes ``[..., 4]``; negative where exactly one side is inverted."""
-    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
-    return width * height
+    top_left, bottom_right = boxes.split(2, dim=-1)
+    return _product(bottom_right - top_left)
 
 
 def pairwise_generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -46,12 +52,28 @@ def pairwise_generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 def aligned_generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     """Generalised IoU of corresponding ``xyxy`` boxes: ``[..., 4]`` and ``[..., 4]`` (broadcast) -> ``[...]``."""
-    overlap = (first[..., 2:].minimum(second[..., 2:]) - first[..., :2].maximum(second[..., :2])).clamp(min=0)
-    intersection = overlap[..., 0] * overlap[..., 1]
-    union = box_area(first) + box_area(second) - intersection
-    hull_size = first[..., 2:].maximum(second[..., 2:]) - first[..., :2].minimum(second[..., :2])
-    hull = hull_size[..., 0] * hull_size[..., 1]
-    return _safe_divide(intersection, union) - _safe_divide(hull - union, hull)
+    return _generalized_iou(first.split(2, dim=-1), second.split(2, dim=-1))
+
+
+def aligned_generalized_box_iou_of_centers(first: Tensor, second: Tensor) -> Tensor:
+    """The same of ``cxcywh`` boxes, bit for bit, with fewer operators than by :func:`cxcywh_to_xyxy`."""
+    return _generalized_iou(_corners(first), _corners(second))
+
+
+def _generalized_iou(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Of boxes by top left and bottom right. Written for few operators: on a GPU each is a launch or more."""
+    overlap = (first[1].minimum(second[1]) - first[0].maximum(second[0])).clamp(min=0)
+    intersection = _product(overlap)
+    union = _product(first[1] - first[0]) + _product(second[1] - second[0]) - intersection
+    hull = _product(first[1].maximum(second[1]) - first[0].minimum(second[0]))
+    quotients = _safe_divide(torch.stack((intersection, hull - union)), torch.stack((union, hull)))
+    iou, empty = quotients.unbind()
+    return iou - empty
+
+
+def _product(size: Tensor) -> Tensor:
+    width, height = size.unbind(-1)
+    return width * height
 
 
 def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

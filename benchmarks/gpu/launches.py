@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
+from groupdetr_fast.ops import _triton_launch
 from groupdetr_fast.ops.grouped_attention import triton_launch as attention
 from groupdetr_fast.ops.matching_cost import triton_kernels as matching
 from groupdetr_fast.ops.sigmoid_focal_loss import triton_kernels as focal
@@ -91,7 +92,8 @@ class Problem:
         strided = grad, query, key, value
 
         def launch(kernel: str, tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            attention._launch(ATTENTION[kernel], tensors, strided, groups.as_ints(), self.dropout, scale)
+            call = attention._call(query, value, groups.as_ints(), self.dropout, scale)
+            attention._launch(ATTENTION[kernel], tuple(tensor.stride() for tensor in strided), call)(*tensors)
             return tensors
 
         def forward() -> tuple[Tensor, ...]:
@@ -191,12 +193,18 @@ def with_tile(problem: Problem, tile: Tile) -> Iterator[None]:
             changes |= {"_BLOCK_Q": tile["block_q"], "_block_t": lambda *_: tile["block_t"]}
         else:
             changes |= {"_blocks": lambda _: {"BLOCK_Q": tile["block_q"], "BLOCK_C": tile["block_c"]}}
-    attention._plan.cache_clear()
+    _forget_launches()
     try:
         with mock.patch.multiple(module, **changes):
             yield
     finally:
-        attention._plan.cache_clear()
+        _forget_launches()
+
+
+def _forget_launches() -> None:
+    attention_launches = attention._forward_launch, attention._backward_launches
+    for function in (*attention_launches, matching._launch, focal._forward_launch, focal._backward_launch):
+        function.cache_clear()
 
 
 @contextmanager
@@ -209,7 +217,7 @@ def compiled_only() -> Iterator[None]:
     def compile_(kernel, *args, warmup, **options):
         return run(kernel, *args, warmup=True, **options)
 
-    with mock.patch.object(JITFunction, "run", compile_):
+    with mock.patch.object(JITFunction, "run", compile_), mock.patch.object(_triton_launch, "DIRECT", False):
         yield
 
 
@@ -224,5 +232,5 @@ def launched() -> Iterator[list[Any]]:
         found.append(run(kernel, *args, **options))
         return found[-1]
 
-    with mock.patch.object(JITFunction, "run", launch):
+    with mock.patch.object(JITFunction, "run", launch), mock.patch.object(_triton_launch, "DIRECT", False):
         yield found

@@ -168,7 +168,7 @@ def floors(work: Row) -> tuple[float | None, float | None]:
 def short_table(run: Run) -> str:
     """Ours and the best peer of each pass."""
     header = ["work", "forward, µs", "floor", "best peer", "times ours"]
-    header += ["backward, µs", "floor", "best peer", "times ours", "eager, µs", "best peer", "times ours"]
+    header += ["backward, µs", "floor", "best peer", "times ours", "eager, µs", "best peer", "times ours", "host, µs"]
     lines = []
     for work, contenders in works(run):
         ours = contenders.get(OURS)
@@ -183,7 +183,7 @@ def short_table(run: Run) -> str:
                 line.append(microseconds(floor) if seconds is not None else "-")
             fastest = best(contenders, lambda times, part=part: getattr(times, part)) if part and seconds else None
             line += [fastest[0], ratio(fastest[1], seconds)] if fastest else ["-", "-"]
-        lines.append(line)
+        lines.append([*line, microseconds(ours.host)])
     return table(header, lines)
 
 

@@ -3,19 +3,22 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..boxes import aligned_generalized_box_iou, cxcywh_to_xyxy
+from ..boxes import aligned_generalized_box_iou_of_centers
 from ..groups import QueryGroups
 from ..ops import IGNORED, NO_OBJECT
 from ..targets import PackedTargets, StepTotals
 from .matcher import GroupMatcher
 
 __all__ = ["SetCriterion", "layer_suffixes"]
+
+_KINDS = ("loss_ce", "loss_bbox", "loss_giou")
 
 
 class Predictions(Protocol):
@@ -110,29 +113,25 @@ class SetCriterion(nn.Module):
             parts.append((suffixes, self._denoising_losses(denoising, targets, normalizer)))
         losses: dict[str, Tensor] = {}
         for suffixes, per_layer in parts:
-            for name, values in per_layer.items():
+            for name, values in zip(_KINDS, per_layer.unbind(), strict=True):
                 for suffix, value in zip(suffixes, values.unbind(), strict=True):
                     losses[name + suffix] = value
-        losses["loss"] = functools.reduce(
-            torch.add,
-            (self.weights[name] * values.sum() for _, per_layer in parts for name, values in per_layer.items()),
-        )
+        sums = (zip(_KINDS, per_layer.sum(1).unbind(), strict=True) for _, per_layer in parts)
+        losses["loss"] = functools.reduce(torch.add, (self.weights[name] * value for name, value in chain(*sums)))
         return losses
 
     def _matched_losses(
         self, logits: Tensor, boxes: Tensor, targets: PackedTargets, groups: QueryGroups, num_boxes: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of matched queries, ``[layers]`` each."""
+    ) -> Tensor:
+        """Losses of matched queries, ``[3, layers]``."""
         matching = self.matcher(logits.detach(), boxes.detach(), targets, groups)
         target_class = matching.classes(targets, logits.shape[2], NO_OBJECT)  # [layers, B, K * N]
         predicted = boxes.gather(2, matching.queries[..., None].expand(-1, -1, -1, 4))  # [layers, B, K * T, 4]
         expected = targets.boxes.repeat(1, matching.positives, 1)
         return self._losses(logits, target_class, predicted, expected, matching.matched, num_boxes * matching.positives)
 
-    def _denoising_losses(
-        self, denoising: DenoisingPredictions, targets: PackedTargets, normalizer: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of denoising queries, ``[layers]`` each."""
+    def _denoising_losses(self, denoising: DenoisingPredictions, targets: PackedTargets, normalizer: Tensor) -> Tensor:
+        """Losses of denoising queries, ``[3, layers]``."""
         queries = denoising.queries
         labels = targets.labels.gather(1, queries.target)  # [B, D]
         without_object = torch.where(queries.negative, NO_OBJECT, IGNORED)
@@ -154,8 +153,8 @@ class SetCriterion(nn.Module):
         expected: Tensor,
         counted: Tensor,
         normalizer: Tensor,
-    ) -> dict[str, Tensor]:
-        """The three losses of every layer, ``[layers]`` each.
+    ) -> Tensor:
+        """The three losses of every layer, ``[3, layers]`` in the order of ``_KINDS``.
 
         Args:
             logits: ``[layers, B, Q, C]``.
@@ -166,21 +165,17 @@ class SetCriterion(nn.Module):
             normalizer: what the sums are divided by.
         """
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        l1, giou = self._box_losses(predicted, expected.to(predicted.dtype))
+        box_losses = torch.stack(self._box_losses(predicted, expected.to(predicted.dtype)))  # [2, layers, B, M]
         target_class = target_class.expand(logits.shape[:-1])
         class_loss = ops.sigmoid_focal_loss(logits, target_class, alpha=self.alpha, gamma=self.gamma)  # [layers, B]
-        return {
-            "loss_ce": class_loss.sum(1) / normalizer,
-            "loss_bbox": l1.where(counted, 0).flatten(1).sum(1) / normalizer,
-            "loss_giou": giou.where(counted, 0).flatten(1).sum(1) / normalizer,
-        }
+        box_sums = box_losses.where(counted, 0).flatten(2).sum(2)  # [2, layers]
+        return torch.cat((class_loss.sum(1)[None], box_sums)) / normalizer
 
     @staticmethod
     def _box_losses(predicted: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
         """L1 and generalised IoU loss of corresponding ``cxcywh`` boxes ``[..., 4]``: two of ``[...]``."""
         l1 = (predicted - expected).abs().sum(-1)
-        giou = aligned_generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-        return l1, 1 - giou
+        return l1, 1 - aligned_generalized_box_iou_of_centers(predicted, expected)
 
 
 def layer_suffixes(layers: int) -> list[str]:

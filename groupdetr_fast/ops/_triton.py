@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .._library import LIB, without_autocast
+from .._library import register_kernel, without_autocast
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -51,7 +51,8 @@ def kernel_signature(kernel: "JITFunction", types: dict[str, str], constexprs: d
 def register_triton(op: str, module: str, launcher: str) -> None:
     """Run function ``launcher`` of ``module`` as the kernel of ``op`` on CUDA tensors, if Triton is installed.
 
-    The first call imports the module, so that nothing imports Triton where no GPU is used.
+    The first call imports the module, so that nothing imports Triton where no GPU is used. The op's first argument is a
+    tensor, and its launcher launches by :class:`~groupdetr_fast.ops._triton_launch.Launch`.
     """
     if importlib.util.find_spec("triton") is None:
         return
@@ -61,10 +62,11 @@ def register_triton(op: str, module: str, launcher: str) -> None:
         return getattr(importlib.import_module(module), launcher)
 
     def kernel(*args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        run = without_autocast(launch()) if torch.is_autocast_enabled("cuda") else launch()
+        device = args[0].device
         if device.index == torch.cuda.current_device():
-            return launch()(*args)
+            return run(*args)
         with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments say
-            return launch()(*args)
+            return run(*args)
 
-    LIB.impl(op, without_autocast(kernel), "CUDA")
+    register_kernel(op, kernel, "CUDA")

@@ -95,7 +95,7 @@ def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:5] == ["10.0", "-", "first", "1.50"]
     assert cells[5:9] == ["30.0", "-", "second", "1.00"]
-    assert cells[9:] == ["50.0", "host", "0.50"]
+    assert cells[9:] == ["50.0", "host", "0.50", "50.0"]
     (full,) = tables.full_tables(run)
     assert "| second | 30.0 | 3.00 | 30.0 | 1.00 | 200 | 4.00 | 200 |" in full
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._library import LIB, without_autocast
+from ..._library import register_kernel, without_autocast
 from ...groups import QueryGroups
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -243,5 +243,5 @@ def _drop(probabilities: Tensor, batch: slice, block: slice, heads: int, part: P
 
 def register() -> None:
     """Register the kernels; the ops must have been defined."""
-    LIB.impl("grouped_attention", without_autocast(forward), "CPU")
-    LIB.impl("grouped_attention_backward", without_autocast(backward), "CPU")
+    register_kernel("grouped_attention", without_autocast(forward), "CPU")
+    register_kernel("grouped_attention_backward", without_autocast(backward), "CPU")

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import block_double_backward, define_op, register_autograd
+from ..._eager import EagerOp
+from ..._library import block_double_backward, define_op
 from ...groups import QueryGroups
 from .._triton import register_triton
 from . import cpu
@@ -53,15 +54,13 @@ def grouped_attention(
         ValueError: if a shape, a device, the groups or dropout_p do not fit.
     """
     _check(query, key, value)
-    groups = _resolve(groups, query.shape[1])
+    layout = _layout(groups, query.shape[1])
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if scale is None:
         scale = max(query.shape[3], 1) ** -0.5
     seed = new_seed(query.device) if dropout_p > 0 else None
-    layout = groups.as_ints()
-    out, _ = torch.ops.groupdetr_fast.grouped_attention(query, key, value, layout, dropout_p, seed, scale)
-    return out
+    return _op(query, key, value, layout, float(dropout_p), seed, float(scale))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -81,14 +80,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value must have shape [{batch}, {length}, {heads}, Dv], got {list(value.shape)}")
 
 
-def _resolve(groups: QueryGroups | int, length: int) -> QueryGroups:
+def _layout(groups: QueryGroups | int, length: int) -> list[int]:
+    """The layout as the op takes it, checked against the number of queries."""
     if isinstance(groups, QueryGroups):
         if groups.length != length:
             raise ValueError(f"groups must describe the L = {length} queries, got {groups.length} in {groups}")
-        return groups
+        return groups.as_ints()
     if groups < 1 or length < 1 or length % groups != 0:
         raise ValueError(f"groups must divide the number of queries, L = {length}, got {groups}")
-    return QueryGroups(groups, length // groups)
+    return QueryGroups(groups, length // groups).as_ints()
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -127,14 +127,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, seed = ctx.saved_tensors
-    grad_query, grad_key, grad_value = torch.ops.groupdetr_fast.grouped_attention_backward(
+    grad_query, grad_key, grad_value = _op_backward(
         grad_out, query, key, value, out, lse, ctx.layout, ctx.dropout_p, seed, ctx.scale
     )
     no_grad_layout = no_grad_dropout_p = no_grad_seed = no_grad_scale = None
     return grad_query, grad_key, grad_value, no_grad_layout, no_grad_dropout_p, no_grad_seed, no_grad_scale
 
 
-register_autograd("grouped_attention", setup_context=_setup_context, backward=_backward)
+_op = EagerOp("grouped_attention")
+_op_backward = EagerOp("grouped_attention_backward")
+_op.register_autograd(setup_context=_setup_context, backward=_backward, returns_first=True)
 block_double_backward("grouped_attention_backward")
 cpu.register()
 for op, launcher in (("grouped_attention", "forward"), ("grouped_attention_backward", "backward")):

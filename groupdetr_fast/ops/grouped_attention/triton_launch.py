@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ...groups import QueryGroups
+from .._triton_launch import Launch, empty_as
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
 from .triton_kernels import (
     _grouped_attention_bwd_key_value_kernel,
@@ -61,13 +62,14 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: list[int], dropout_p: float, seed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Launch; what the kernels do not cover runs on the reference."""
-    if not _is_covered(query, value, scale):
+    call = _call(query, value, layout, dropout_p, scale)
+    launch = _forward_launch((query.stride(), key.stride(), value.stride()), *call)
+    if launch is None:
         return grouped_attention_reference(query, key, value, layout, dropout_p, seed, scale)
     batch, length, heads, _ = query.shape
-    out = value.new_empty(value.shape)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tensors = (out, lse, query, key, value, seed)
-    _launch(_grouped_attention_fwd_kernel, tensors, (query, key, value), layout, dropout_p, scale)
+    out = empty_as(value)
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    launch(out, lse, query, key, value, seed)
     return out, lse
 
 
@@ -84,78 +86,88 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; as :func:`forward`."""
-    if not _is_covered(query, value, scale):
+    strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
+    launches = _backward_launches(strides, *_call(query, value, layout, dropout_p, scale))
+    if launches is None:
         return grouped_attention_backward_reference(
             grad_out, query, key, value, out, lse, layout, dropout_p, seed, scale
         )
     out, lse = out.contiguous(), lse.contiguous()  # as forward returned them
-    grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-    delta = lse.new_empty(lse.shape)
-    row_words = None if seed is None else lse.new_empty(*lse.shape, 2, dtype=torch.int32)
-    strided = grad_out, query, key, value
-    common = strided, layout, dropout_p, scale
-    of_query = grad_query, delta, row_words, *strided, out, lse, seed
-    of_key_and_value = grad_key, grad_value, *strided, lse, delta, row_words, seed
-    _launch(_grouped_attention_bwd_query_kernel, of_query, *common)
-    _launch(_grouped_attention_bwd_key_value_kernel, of_key_and_value, *common)
+    grad_query, grad_key, grad_value, delta = empty_as(query), empty_as(key), empty_as(value), empty_as(lse)
+    row_words = None if seed is None else lse.new_empty((*lse.shape, 2), dtype=torch.int32)
+    of_query, of_key_and_value = launches
+    of_query(grad_query, delta, row_words, grad_out, query, key, value, out, lse, seed)
+    of_key_and_value(grad_key, grad_value, grad_out, query, key, value, lse, delta, row_words, seed)
     return grad_query, grad_key, grad_value
 
 
-def _is_covered(query: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether the kernels can do it. They find the largest score before scaling; hence the condition on ``scale``."""
-    dims = query.shape[3], value.shape[3]
-    return query.dtype in _DTYPES and all(1 <= dim <= _MAX_DIM for dim in dims) and scale > 0
+class _Call(NamedTuple):
+    """What a call is known by, beside the strides of its tensors."""
+
+    precision: str
+    dtype: torch.dtype
+    query_shape: torch.Size
+    value_shape: torch.Size
+    layout: tuple[int, ...]
+    dropout_p: float
+    scale: float
+
+    def is_covered(self) -> bool:
+        """Whether the kernels can do it. They find the largest score before scaling, hence the condition on scale."""
+        dims = self.query_shape[3], self.value_shape[3]
+        return self.dtype in _DTYPES and all(1 <= dim <= _MAX_DIM for dim in dims) and self.scale > 0
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    tensors: tuple[Tensor | None, ...],
-    strided: tuple[Tensor, ...],
-    layout: Sequence[int],
-    dropout_p: float,
-    scale: float,
-) -> None:
-    """Launch a kernel that takes ``tensors``, the strides of ``strided`` (its end: query, key, value), and sizes."""
-    query, _, value = strided[-3:]
-    batch, _, heads, head_dim = query.shape
-    precision = _precision(query.dtype, head_dim, value.shape[3])
-    plan = _plan(kernel, precision, head_dim, value.shape[3], *layout)
-    strides = []
-    for tensor in strided:
-        strides += tensor.stride()
-    kernel[(batch * heads * plan.blocks,)](
-        *tensors,
-        *strides,
-        heads,
-        *plan.sizes,
-        scale,
-        int(dropout_p * 2**32),
-        1 / (1 - dropout_p),
-        **plan.options,
-    )
+def _call(query: Tensor, value: Tensor, layout: Sequence[int], dropout_p: float, scale: float) -> _Call:
+    shape, value_shape = query.shape, value.shape
+    precision = _precision(query.dtype, shape[3], value_shape[3])
+    return _Call(precision, query.dtype, shape, value_shape, tuple(layout), dropout_p, scale)
 
 
-class _Plan(NamedTuple):
-    """What a launch derives from its sizes: blocks of rows, the kernel's ``length`` to ``queries_per_denoising_group``,
-    and its compile-time arguments."""
-
-    blocks: int
-    sizes: tuple[int, ...]
-    options: dict[str, int | str]
+_Strides = tuple[tuple[int, ...], ...]  # of query, key and value, in backward with those of the gradient first
 
 
-@functools.lru_cache(maxsize=256)  # the host has little time: small batches take the GPU some 20 microseconds
-def _plan(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, *layout: int) -> _Plan:
-    groups = QueryGroups.from_ints(layout)
-    tile = _tile(kernel, precision, head_dim, value_dim, groups.queries_per_group)
+# The host has little time: small batches take the GPU some 20 microseconds.
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(strides: _Strides, *call: Any) -> Launch | None:
+    of_call = _Call(*call)
+    return _launch(_grouped_attention_fwd_kernel, strides, of_call) if of_call.is_covered() else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(strides: _Strides, *call: Any) -> tuple[Launch, Launch] | None:
+    """Of the kernel that goes along queries, and of the one that goes along keys and values."""
+    of_call = _Call(*call)
+    if not of_call.is_covered():
+        return None
+    of_query = _launch(_grouped_attention_bwd_query_kernel, strides, of_call)
+    return of_query, _launch(_grouped_attention_bwd_key_value_kernel, strides, of_call)
+
+
+def _launch(kernel: triton.JITFunction, strides: _Strides, call: _Call) -> Launch:
+    """A launch of a kernel that takes tensors, their strides, and sizes."""
+    batch, _, heads, head_dim = call.query_shape
+    value_dim, groups = call.value_shape[3], QueryGroups.from_ints(list(call.layout))
+    tile = _tile(kernel, call.precision, head_dim, value_dim, groups.queries_per_group)
     blocks = groups.num_groups * triton.cdiv(groups.queries_per_group, tile.block)
     blocks_per_denoising_group = triton.cdiv(groups.queries_per_denoising_group, tile.block)
     blocks += groups.denoising_sets * groups.denoising_groups * blocks_per_denoising_group
-    sizes = (groups.length, groups.num_groups, groups.queries_per_group)
-    sizes += (groups.denoising_sets, groups.denoising_groups, groups.queries_per_denoising_group)
-    options = _constexprs(precision, head_dim, value_dim, tile)
-    options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return _Plan(blocks, sizes, options)
+    numbers = (
+        *(stride for of_tensor in strides for stride in of_tensor),
+        heads,
+        groups.length,
+        groups.num_groups,
+        groups.queries_per_group,
+        groups.denoising_sets,
+        groups.denoising_groups,
+        groups.queries_per_denoising_group,
+        call.scale,
+        int(call.dropout_p * 2**32),
+        1 / (1 - call.dropout_p),
+    )
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    constexprs = _constexprs(call.precision, head_dim, value_dim, tile)
+    return Launch(kernel, batch * heads * blocks, numbers, constexprs | options)
 
 
 def _precision(dtype: torch.dtype, head_dim: int, value_dim: int) -> str:

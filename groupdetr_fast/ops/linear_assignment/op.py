@@ -58,7 +58,7 @@ def linear_assignment(cost: Tensor, num_targets: Tensor) -> Tensor:
         num_targets = num_targets.expand(leading)
     if cost.dtype in (torch.float16, torch.bfloat16):
         cost = cost.float()
-    return torch.ops.groupdetr_fast.linear_assignment(cost.detach(), num_targets)
+    return _op(cost.detach(), num_targets)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
@@ -76,3 +76,4 @@ define_op(
     fake=_fake,
     public=True,
 )
+_op = torch.ops.groupdetr_fast.linear_assignment.default

@@ -57,7 +57,7 @@ def matching_cost(
     dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
     # Kernels convert half types as they read: few of the logits take part.
     converts_itself = dtype == torch.float32 and logits.dtype in (torch.float16, torch.bfloat16)
-    return torch.ops.groupdetr_fast.matching_cost(
+    return _op(
         logits if converts_itself else logits.to(dtype),
         boxes.to(dtype),
         targets.labels,
@@ -114,4 +114,5 @@ define_op(
     fake=_fake,
     public=True,
 )
+_op = torch.ops.groupdetr_fast.matching_cost.default
 register_triton("matching_cost", f"{__package__}.triton_kernels", "forward")

@@ -1,10 +1,15 @@
 """``matching_cost`` on NVIDIA GPUs: the three terms of same-image pairs in one pass over queries and targets."""
 
+import functools
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._triton_focal import class_probability, focal_factor
+from .._triton_launch import Launch, flat_rows
 
 _BLOCK_Q = 64
 _LAUNCH = {"num_warps": 4, "num_stages": 1}
@@ -123,38 +128,34 @@ def forward(
     gamma: float,
 ) -> Tensor:
     """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
-    queries, classes = logits.shape[-2:]
-    images, max_targets = target_labels.shape
-    cost = boxes.new_empty((*logits.shape[:-2], max_targets, queries))
+    max_targets = target_labels.shape[1]
+    cost = boxes.new_empty((*logits.shape[:-2], max_targets, logits.shape[-2]))
     if cost.numel() == 0:
         return cost
-    logits = logits.reshape(-1, queries, classes)
-    boxes = boxes.reshape(-1, queries, 4)
-    block_t = _block_t(max_targets, cost.element_size())
-    grid = (len(logits) * triton.cdiv(queries, _BLOCK_Q) * triton.cdiv(max_targets, block_t),)
-    _matching_cost_kernel[grid](
-        cost,
-        logits,
-        boxes,
-        target_labels.contiguous(),
-        target_boxes.contiguous(),
-        num_targets.contiguous(),
-        *logits.stride(),
-        *boxes.stride(),
-        images,
-        max_targets,
-        queries,
-        classes,
-        CLASS_WEIGHT=class_weight,
-        L1_WEIGHT=l1_weight,
-        GIOU_WEIGHT=giou_weight,
-        ALPHA=alpha,
-        GAMMA=gamma,
-        BLOCK_T=block_t,
-        BLOCK_Q=_BLOCK_Q,
-        **_LAUNCH,
-    )
+    logits, strides = flat_rows(logits)
+    boxes, box_strides = flat_rows(boxes)
+    settings = class_weight, l1_weight, giou_weight, alpha, gamma
+    launch = _launch(logits.shape, strides, box_strides, target_labels.shape, cost.element_size(), *settings)
+    targets = (target_labels, target_boxes, num_targets)
+    launch(cost, logits, boxes, *(tensor.contiguous() for tensor in targets))
     return cost
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    box_strides: tuple[int, ...],
+    target_shape: torch.Size,
+    element_size: int,
+    *weights: float,
+) -> Launch:
+    *leading, queries, classes = shape
+    block_t = _block_t(target_shape[1], element_size)
+    blocks = math.prod(leading) * triton.cdiv(queries, _BLOCK_Q) * triton.cdiv(target_shape[1], block_t)
+    names = ("CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "ALPHA", "GAMMA")
+    settings = {**dict(zip(names, weights, strict=True)), "BLOCK_T": block_t, "BLOCK_Q": _BLOCK_Q, **_LAUNCH}
+    return Launch(_matching_cost_kernel, blocks, (*strides, *box_strides, *target_shape, queries, classes), settings)
 
 
 def _block_t(max_targets: int, element_size: int) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import block_double_backward, define_op, register_autograd
+from ..._eager import EagerOp
+from ..._library import block_double_backward, define_op
 from .reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -52,7 +53,7 @@ def ms_deform_attn(
     shapes = [tuple(shape) for shape in spatial_shapes]
     _check(value, shapes, sampling_locations, attention_weights)
     flat = [size for shape in shapes for size in shape]
-    return torch.ops.groupdetr_fast.ms_deform_attn(value, flat, sampling_locations, attention_weights)
+    return _op(value, flat, sampling_locations, attention_weights)
 
 
 def _check(value: Tensor, shapes: list[tuple[int, ...]], locations: Tensor, weights: Tensor) -> None:
@@ -120,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = torch.ops.groupdetr_fast.ms_deform_attn_backward(
+    grad_value, grad_locations, grad_weights = _op_backward(
         grad_out,
         value,
         ctx.spatial_shapes,
@@ -144,5 +145,7 @@ def _by_channel(grad: Tensor) -> Tensor:
     return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-register_autograd("ms_deform_attn", setup_context=_setup_context, backward=_backward)
+_op = EagerOp("ms_deform_attn")
+_op_backward = EagerOp("ms_deform_attn_backward")
+_op.register_autograd(setup_context=_setup_context, backward=_backward)
 block_double_backward("ms_deform_attn_backward")

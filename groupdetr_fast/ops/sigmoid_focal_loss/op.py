@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import block_double_backward, define_op, register_autograd
+from ..._eager import EagerOp
+from ..._library import block_double_backward, define_op
 from .._triton import register_triton
 from .reference import sigmoid_focal_loss_backward_reference, sigmoid_focal_loss_reference
 
@@ -58,7 +59,7 @@ def sigmoid_focal_loss(logits: Tensor, target_classes: Tensor, *, alpha: float =
         )
     if gamma < 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
-    return torch.ops.groupdetr_fast.sigmoid_focal_loss(logits, target_classes, float(alpha), float(gamma))
+    return _op(logits, target_classes, float(alpha), float(gamma))
 
 
 def _fake(logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -89,14 +90,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logits = torch.ops.groupdetr_fast.sigmoid_focal_loss_backward(
-        grad_out, *ctx.saved_tensors, ctx.alpha, ctx.gamma
-    )
+    grad_logits = _op_backward(grad_out, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
     no_grad_target_classes = no_grad_alpha = no_grad_gamma = None
     return grad_logits, no_grad_target_classes, no_grad_alpha, no_grad_gamma
 
 
-register_autograd("sigmoid_focal_loss", setup_context=_setup_context, backward=_backward)
+_op = EagerOp("sigmoid_focal_loss")
+_op_backward = EagerOp("sigmoid_focal_loss_backward")
+_op.register_autograd(setup_context=_setup_context, backward=_backward)
 block_double_backward("sigmoid_focal_loss_backward")
 register_triton("sigmoid_focal_loss", f"{__package__}.triton_kernels", "forward")
 register_triton("sigmoid_focal_loss_backward", f"{__package__}.triton_kernels", "backward")

@@ -1,11 +1,15 @@
 """``sigmoid_focal_loss`` on NVIDIA GPUs: one pass over the logits forward, one backward."""
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._triton_focal import class_probability, focal_factor
+from .._triton_launch import Launch, empty_as, flat_rows
 from . import reference
 
 _NO_OBJECT = tl.constexpr(reference.NO_OBJECT)
@@ -97,51 +101,48 @@ def _sigmoid_focal_loss_bwd_kernel(
 
 def forward(logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:
     """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
-    queries, classes = logits.shape[-2:]
     leading = logits.shape[:-2]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() == 0:
         return logits.new_zeros(leading, dtype=dtype)
-    logits = logits.reshape(-1, queries, classes)
-    blocks = _blocks(classes)
-    partial = logits.new_empty((len(logits), triton.cdiv(queries, blocks["BLOCK_Q"])), dtype=dtype)
-    _sigmoid_focal_loss_fwd_kernel[(partial.numel(),)](
-        partial,
-        logits,
-        target_classes.contiguous(),
-        *logits.stride(),
-        queries,
-        classes,
-        ALPHA=alpha,
-        GAMMA=gamma,
-        **blocks,
-        **_LAUNCH,
-    )
-    return partial.sum(1).view(leading)
+    logits, strides = flat_rows(logits)
+    launch, blocks = _forward_launch(logits.shape, strides, alpha, gamma)
+    partial = logits.new_empty((*leading, blocks), dtype=dtype)
+    launch(partial, logits, target_classes.contiguous())
+    return partial.sum(-1)
 
 
 def backward(grad_loss: Tensor, logits: Tensor, target_classes: Tensor, alpha: float, gamma: float) -> Tensor:
     """Launch; the arguments are those of the operator. Leading dimensions that are no view of one are copied."""
-    queries, classes = logits.shape[-2:]
-    grad_logits = logits.new_empty(logits.shape)
+    grad_logits = empty_as(logits)
     if logits.numel() == 0:
         return grad_logits
-    logits = logits.reshape(-1, queries, classes)
-    blocks = _blocks(classes)
-    _sigmoid_focal_loss_bwd_kernel[(len(logits) * triton.cdiv(queries, blocks["BLOCK_Q"]),)](
-        grad_logits,
-        grad_loss.contiguous(),
-        logits,
-        target_classes.contiguous(),
-        *logits.stride(),
-        queries,
-        classes,
-        ALPHA=alpha,
-        GAMMA=gamma,
-        **blocks,
-        **_LAUNCH,
-    )
+    logits, strides = flat_rows(logits)
+    launch = _backward_launch(logits.shape, strides, alpha, gamma)
+    launch(grad_logits, grad_loss.contiguous(), logits, target_classes.contiguous())
     return grad_logits
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(shape: torch.Size, strides: tuple[int, ...], alpha: float, gamma: float) -> tuple[Launch, int]:
+    """A launch, and how many partial sums it writes for each problem."""
+    return _launch(_sigmoid_focal_loss_fwd_kernel, shape, strides, alpha, gamma)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launch(shape: torch.Size, strides: tuple[int, ...], alpha: float, gamma: float) -> Launch:
+    return _launch(_sigmoid_focal_loss_bwd_kernel, shape, strides, alpha, gamma)[0]
+
+
+def _launch(
+    kernel: triton.JITFunction, shape: torch.Size, strides: tuple[int, ...], alpha: float, gamma: float
+) -> tuple[Launch, int]:
+    """A launch for logits of a shape ``[..., Q, C]``, and its programs for each problem."""
+    *leading, queries, classes = shape
+    tile = _blocks(classes)
+    blocks = triton.cdiv(queries, tile["BLOCK_Q"])
+    settings = {"ALPHA": alpha, "GAMMA": gamma, **tile, **_LAUNCH}
+    return Launch(kernel, math.prod(leading) * blocks, (*strides, queries, classes), settings), blocks
 
 
 def _blocks(classes: int) -> dict[str, int]:
