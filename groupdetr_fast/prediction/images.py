@@ -1,7 +1,7 @@
 """From images to named detections."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -111,7 +111,7 @@ class Predictor:
         *,
         in_thread: Callable[[T], bool],
         ordered: bool = False,
-    ) -> Iterator[Found[E]]:
+    ) -> Generator[Found[E], None, None]:
         """Detect objects in images, which may come out in another order.
 
         Args:
@@ -134,7 +134,7 @@ class Predictor:
             items,
             load,
             workers=self.workers,
-            ahead=1 if tiled else max(options.batch_size, 2 * self.workers),
+            ahead=2 if tiled else max(options.batch_size, 2 * self.workers),
             in_thread=in_thread,
         )
         views = (view for each in loaded if each is not None for view in self._of(each))
