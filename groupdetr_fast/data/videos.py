@@ -1,6 +1,7 @@
 """Frames of video files, cameras and streams, the right way up, and files of frames, by PyAV (extra ``video``)."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Video:
         source: a file; the number of a camera (Linux and macOS); an address such as ``rtsp://...``.
 
     Attributes:
-        name: what it is called in messages.
+        name: what it is called in messages, without the password of an address.
         live: whether frames come when they come: those of a camera or a stream.
         rate: frames a second, on average; None if that is not known.
         length: how many frames the file says it has; None if it does not.
@@ -132,10 +133,10 @@ class Video:
         require_video()
         import av
 
-        self.name = str(source)
+        self.name = re.sub("(?<=://)[^/@]*@", "", str(source))
         self.damage: str | None = None
         camera = is_stream(source) and "://" not in str(source)
-        file, form, options = _camera(int(self.name)) if camera else (self.name, None, _options(self.name))
+        file, form, options = _camera(int(self.name)) if camera else (str(source), None, _options(self.name))
         if not camera and not is_stream(source) and not Path(file).exists():
             raise DataError(f"video {file} does not exist")
         timeout = TIMEOUT if is_stream(source) and not camera else None

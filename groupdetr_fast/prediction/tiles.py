@@ -142,11 +142,13 @@ class Tiling:
 
     def _overlap(self, box: Tensor, others: Tensor) -> Tensor:
         """Of a box ``[4]`` with others ``[n, 4]``."""
-        iou = box_iou(box[None].double(), others.double())[0]
+        box, others = box[None].double(), others.double()
         if self.metric == "iou":
-            return iou
-        own, areas = _areas(box[None].double()), _areas(others.double())
-        return iou / (1 + iou) * (own + areas) / torch.minimum(own, areas).clamp(min=1e-9)
+            return box_iou(box, others)[0]
+        inner = torch.cat((torch.maximum(box[:, :2], others[:, :2]), torch.minimum(box[:, 2:], others[:, 2:])), dim=1)
+        # where they do not meet, both sides of the inner box may be negative
+        sides = (inner[:, 2:] - inner[:, :2]).clamp(min=0)
+        return sides.prod(1) / torch.minimum(_areas(box), _areas(others)).clamp(min=1e-9)
 
 
 def _areas(boxes: Tensor) -> Tensor:
