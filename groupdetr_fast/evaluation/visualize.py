@@ -137,7 +137,7 @@ def draw_image(
 
 
 def draw_frame(image: Tensor, prediction: Mapping[str, Tensor], category_names: Sequence[str]) -> Tensor:
-    """One frame of a video with its predictions, at its own size: some milliseconds, as :func:`draw_image` takes many.
+    """One frame of a video with its predictions, at its own size: faster and plainer than :func:`draw_image`.
 
     Args:
         image: uint8 ``[3, H, W]``, RGB.
@@ -165,11 +165,12 @@ def draw_frame(image: Tensor, prediction: Mapping[str, Tensor], category_names: 
         prediction["boxes"][order],
         [f"{_name(label, category_names)} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
         colors=colours,
-        width=max(1, round(long_side / 500)),
+        width=max(1, round(long_side / 320)),
         font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
-        font_size=max(10, round(long_side / 70)),
+        font_size=max(10, round(long_side / 50)),
         label_colors="white",
         label_background_colors=colours,
+        fill_labels=True,
     )
 
 

@@ -2,9 +2,7 @@
 
 import json
 import logging
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from ...evaluation.visualize import (
 from ...files import read_json, write_whole
 from ...prediction import InferenceSettings
 from .coco import as_entries, categories
+from .drawing import DrawingThread
 
 __all__ = ["JSON", "ImageReader", "ImageResults", "ReadImage"]
 
 logger = logging.getLogger(__name__)
 
-WAITING = 8  # pictures that are yet to be drawn
 JSON, SHEET, PICTURES = "predictions.json", "contact_sheet.png", "images"
 
 
@@ -114,9 +112,7 @@ class ImageResults:
         self.names = _file_names(paths)
         self.entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         self.thumbnails: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        # One thread, since matplotlib is not made for several.
-        self.artist = ThreadPoolExecutor(1, thread_name_prefix="draw-images")
-        self.drawn: deque[Future[None]] = deque()
+        self.drawing = DrawingThread()
         output.mkdir(parents=True, exist_ok=True)
         self._remove_earlier()
 
@@ -129,25 +125,17 @@ class ImageResults:
         if self.annotated:
             entry["picture"] = picture = f"{PICTURES}/{self.names[index]}"
             shown = scale_objects(tensors, image.size, _size(image.picture))
-            self._draw(image.picture, shown, self.output / picture)
+            names = self.settings.class_names
+            self.drawing.add(draw_image, image.picture, shown, names, self.output / picture, self.least)
         if self.contact_sheet:
             thumbnail = reduce_image(image.picture, CELL_PIXELS)
             self.thumbnails[index] = (thumbnail, scale_objects(tensors, image.size, _size(thumbnail)))
             if len(self.thumbnails) > self.contact_sheet:
                 del self.thumbnails[max(self.thumbnails)]
 
-    def _draw(self, picture: Tensor, detections: dict[str, Tensor], path: Path) -> None:
-        """Leave a picture to the thread that draws, once few others wait for it."""
-        while len(self.drawn) >= WAITING:
-            self.drawn.popleft().result()
-        names = self.settings.class_names
-        self.drawn.append(self.artist.submit(draw_image, picture, detections, names, path, self.least))
-
     def finish(self) -> None:
         """Write what is about all images, and say how many there are."""
-        for picture in self.drawn:
-            picture.result()
-        self.artist.shutdown()
+        self.drawing.finish()
         content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         for image_id, index in enumerate(sorted(self.entries), start=1):
             image, annotations = self.entries[index]

@@ -11,6 +11,7 @@ from ...evaluation.visualize import draw_frame
 from ...files import write_whole
 from ...prediction import InferenceSettings
 from .coco import as_entries, categories
+from .drawing import DrawingThread
 
 __all__ = ["VIDEOS", "FrameFormat", "VideoResults", "stem_of"]
 
@@ -57,7 +58,7 @@ class VideoResults:
             (folder / earlier).unlink(missing_ok=True)
         self._lines = self.path.open("w") if form == "jsonl" else None
         self._writer = VideoWriter(folder / f"{stem}.mp4", rate) if annotated else None
-        self._names = {each["id"]: each["name"] for each in categories(settings, settings.category_ids or ())}
+        self._drawing = DrawingThread()
         self._content: dict[str, list[dict[str, Any]]] = {"videos": [], "images": [], "annotations": []}
         self.frames = self.detections = 0
 
@@ -76,7 +77,11 @@ class VideoResults:
         else:
             self._add_to_coco(frame, size, time, entries)
         if self._writer is not None:
-            self._writer.add(draw_frame(frame.image, detection, self.settings.class_names), frame.time)
+            self._drawing.add(self._draw, frame, detection)
+
+    def _draw(self, frame: Frame, detection: Mapping[str, Any]) -> None:
+        assert self._writer is not None
+        self._writer.add(draw_frame(frame.image, detection, self.settings.class_names), frame.time)
 
     def _add_to_coco(self, frame: Frame, size: dict[str, int], time: float, entries: list[dict[str, Any]]) -> None:
         content = self._content
@@ -91,6 +96,7 @@ class VideoResults:
 
     def finish(self) -> None:
         """Finish the files, and say what is in them."""
+        self._drawing.finish()
         if self._lines is not None:
             self._lines.close()
         else:
