@@ -1,5 +1,6 @@
 """Detections in the frames of a video, and what is in memory meanwhile."""
 
+import re
 import socket
 import threading
 import time
@@ -83,7 +84,7 @@ def test_what_is_damaged_is_said_after_the_last_frame(tmp_path, caplog):
     assert 5 < len(found) < 55
     for index, _, detection in found:
         assert detection["class_names"], index
-    assert f"b.mp4: 1 of its frames cannot be read, and it ends after {len(found)} of 60 frames" in caplog.text
+    assert re.search(rf"b.mp4: \d of its frames cannot be read, and it ends after {len(found)} of 60 fr", caplog.text)
 
 
 def test_the_video_is_never_in_memory_as_a_whole(tmp_path):
@@ -156,9 +157,9 @@ def test_the_newest_of_what_comes():
         given.set()
 
     fetched = prefetched(items(), 1, newest=True)
-    first = next(fetched)
+    got = [next(fetched)]
     given.wait(10)
-    rest = list(fetched)
-    assert first <= rest[0]
-    assert len(rest) < 10
-    assert rest[-1] == 49
+    got += fetched
+    assert got == sorted(set(got))
+    assert len(got) <= 3
+    assert got[-1] == 49
