@@ -35,8 +35,8 @@ LIGHT = {"backbone": "conv:8-16-16-16", "encoder_layers": 1, "decoder_layers": 1
 
 # name: settings of the detector, short side and limit on the long side of the images
 DETECTORS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
-    "Conditional DETR R50": ({}, (320, 533)),
-    "light backbone": ({**LIGHT, "num_heads": 4, "num_queries": 100}, (320, 533)),
+    "Conditional DETR R50": ({}, (256, 427)),
+    "light backbone": ({**LIGHT, "num_heads": 4, "num_queries": 100}, (256, 427)),
 }
 
 

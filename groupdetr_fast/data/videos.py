@@ -25,7 +25,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 TIMEOUT = 20.0  # seconds without anything from a stream
 FASTEST = 1000  # frames a second; where a file says so many it is the resolution of its clock
-TICKS = 90_000  # a second, of the times in files that are written
+TICKS = 60_000  # a second, of the times in files that are written; MPEG-4 has at most 65,535
 LOST = 0.02  # of the frames that a file says it has: so many may be missing without harm, as after an edit
 
 

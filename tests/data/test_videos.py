@@ -197,8 +197,13 @@ def test_a_stream_is_live(tmp_path):
     server.close()
 
 
+@pytest.mark.parametrize("codec", ["h264", "mpeg4"])
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63), (1, 1)])
-def test_frames_are_written_and_read_again(tmp_path, height, width):
+def test_frames_are_written_and_read_again(tmp_path, monkeypatch, height, width, codec):
+    if codec == "mpeg4":
+        monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    elif "libx264" not in av.codecs_available:
+        pytest.skip("this build of PyAV has no libx264")
     writer = VideoWriter(tmp_path / "a.mp4", 10)
     times = [0.0, 0.1, 0.35, 0.35, 1.0]
     for index, time in enumerate(times):
@@ -206,6 +211,8 @@ def test_frames_are_written_and_read_again(tmp_path, height, width):
     writer.close()
     with Video(tmp_path / "a.mp4") as video:
         frames = list(video.frames())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == codec
     assert [frame.time for frame in frames] == pytest.approx(times, abs=1e-3)
     assert frames[0].image.shape == (3, height + height % 2, width + width % 2)
     for index, frame in enumerate(frames):
