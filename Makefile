@@ -16,10 +16,10 @@ demo: $(VENV)/.train
 	$(BIN)/python examples/train_coco.py --overwrite
 
 # Every part of the package; test-all adds the tests marked slow (kernels at full length, every GPU architecture).
-test: $(VENV)/.test
+test: $(VENV)/.trackers
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.trackers
 	$(BIN)/python -m pytest --durations=15
 
 # RF-DETR with this package's kernels, which are those of $(VENV), in an environment of its own: rfdetr[train] asks for
@@ -112,6 +112,12 @@ $(VENV)/.venv:
 
 $(VENV)/.torch: $(VENV)/.venv
 	$(INSTALL) --quiet torch torchvision 'setuptools>=77.0.1' wheel ninja
+	touch $@
+
+# A tracker for what to_supervision gives. It asks for a newer numpy than the oldest that this package works with, and so
+# is not in the extra test.
+$(VENV)/.trackers: $(VENV)/.test
+	$(INSTALL) --quiet 'trackers>=2.1'
 	touch $@
 
 # One stamp per extra: .train, .test, .bench, .docs. The package is installed in place, its extension compiled.

@@ -11,6 +11,7 @@ COMMANDS = {
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
     "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
     "op_host": ("cpu.op_host", "what an eager call of an op costs the host, without a GPU"),
+    "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),

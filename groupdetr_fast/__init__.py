@@ -40,16 +40,18 @@ __all__ = [
     "ops",
     "postprocess",
     "predict",
+    "predict_video",
+    "to_supervision",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """``Detector``, ``load_model`` and ``predict``, which need the extra ``train``, as the rest does not."""
+    """``Detector`` and what belongs to prediction, which need the extra ``train``, as the rest does not."""
     if name == "Detector":
         from .detector import Detector
 
         return Detector
-    if name in ("load_model", "predict"):
+    if name in ("load_model", "predict", "predict_video", "to_supervision"):
         from . import prediction
 
         return getattr(prediction, name)

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
 from .models.detector import Detector as Model
 from .models.registry import model_config
-from .prediction import describe_model, load_model, predict, settings_of
+from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
 from .runs.recipes import launched_recipe
@@ -193,6 +193,12 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Detect objects in images; arguments, results and errors are those of ``gd.predict``."""
         return predict(self._require_weights("predict"), images, score_threshold=score_threshold, **settings)
+
+    def predict_video(
+        self, source: str | Path | int, *, score_threshold: float = 0.3, **settings: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Detect objects in a video; arguments, what is given and errors are those of ``gd.predict_video``."""
+        return predict_video(self._require_weights("predict"), source, score_threshold=score_threshold, **settings)
 
     def export(self, path: str | Path, image_size: tuple[int, int] | None = None, *, masks: bool = False) -> Path:
         """Write an inference graph, ``.onnx`` or ``.pt2``; see ``exporting.export_file``."""

@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-EXTRAS = ("train", "export", "transformers", "test")
+EXTRAS = ("train", "export", "supervision", "transformers", "video", "test")
 
 
 def requirements() -> list[str]:

@@ -6,19 +6,30 @@ memory of an image.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from matplotlib import colormaps, patheffects
+from matplotlib import colormaps, get_data_path, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-__all__ = ["CELL_PIXELS", "PICTURE_PIXELS", "draw_detections", "draw_image", "reduce_image", "scale_objects"]
+__all__ = [
+    "CELL_PIXELS",
+    "PICTURE_PIXELS",
+    "draw_detections",
+    "draw_frame",
+    "draw_image",
+    "reduce_image",
+    "scale_objects",
+]
 
 CELL_PIXELS = 600  # of the long side of an image that is shown together with others
 PICTURE_PIXELS = 2000  # of the long side of a picture of one image, at most
@@ -125,6 +136,44 @@ def draw_image(
     canvas.print_figure(path, dpi=shown / _LONG_SIDE)
 
 
+def draw_frame(image: Tensor, prediction: Mapping[str, Tensor], category_names: Sequence[str]) -> Tensor:
+    """One frame of a video with its predictions, at its own size: faster and plainer than :func:`draw_image`.
+
+    Args:
+        image: uint8 ``[3, H, W]``, RGB.
+        prediction: as one of those of :func:`draw_detections`; all of them are drawn.
+        category_names: the name of each label; other labels are shown by their number.
+
+    Returns:
+        uint8 ``[3, H, W]``.
+    """
+    # Best last, so that it lies on top; and what has a width and a height.
+    sides = prediction["boxes"][:, 2:] - prediction["boxes"][:, :2]
+    order = [index for index in prediction["scores"].argsort().tolist() if sides[index].min() > 0]
+    if not order:
+        return image
+    labels, masks = [prediction["labels"].tolist()[index] for index in order], prediction.get("masks")
+    palette = _palette(category_names, masks is not None)
+    keys = labels if masks is None else order
+    colours = [tuple(round(255 * part) for part in palette(key % palette.N)[:3]) for key in keys]
+    if masks is not None:
+        image = draw_segmentation_masks(image, masks[order], alpha=_MASK_ALPHA, colors=colours)
+    long_side = max(image.shape[1:])
+    scores = prediction["scores"][order].tolist()
+    return draw_bounding_boxes(
+        image,
+        prediction["boxes"][order],
+        [f"{_name(label, category_names)} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
+        colors=colours,
+        width=max(1, round(long_side / 320)),
+        font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
+        font_size=max(10, round(long_side / 50)),
+        label_colors="white",
+        label_background_colors=colours,
+        fill_labels=True,
+    )
+
+
 def reduce_image(image: Tensor, long_side: int) -> Tensor:
     """An image ``[3, H, W]`` with a long side of at most ``long_side`` pixels."""
     height, width = image.shape[1:]
@@ -154,7 +203,7 @@ def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequen
     labels, scores, masks = objects["labels"].tolist(), objects.get("scores"), objects.get("masks")
     # Best last, so that it lies on top.
     order = range(len(labels)) if scores is None else scores.argsort().tolist()
-    palette = colormaps["tab10" if masks is None and len(names) <= 10 else "tab20"]
+    palette = _palette(names, masks is not None)
     colours = [palette((label if masks is None else index) % palette.N) for index, label in enumerate(labels)]
     if masks is not None:
         pixels = _overlay(pixels, [masks[index].cpu().numpy() > 0 for index in order], [colours[i] for i in order])
@@ -162,7 +211,7 @@ def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequen
     height, width = image.shape[1:]
     for index in order:
         corners = objects["boxes"][index].tolist()
-        text = names[labels[index]][:_NAME] if 0 <= labels[index] < len(names) else str(labels[index])
+        text = _name(labels[index], names)
         if scores is not None:
             text += f" {scores[index]:.2f}"
         if masks is None:
@@ -171,6 +220,14 @@ def _draw(axis: Axes, full: Tensor, objects: Mapping[str, Tensor], names: Sequen
             _write(axis, text, corners, colours[index], height, width)
     axis.set_xlim(-0.5, width - 0.5)
     axis.set_ylim(height - 0.5, -0.5)
+
+
+def _palette(names: Sequence[str], by_object: bool) -> ListedColormap:
+    return cast(ListedColormap, colormaps["tab10" if not by_object and len(names) <= 10 else "tab20"])
+
+
+def _name(label: int, names: Sequence[str]) -> str:
+    return names[label][:_NAME] if 0 <= label < len(names) else str(label)
 
 
 def _overlay(pixels: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[float, ...]]) -> np.ndarray:

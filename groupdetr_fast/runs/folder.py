@@ -22,6 +22,7 @@ OF_A_RUN = (
     "detections.json",
     "predictions.png",
     "index.html",
+    "class_thresholds.json",
     "report",
     "trackers.json",
 )

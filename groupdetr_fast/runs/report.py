@@ -18,16 +18,16 @@ from ..evaluation.diagnosis import ERRORS, ClassDiagnosis, Diagnosis, diagnose
 from ..evaluation.ground_truth import IouType
 from ..evaluation.plots import draw_confusion, draw_curves, draw_errors, draw_precision_recall
 from ..evaluation.visualize import draw_detections
-from ..files import read_json, write_whole
+from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
 from ..prediction import class_table
 from .config import CocoTrainingConfig
 
-__all__ = ["PAGE", "write_report"]
+__all__ = ["PAGE", "THRESHOLDS", "write_report"]
 
 logger = logging.getLogger(__name__)
 
-PAGE, PICTURES = "index.html", "report"
+PAGE, PICTURES, THRESHOLDS = "index.html", "report", "class_thresholds.json"
 WORST_IMAGES = 6
 
 
@@ -38,6 +38,9 @@ def write_report(
     history: Sequence[Mapping[str, Any]] = (),
 ) -> Path | None:
     """Write ``index.html`` and the pictures in it, from ``detections.json`` in the folder of the run.
+
+    Beside it comes ``class_thresholds.json``: of each class the score from which detections are best kept, as
+    prediction takes it; null where none is right.
 
     The page needs no other file. It has the metrics, for each class its AP and the score from which detections are
     best kept, errors by kind, a confusion matrix, the worst images, the curves of a training and its settings.
@@ -69,6 +72,7 @@ def _write(
     iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     results = read_json(config.output / "detections.json") or []
     diagnosis = diagnose(dataset.annotation_file, results, iou_type)
+    write_json(config.output / THRESHOLDS, {each.name: each.threshold for each in diagnosis.classes})
     sections = [_summary(config, dataset, metrics, history)]
     if history:
         draw_curves(history, folder / "curves.png")

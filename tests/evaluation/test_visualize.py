@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from groupdetr_fast.evaluation import draw_detections, draw_image
-from groupdetr_fast.evaluation.visualize import scale_objects
+from groupdetr_fast.evaluation.visualize import draw_frame, scale_objects
 
 NAMES = ["cat", "dog", "a much longer name"]
 
@@ -143,3 +143,32 @@ def test_lengths_must_agree(tmp_path):
         draw_detections([], [], [], NAMES, tmp_path / "x.png")
     with pytest.raises(ValueError, match="got 1, 1 and 0"):
         draw_detections([image], [objects()], [], NAMES, tmp_path / "x.png")
+
+
+def test_a_frame_keeps_its_size_and_shows_every_detection():
+    image = torch.full((3, 120, 200), 200, dtype=torch.uint8)
+    found = objects([10, 40, 60, 100], [90, 50, 190, 110], [5, 5, 5, 9], scores=[0.9, 0.1, 0.8])
+    before = image.clone()
+    picture = draw_frame(image, found, NAMES[:2])
+    assert picture.shape == image.shape
+    assert picture.dtype == torch.uint8
+    assert torch.equal(image, before)
+    shown = picture.permute(1, 2, 0).numpy()
+    cat, dog = (pixels_of_colour(shown, label) for label in range(2))
+    assert (cat.min(), cat.max()) == pytest.approx((10, 75), abs=16)  # with the name, beside a narrow box
+    assert (dog.min(), dog.max()) == pytest.approx((90, 190), abs=2)
+    assert len(pixels_of_colour(shown, 2)) == 0, "a box without a width"
+    nothing = objects(scores=[])
+    assert torch.equal(draw_frame(image, nothing, NAMES), image)
+
+
+def test_masks_of_a_frame():
+    image = torch.full((3, 64, 96), 200, dtype=torch.uint8)
+    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
+    masks[0, 30:50, 10:30], masks[1, 30:50, 60:80] = True, True
+    found = {**objects([10, 30, 30, 50], [60, 30, 80, 50], scores=[0.5, 0.9]), "masks": masks}
+    picture = draw_frame(image, found, NAMES)
+    changed = (picture != image).any(0)
+    assert changed[masks[0]].all()
+    assert changed[masks[1]].all()
+    assert not changed[56:].any()

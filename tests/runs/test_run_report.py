@@ -14,6 +14,8 @@ from pycocotools import mask as rle
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.evaluation.coco import evaluate_coco
+from groupdetr_fast.prediction import InferenceSettings
+from groupdetr_fast.prediction.selection import Selection
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.loaders import evaluation_set
 from groupdetr_fast.runs.report import write_report
@@ -99,6 +101,20 @@ def test_the_page_of_a_training_has_its_curves(run):
     assert len(Page(text).pictures) == 5
     assert f"2 epochs in 1.0 minutes of training; best AP {metrics['AP']:.3f} in epoch 2" in text
     assert f"groupdetr train --config {config.output / 'config.yaml'}" in text
+
+
+def test_prediction_takes_the_thresholds_that_are_written(run):
+    """Of classes that were found 0.9, the score of all that is right; null for others, which have the general one."""
+    config, dataset, metrics, _ = run
+    write_report(config, dataset, metrics)
+    path = config.output / "class_thresholds.json"
+    thresholds = json.loads(path.read_text())
+    names = [category["name"] for category in dataset.categories]
+    assert list(thresholds) == names
+    assert set(thresholds.values()) == {0.9, None}
+    settings = InferenceSettings().with_categories(dataset.categories, "contiguous")
+    selected = Selection.of(settings, len(names), 0.5, None, path).for_postprocess(len(names))
+    assert selected.tolist() == pytest.approx([thresholds[name] or 0.5 for name in names])
 
 
 def test_the_page_of_masks(run):

@@ -1,0 +1,212 @@
+"""The command ``groupdetr predict``, put together."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ...data import DataError
+from ...data.annotations import read_json as read_coco
+from ...data.videos import FrameChoice, Video, is_stream, require_video
+from ...evaluation.visualize import CELL_PIXELS, PICTURE_PIXELS
+from ...prediction import InferenceSettings, load_model, settings_of
+from ...prediction.images import Predictor
+from ...prediction.options import Options
+from ...prediction.tiles import Merge, Metric
+from ...prediction.video import detect_frames
+from ..flags import CheckpointArgument, DetectorFlags, named
+from .images import ImageReader, ImageResults
+from .progress import Bar
+from .sources import find_sources
+from .videos import VIDEOS, FrameFormat, VideoResults, stem_of
+
+__all__ = ["PredictCommand"]
+
+MOST_THUMBNAILS = 200  # beyond which a picture is too large to look at
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictCommand(DetectorFlags):
+    """Detect objects in images and videos.
+
+    Of images, ``predictions.json`` is written (a COCO file: images, categories, and detections with scores as
+    annotations), each image with its detections into ``images/``, and the first of them together into
+    ``contact_sheet.png``. Of each video, the frames with their detections are written as a video into ``videos/``, and
+    the detections beside it. What cannot be read is named, and the rest done. Ctrl-C ends with files of what was done.
+
+    Attributes:
+        checkpoint: file or folder of this package, such as that of a run, of an original repository or transformers;
+            or transformers:DIR_OR_ID, for a model of transformers in a directory or on the hub.
+        images: files, folders (the images and videos directly in them) and patterns such as "photos/**/*.jpg"; the
+            number of a camera; the address of a stream, such as rtsp://HOST/PATH.
+        output: folder to write into.
+        categories: COCO json whose categories name the classes, for checkpoints that do not.
+        labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
+        score_threshold: detections with lower scores are left out.
+        classes: what to detect, such as person,car: names of classes, or their numbers; None for all.
+        class_thresholds: for some classes a score in place of score_threshold, such as person=0.3,car=0.5; or a json or
+            yaml file, such as the class_thresholds.json of an evaluation.
+        top_k: detections per image, or per tile.
+        batch_size: images, tiles or frames at a time.
+        tile: detect in overlapping squares of this side, in pixels of the image, and join what is found: for small
+            objects in large images; None for whole images.
+        tile_overlap: of neighbouring tiles, at least, as a share of their side.
+        tile_whole: with tiles, also detect in the whole image, for objects larger than a tile.
+        tile_merge: of overlapping detections of a class, nmm joins all, and nms keeps the best.
+        tile_metric: the overlap over the smaller box, ios, or over the union, iou.
+        tile_match: from which overlap on two detections are of one object.
+        every: of videos, every so many frames.
+        fps: of videos, at most so many frames of a second; in place of every.
+        max_frames: of each video, at most so many frames.
+        frame_format: detections in videos as json lines, a line for each frame, or as a COCO file.
+        workers: threads that read images ahead; None for what the machine has cores for, at most 8.
+        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
+        eval_short_side: short side to which images are resized, in pixels; None for that of the checkpoint.
+        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's.
+        image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
+        image_std: standard deviation of the same.
+        device: such as cpu or cuda:1; None for a GPU if there is one.
+        contact_sheet: images in ``contact_sheet.png``, at most 200; 0 for none.
+        annotated: whether to write each image, and each video, with its detections.
+    """
+
+    checkpoint: CheckpointArgument = None
+    images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGES")]] = ()
+    output: Path = Path("runs/predict")
+    categories: Path | None = None
+    labels: Literal["contiguous", "category_id"] = "category_id"
+    score_threshold: float = 0.3
+    classes: str | None = None
+    class_thresholds: str | None = None
+    top_k: int = 100
+    batch_size: int = 4
+    tile: int | None = None
+    tile_overlap: float = 0.2
+    tile_whole: bool = True
+    tile_merge: Merge = "nmm"
+    tile_metric: Metric = "ios"
+    tile_match: float = 0.5
+    every: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    frame_format: FrameFormat = "jsonl"
+    workers: int | None = None
+    square: bool | None = None
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    device: str | None = None
+    contact_sheet: int = 24
+    annotated: bool = True
+
+    def __call__(self) -> None:
+        if not 0 <= self.contact_sheet <= MOST_THUMBNAILS:
+            raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
+        options = Options(
+            **{each.name: getattr(self, each.name) for each in fields(Options) if each.name != "settings"}
+        )
+        self._frame_choice()
+        checkpoint = named(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
+        sources = find_sources(self.images, besides=self.output)
+        if not sources.exist:
+            raise DataError(f"there is nothing at {sources}")
+        if sources.videos:
+            require_video()
+        model = load_model(checkpoint, device=self.device, **self.detector_settings())
+        settings = self._settings(settings_of(model))
+        options = Options(**{**vars(options), "settings": settings})
+        predictor = Predictor(model, options, workers=self.workers)
+        faults = [self._images(predictor, sources.images)] if sources.images else []
+        stems: set[str] = set()
+        for video in sources.videos:
+            faults.append(self._video(predictor, video, _unlike(stem_of(video), stems)))
+        if any(faults):
+            raise DataError("; ".join(filter(None, faults)))
+
+    def _frame_choice(self) -> FrameChoice:
+        return FrameChoice(self.every, self.fps, self.max_frames)
+
+    def _images(self, predictor: Predictor, paths: Sequence[Path]) -> str | None:
+        """Detect in images. Returns what is to be said of those that cannot be read."""
+        read = ImageReader(PICTURE_PIXELS if self.annotated else CELL_PIXELS)
+        results = ImageResults(
+            self.output,
+            paths,
+            predictor.settings,
+            least=predictor.selection.least,
+            contact_sheet=self.contact_sheet,
+            annotated=self.annotated,
+        )
+        with (
+            closing(predictor.detect(paths, read, in_thread=lambda _: True)) as detected,
+            Bar("images", len(paths)) as bar,
+        ):
+            try:
+                for found in detected:
+                    results.add(found.index, found.extra, found.detection)
+                    bar.advance()
+            except KeyboardInterrupt:
+                results.finish()
+                raise
+        results.finish()
+        return read.fault(paths)
+
+    def _video(self, predictor: Predictor, source: str, stem: str) -> str | None:
+        """Detect in a video. Returns what is to be said of frames that cannot be read."""
+        choice = self._frame_choice()
+        try:
+            video = Video(source)
+        except DataError as error:
+            return str(error)
+        with video:
+            rate = video.rate if self.fps is None or video.rate is None else min(self.fps, video.rate)
+            results = VideoResults(
+                self.output / VIDEOS,
+                stem,
+                video,
+                predictor.settings,
+                form=self.frame_format,
+                annotated=self.annotated,
+                rate=rate if rate is None or self.every is None else rate / self.every,
+            )
+            expected = choice.expected(video.length, video.rate)
+            try:
+                with (
+                    closing(detect_frames(predictor, video, choice)) as detected,
+                    Bar("frames" if is_stream(source) else f"frames of {stem}", expected) as bar,
+                ):
+                    for frame, detection in detected:
+                        results.add(frame, detection)
+                        bar.advance()
+            finally:  # after Ctrl-C, too
+                results.finish()
+            return f"video {video.name}: {video.damage}; the rest is done" if video.damage else None
+
+    def _settings(self, settings: InferenceSettings) -> InferenceSettings:
+        if self.categories is not None:
+            try:
+                categories = sorted(read_coco(self.categories)["categories"], key=lambda category: category["id"])
+                settings = settings.with_categories(categories, self.labels)
+            except KeyError as error:
+                raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
+        return settings.with_sizes(
+            square=self.square,
+            eval_short_side=self.eval_short_side,
+            eval_max_size=self.eval_max_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+
+def _unlike(stem: str, others: set[str]) -> str:
+    """The name, or with the first number behind it that none of the others has; it is added to them."""
+    name, number = stem, 1
+    while name in others:
+        number += 1
+        name = f"{stem}_{number}"
+    others.add(name)
+    return name

@@ -1,0 +1,128 @@
+"""From a checkpoint to a detector."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ..files import read_json
+from ..models import load_checkpoint
+from ..models.checkpoints import CheckpointHeader, build_detector, read_header
+from ..models.detector import Detector
+from ..transformers_detector.families import FAMILIES, PREFIX, of_transformers, require_transformers
+from .settings import InferenceSettings
+
+if TYPE_CHECKING:
+    from ..transformers_detector.detector import TransformersDetector
+
+__all__ = ["describe_model", "load_model"]
+
+
+def describe_model(checkpoint: str | Path, model: str | None = None) -> CheckpointHeader:
+    """The header of a checkpoint, with the name of the detector, and its settings as far as the checkpoint tells.
+
+    Args:
+        checkpoint: file or folder; or ``transformers:DIR_OR_ID``, a model of transformers as it is.
+        model: the detector's name, which takes precedence over that in the checkpoint.
+
+    Raises:
+        ValueError: if neither names the detector, or the checkpoint cannot be read.
+    """
+    if of_transformers(checkpoint):
+        return _describe_transformers(str(checkpoint))
+    header = read_header(checkpoint)
+    if header.transformers:
+        return header
+    if (model is None and header.model is None and _holds_transformers(Path(checkpoint))) or of_transformers(model):
+        return _describe_transformers(f"{PREFIX}{checkpoint}")
+    if model and model != header.model:
+        header = replace(header, model=model, model_config={})
+    if header.model is None:
+        raise ValueError(
+            f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
+        )
+    return header
+
+
+def _describe_transformers(name: str) -> CheckpointHeader:
+    from ..transformers_detector.source import read_source
+
+    return read_source(name).header()
+
+
+def _holds_transformers(folder: Path) -> bool:
+    """Whether a folder is a model directory of transformers, of a kind that is known here."""
+    content = read_json(folder / "config.json") if folder.is_dir() else None
+    return isinstance(content, dict) and content.get("model_type") in FAMILIES
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    num_groups: int = 1,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> "Detector | TransformersDetector":
+    """Build the detector that a checkpoint is of, and load it, for inference.
+
+    Args:
+        checkpoint: file or folder of this package, an original repository or transformers; or
+            ``transformers:DIR_OR_ID``, for a model of transformers to run in transformers' own code.
+        model: name of the detector, for checkpoints without it (this package stores it).
+        num_classes: the same, for the number of classes; by default that of the original model (91 with COCO's ids as
+            labels, and 80 for Mask2Former).
+        num_groups: groups of queries to keep; inference uses the first.
+        device: None for a GPU if there is one.
+        **settings: sizes of the detector, as in ``build_model``, for checkpoints of other sizes than the original ones
+            that do not say so.
+
+    Returns:
+        The detector in eval mode. Its ``inference_settings`` are what :func:`predict` goes by.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if the detector is not named, the checkpoint does not fit it, or the device is not there.
+    """
+    device = _find_device(device)
+    header = describe_model(checkpoint, model)
+    changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
+    detector: Detector | TransformersDetector
+    if header.transformers:
+        detector = _load_transformers(checkpoint, header, num_groups, changes)
+    else:
+        detector = build_detector(header, num_groups=num_groups, **changes)
+        load_checkpoint(detector, checkpoint)
+    cast(Any, detector).inference_settings = InferenceSettings.from_header(header)
+    return detector.to(device).eval()
+
+
+def _load_transformers(
+    checkpoint: str | Path, header: CheckpointHeader, num_groups: int, changes: Mapping[str, Any]
+) -> "TransformersDetector":
+    require_transformers()
+    from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
+
+    if changes:
+        raise ValueError(f"{next(iter(changes))} cannot be set for {header.model}: its own configuration has it")
+    if of_transformers(checkpoint) or not read_header(checkpoint).transformers:  # as transformers has saved it
+        return load_pretrained(str(header.model))
+    detector = build_from_header(header, num_groups=num_groups)
+    load_weights(detector, checkpoint)
+    return detector
+
+
+def _find_device(device: torch.device | str | None) -> torch.device | str:
+    """The device, or that which None stands for, once it is known that tensors can lie on it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for devices of some kinds
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda where there is a GPU"
+        ) from None
+    return device
