@@ -1,0 +1,3 @@
+from .op import PREFERRED_ON, cross_attention
+
+__all__ = ["PREFERRED_ON", "cross_attention"]
