@@ -14,6 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 
 # Parameters of each op's kernels that change from batch to batch, with the objects of its images.
 OF_THE_BATCH = {
+    "cross_attention": ["queries", "keys", "queries_per_chunk"],
     "grouped_attention": ["length", "denoising_sets", "denoising_groups", "queries_per_denoising_group"],
     "matching_cost": ["images", "max_targets"],
     "sigmoid_focal_loss": ["queries"],

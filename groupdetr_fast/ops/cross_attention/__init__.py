@@ -1,3 +1,3 @@
-from .op import PREFERRED_ON, cross_attention
+from .op import cross_attention, is_preferred
 
-__all__ = ["PREFERRED_ON", "cross_attention"]
+__all__ = ["cross_attention", "is_preferred"]

@@ -14,9 +14,16 @@ from .reference import cross_attention_backward_reference, cross_attention_refer
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Types of devices on which this op is to be preferred to torch's own attention: those with a kernel that is not itself
-# made of torch's.
-PREFERRED_ON = frozenset({"cuda"} if importlib.util.find_spec("triton") else ())
+_HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
+
+
+def is_preferred(query: Tensor) -> bool:
+    """Whether this op is to be preferred to torch's own attention for such a query.
+
+    It is where a kernel on tensor cores serves it. On CPUs the op is made of torch's own kernels; elsewhere it runs on its
+    reference, which keeps all scores.
+    """
+    return _HAS_GPU_KERNEL and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def cross_attention(
