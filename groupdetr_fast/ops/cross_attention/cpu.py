@@ -1,8 +1,8 @@
 """The CPU kernel of ``cross_attention``, built on torch's own CPU kernels.
 
 Keys that are padding are left out: those that remain come first, in their order, and what some images have less than
-others is hidden by a bias. Without dropout torch's fused kernel does the rest; dropout needs the probabilities, of which
-a block exists at a time.
+others is hidden by a bias. Without dropout torch's fused kernel does the rest; dropout needs the probabilities, of
+which a block exists at a time.
 """
 
 from typing import NamedTuple

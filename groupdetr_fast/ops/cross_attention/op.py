@@ -20,8 +20,8 @@ _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
 def is_preferred(query: Tensor) -> bool:
     """Whether this op is to be preferred to torch's own attention for such a query.
 
-    It is where a kernel on tensor cores serves it. On CPUs the op is made of torch's own kernels; elsewhere it runs on its
-    reference, which keeps all scores.
+    It is on GPUs in half precision, where every product runs on tensor cores. On CPUs the op is made of torch's own
+    kernels; without a kernel it runs on its reference, which keeps all scores.
     """
     return _HAS_GPU_KERNEL and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 

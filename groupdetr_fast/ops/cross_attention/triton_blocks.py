@@ -79,11 +79,13 @@ def scatter_rows(tensor, tile, rows, is_row, stride_l, DIM: tl.constexpr, BLOCK_
     tl.store(tensor + offsets, tile.to(tensor.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _cross_attention_sum_kernel(total, parts, size, num_parts, BLOCK: tl.constexpr):
     """``total[i]`` as the sum of ``parts[0, i]``, ``parts[1, i]`` and so on, in this order."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    parts += place
     result = tl.zeros([BLOCK], tl.float32)
-    for part in range(num_parts):
-        result += tl.load(parts + part * size + place, mask=place < size, other=0.0)
+    for _ in range(num_parts):
+        result += tl.load(parts, mask=place < size, other=0.0)
+        parts += size
     tl.store(total + place, result.to(total.dtype.element_ty), mask=place < size)

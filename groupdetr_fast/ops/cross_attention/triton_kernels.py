@@ -1,12 +1,13 @@
 """``cross_attention`` on NVIDIA GPUs: flash attention of many queries to the few keys of an image.
 
 The algorithm and its parts are those of ``grouped_attention``; see there. What is different: keys are found by a list
-without padding (``triton_blocks.py``); and as keys are few, the programs that own the gradients of keys and values would
-be too few for a GPU and each have thousands of queries to walk through. Queries are therefore cut into chunks with a
-program each, whose sums are added up in a fixed order: there are no atomics, and results are the same from run to run.
+without padding (``triton_blocks.py``); and as keys are few, the programs that own the gradients of keys and values
+would be too few for a GPU and each have thousands of queries to walk through. Queries are therefore cut into chunks
+with a program each, whose sums are added up in a fixed order: there are no atomics, and results are the same from run
+to run.
 
-Traffic: queries and results pass through memory once; the keys and values of a head (1050 x (64 + 32) x 2 bytes = 200 KB
-in half precision) are read once per block of queries, from L2 after the first. Scores never leave the registers.
+Traffic: queries and results pass through memory once; the keys and values of a head (1050 x (64 + 32) x 2 bytes = 200
+KB in half precision) are read once per block of queries, from L2 after the first. Scores never leave the registers.
 """
 
 import triton
