@@ -159,9 +159,7 @@ def test_padding_is_not_read(dropout_p):
     assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("dropout_p", "seed"), [(0.1, 0), (0.3, 123456789012345), (0.5, 2**63 - 1), (0.75, -5), (0.999, 2**32), (1e-12, 1)]
-)
+@pytest.mark.parametrize(("dropout_p", "seed"), [(0.3, 123456789012345), (0.5, 2**63 - 1), (0.75, -5), (0.999, 2**32)])
 def test_dropout_keeps_what_its_definition_keeps(dropout_p, seed, short_chunks):
     queries, keys, heads = 33, 35, 2
     query = torch.zeros(2, queries, heads, 16)

@@ -17,19 +17,27 @@ OP_BACKWARD = torch.ops.groupdetr_fast.cross_attention_backward
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def precisions(monkeypatch):
-    for allowed in ("ieee", "tf32"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
-        for dtype in DTYPES:
-            for dims in ((1, 128), (16, 8), (64, 32), (24, 32), (33, 1), (128, 100)):
-                yield triton_launch._precision(dtype, *dims), dims
+@pytest.fixture
+def precisions():
+    """``{precision: heads that are computed with it}`` for all dtypes, with TF32 and without."""
+    before = torch.get_float32_matmul_precision()
+    found = {}
+    try:
+        for allowed in ("highest", "high"):
+            torch.set_float32_matmul_precision(allowed)
+            for dtype in DTYPES:
+                for dims in ((1, 128), (16, 8), (64, 32), (24, 32), (33, 1), (128, 100)):
+                    found.setdefault(triton_launch._precision(dtype, *dims), set()).add(dims)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return found
 
 
-def test_every_size_has_a_tile(monkeypatch):
-    chosen = list(precisions(monkeypatch))
-    assert {precision for precision, _ in chosen} == {"half", "tf32", "tf32x3", "ieee"}
+def test_every_size_has_a_tile(precisions):
+    assert set(precisions) == {"half", "tf32", "tf32x3", "ieee"}
     for kernel in triton_launch._TILES:
-        assert all(triton_launch._tile(kernel, precision, *dims).block >= 16 for precision, dims in chosen)
+        for precision, sizes in precisions.items():
+            assert all(triton_launch._tile(kernel, precision, *dims).block >= 16 for dims in sizes)
 
 
 @pytest.mark.parametrize(
