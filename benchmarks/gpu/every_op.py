@@ -6,6 +6,7 @@ python -m gpu.every_op large                    the most expensive kernels at th
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ def small(device: torch.device) -> None:
         _attention(gd.QueryGroups(2, 70, 2, 9), 32, 0.0, dtype, device)
         _attention(gd.QueryGroups(2, 35, 1, 20, denoising_scope="every"), 24, 0.2, dtype, device)
         _attention(gd.QueryGroups(3, 6), 16, 0.2, dtype, device)
+        _cross_attention(cases.CrossAttention(70, heads=2, map=(5, 9)), 0.2, dtype, device)
+        _cross_attention(cases.CrossAttention(40, padded=False, heads=2, map=(4, 9)), 0.0, dtype, device)
         value, flat, *samples = ms_deform_attn_inputs(queries=37, heads=2, dim=32, points=4, dtype=dtype)
         shapes = list(zip(flat[::2], flat[1::2], strict=True))
         for deterministic in (False, True):
@@ -42,6 +45,12 @@ def _attention(groups: gd.QueryGroups, dim: int, dropout: float, dtype: torch.dt
     shape = (2, groups.length, 2, dim)
     inputs = [torch.randn(shape).to(dtype).to(device).requires_grad_() for _ in range(3)]
     _check(gd.ops.grouped_attention(*inputs, groups, dropout_p=dropout), inputs)
+
+
+def _cross_attention(case: cases.CrossAttention, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = [tensor.detach().to(dtype).to(device).requires_grad_() for tensor in case.make()]
+    padding = case.padding()
+    _check(gd.ops.cross_attention(*inputs, None if padding is None else padding.to(device), dropout_p=dropout), inputs)
 
 
 def _criterion(dtype: torch.dtype, device: torch.device) -> None:
@@ -63,9 +72,12 @@ def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def large(device: torch.device) -> None:
-    """Attention at 11 x 300, a batch of 16; deformable attention of an encoder, two images; bfloat16."""
+    """Attention at 11 x 300 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16."""
     inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
     _with_backward(gd.ops.grouped_attention(*inputs, 11))
+    case = replace(cases.GPU_CROSS_ATTENTION[0], batch=16)
+    inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in case.make()]
+    _with_backward(gd.ops.cross_attention(*inputs, case.padding(device), dropout_p=0.1))
     case = cases.GPU_DEFORMABLE[0]
     value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
     inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
+from groupdetr_fast.ops.cross_attention.reference import (
+    cross_attention_backward_reference,
+    cross_attention_reference,
+)
 from groupdetr_fast.ops.grouped_attention.dropout import new_seed
 from groupdetr_fast.ops.grouped_attention.reference import (
     grouped_attention_backward_reference,
@@ -27,6 +31,7 @@ __all__ = [
     "OPS",
     "Operator",
     "attention",
+    "cross_attention",
     "deformable",
     "float32_products",
     "largest_difference",
@@ -74,6 +79,25 @@ def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, d
         ("grad_query", "grad_key", "grad_value"),
         OPS.grouped_attention_backward,
         grouped_attention_backward_reference,
+        (torch.randn_like(out), *tensors, out, lse, *rest),
+    )
+
+
+def cross_attention(
+    case: cases.CrossAttention, device: torch.device, dtype: torch.dtype, dropout_p: float
+) -> Iterator[Operator]:
+    tensors = [*(tensor.detach().to(dtype) for tensor in case.make(device)), case.padding(device)]
+    rest = (dropout_p, new_seed(device) if dropout_p else None, case.channels**-0.5)
+    label = f"{case}, {case.channels} channels" + (f", dropout {dropout_p}" if dropout_p else "")
+    inputs = (*tensors, *rest)
+    yield Operator("cross_attention", label, ("out", "lse"), OPS.cross_attention, cross_attention_reference, inputs)
+    out, lse = OPS.cross_attention(*inputs)
+    yield Operator(
+        "cross_attention_backward",
+        label,
+        ("grad_query", "grad_key", "grad_value"),
+        OPS.cross_attention_backward,
+        cross_attention_backward_reference,
         (torch.randn_like(out), *tensors, out, lse, *rest),
     )
 

@@ -44,8 +44,10 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
     """Works and the seconds that they take at most, the most telling first."""
     device, bf16, f32 = recorder.device, torch.bfloat16, torch.float32
     attention, deformable, matching = cases.GPU_ATTENTION, cases.GPU_DEFORMABLE, cases.GPU_MATCHING
+    crossing = cases.GPU_CROSS_ATTENTION
     if recorder.rehearsal:
         attention, deformable = ([case.small() for case in every] for every in (attention, deformable))
+        crossing = [case.small() for case in crossing]
         matching = [replace(case, layers=2, num_groups=2, num_queries=8, targets=3, classes=5) for case in matching]
     conditional, wide, denoising = attention
     batches = cases.GPU_BATCHES[:1] if recorder.rehearsal else cases.GPU_BATCHES
@@ -54,6 +56,9 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
         yield 8, functools.partial(works.attention, sized(conditional), device, bf16)
         if batch == batches[0]:
             yield 40, functools.partial(works.compiled, sized(conditional), device, bf16)
+        for case in crossing[:1]:
+            for dropout in (0.0, 0.1):
+                yield 6, functools.partial(works.cross_attention, sized(case), device, bf16, dropout)
         yield 10, functools.partial(works.deformable, sized(deformable[0]), device, bf16)
         yield 6, functools.partial(works.assignment, sized(matching[0]), device)
         yield 8, functools.partial(works.criterion, sized(matching[0]), device)
@@ -64,11 +69,14 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
         yield 4, functools.partial(works.matching_cost, sized(matching[0]), device, f32)
         yield 4, functools.partial(works.class_loss, sized(matching[0]), device, f32)
         yield 6, functools.partial(works.attention, sized(wide), device, bf16)
+        for case in crossing[1:]:
+            yield 6, functools.partial(works.cross_attention, sized(case), device, bf16)
         for case in matching[1:]:
             yield 6, functools.partial(works.assignment, sized(case), device)
     for batch in batches:
         sized = functools.partial(replace, batch=batch)
         yield 6, functools.partial(works.attention, sized(conditional), device, f32)
+        yield 6, functools.partial(works.cross_attention, sized(crossing[0]), device, f32)
         yield 6, functools.partial(works.deformable, sized(deformable[0]), device, f32)
         yield 6, functools.partial(works.attention, sized(denoising), device, bf16, 0.1)
         yield 6, functools.partial(works.attention, sized(wide), device, bf16, 0.1)

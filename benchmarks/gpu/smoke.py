@@ -27,12 +27,13 @@ from .clock import capture, count_host_syncs, interleaved
 from .operators import OPS, Operator, float32_products, largest_difference, name_of
 from .recorder import Recorder
 
-# "tf32": float32, whose products torch may round to TF32; only attention multiplies matrices.
+# "tf32": float32, whose products of matrices torch may round to TF32.
 PRECISIONS = ("bfloat16", "float32", "float16", "tf32")
 TF32_EPS = 2.0**-10
 # Of the largest value: what another order of additions may change.
 ORDER = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 1e-4, "tf32": 1e-4}
-FAMILIES = [(precision, name) for precision in PRECISIONS for name in ("attention", "deformable", "matching")]
+FAMILIES = [(precision, name) for precision in PRECISIONS for name in ("attention", "cross", "deformable", "matching")]
+MULTIPLYING = ("attention", "cross")  # families that multiply matrices
 ATTENTION = [
     (cases.Attention(11, 300, batch=1), 0.0),
     (cases.Attention(3, 900, batch=1, denoising_groups=2, denoising_queries=100), 0.1),
@@ -40,6 +41,12 @@ ATTENTION = [
     (cases.Attention(3, 100, heads=2, channels=64), 0.0),
     (cases.Attention(2, 300, heads=2, channels=128), 0.1),
     (cases.Attention(3, 2, channels=1), 0.0),
+]
+CROSS = [
+    (cases.CrossAttention(3300, batch=2, heads=2), 0.1),
+    (cases.CrossAttention(900, padded=False, batch=1, heads=2), 0.0),
+    (cases.CrossAttention(65, heads=3, channels=32, map=(7, 9)), 0.1),
+    (cases.CrossAttention(300, heads=2, channels=128, value_channels=100), 0.1),
 ]
 DEFORMABLE = [
     replace(case, batch=batch)
@@ -51,7 +58,7 @@ MATCHING = [cases.Matching(20), cases.Matching(100), cases.Matching(1, batch=1, 
 def run(recorder: Recorder) -> None:
     clocks(recorder)
     ceilings(recorder)
-    families = [family for family in FAMILIES if family[0] != "tf32" or family[1] == "attention"]
+    families = [family for family in FAMILIES if family[0] != "tf32" or family[1] in MULTIPLYING]
     if recorder.rehearsal:
         for precision, name in families:
             check_family(recorder, precision, name)
@@ -90,7 +97,7 @@ def exit_with_the_outcome(recorder: Recorder, precision: str, name: str) -> None
 
 
 def check_family(recorder: Recorder, precision: str, name: str) -> None:
-    """Check all operators of a family: attention, deformable or matching."""
+    """Check all operators of a family: attention, cross, deformable or matching."""
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     with float32_products("high" if precision == "tf32" else "highest"):
         for make in makers(recorder, name, dtype):
@@ -107,6 +114,9 @@ def makers(recorder: Recorder, family: str, dtype: torch.dtype) -> list[Callable
     if family == "attention":
         chosen = [(tiny(case), p) for case, p in ATTENTION[:2]] if rehearsal else ATTENTION
         return [functools.partial(operators.attention, case, device, dtype, p) for case, p in chosen]
+    if family == "cross":
+        chosen = [(case.small(), p) for case, p in CROSS[:2]] if rehearsal else CROSS
+        return [functools.partial(operators.cross_attention, case, device, dtype, p) for case, p in chosen]
     if family == "deformable":
         chosen = [case.small() for case in DEFORMABLE] if rehearsal else DEFORMABLE
         return [functools.partial(operators.deformable, case, device, dtype) for case in chosen]

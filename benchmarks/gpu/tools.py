@@ -62,8 +62,13 @@ def sanitizer_command(sanitizer: str, tool: str) -> list[str]:
 def profiler_command(profiler: str, metrics: Sequence[str] = ()) -> list[str]:
     """Without metrics, those of the profiler's own basic set. The card's clocks are left alone."""
     chosen = ["--metrics", ",".join(metrics)] if metrics else ["--set", "basic"]
-    kernels = ["--kernel-name-base", "function", "--kernel-name", "regex:grouped_attention|deform_backward"]
-    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "8"]
+    kernels = [
+        "--kernel-name-base",
+        "function",
+        "--kernel-name",
+        "regex:grouped_attention|cross_attention|deform_backward",
+    ]
+    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "13"]
     return [profiler, *options, *kernels, *chosen, *every_op("large")]
 
 

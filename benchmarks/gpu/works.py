@@ -18,7 +18,7 @@ from cpu.bench_ms_deform_attn import with_grid_sample
 from cpu.bench_ms_deform_attn import with_op as deform_with_op
 from groupdetr_fast import ops
 from harness import cases
-from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa
+from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa, padded_sdpa
 from harness.results import OURS
 
 from .operators import COST, make_predictions, name_of, per_group, random_classes, total_costs
@@ -31,6 +31,7 @@ __all__ = [
     "class_loss",
     "compiled",
     "criterion",
+    "cross_attention",
     "deformable",
     "matching_cost",
 ]
@@ -123,6 +124,37 @@ def with_varlen(query: Tensor, key: Tensor, value: Tensor, *, groups: gd.QueryGr
     starts = sequence_starts(len(query) * groups.num_groups, size, query.device)
     rows = (tensor.flatten(0, 1) for tensor in (query, key, value))
     return varlen_attn(*rows, starts, starts, size, size).view(value.shape)
+
+
+def cross_attention(
+    case: cases.CrossAttention, device: torch.device, dtype: torch.dtype, dropout_p: float = 0.0
+) -> Work:
+    """Of a decoder's queries to images. Without padding torch's fastest kernel serves, if heads have one size."""
+    inputs = tuple(tensor.detach().to(dtype).requires_grad_() for tensor in case.make(device))
+    arguments = {"padding": case.padding(device), "dropout_p": dropout_p}
+    contenders = {
+        OURS: functools.partial(ops.cross_attention, **arguments),
+        "SDPA": functools.partial(padded_sdpa, **arguments),
+    }
+    for backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        forced = functools.partial(with_backend_padded, backend, **arguments)
+        contenders[f"SDPA, {backend.partition('_')[0].lower()}"] = forced
+    if not case.padded:
+        wide = functools.partial(with_backend_padded, "FLASH_ATTENTION", widen_values=True, **arguments)
+        contenders["SDPA, flash, widened values"] = wide
+    return Work(
+        "cross_attention",
+        {"case": str(case), "batch": case.batch, "dtype": name_of(dtype), "dropout": dropout_p},
+        inputs,
+        {name: ready(run) for name, run in contenders.items()},
+        result=lambda out: out,
+        outcome=None if dropout_p else lambda out: [out],
+    )
+
+
+def with_backend_padded(backend: str, *qkv: Tensor, **options: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.__members__[backend]):
+        return padded_sdpa(*qkv, **options)
 
 
 @functools.cache

@@ -108,6 +108,45 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """Attention of a decoder's queries to images, of which every other one is padded to the right, the others below."""
+
+    queries: int
+    padded: bool = True  # by a quarter of the map
+    batch: int = 2
+    heads: int = 8
+    channels: int = 64  # of queries and keys: content and position side by side, as in Conditional DETR
+    value_channels: int = 32
+    map: tuple[int, int] = (25, 42)  # of an image of 800 x 1333 pixels, at stride 32
+
+    def __str__(self) -> str:
+        return f"L{self.queries}xS{self.map[0] * self.map[1]}" + ("" if self.padded else ", no padding")
+
+    def small(self) -> "CrossAttention":
+        """The same with few queries and keys, to see that a benchmark works."""
+        return replace(self, queries=min(self.queries, 20), heads=2, map=(5, 8))
+
+    def make(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(0)
+        keys = self.map[0] * self.map[1]
+        shapes = (self.queries, self.channels), (keys, self.channels), (keys, self.value_channels)
+        return [
+            torch.randn(self.batch, length, self.heads, size, generator=generator, device=device).requires_grad_()
+            for length, size in shapes
+        ]
+
+    def padding(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """``[batch, keys]`` bool, True on padding; None for none."""
+        if not self.padded:
+            return None
+        height, width = self.map
+        padding = torch.zeros(self.batch, height, width, dtype=torch.bool, device=device)
+        padding[::2, :, width - width // 4 :] = True
+        padding[1::2, height - height // 4 :] = True
+        return padding.flatten(1)
+
+
+@dataclass(frozen=True)
 class Deformable:
     """Multi-scale deformable attention of an encoder (one query per pixel) or of a decoder."""
 
@@ -321,6 +360,7 @@ RFDETR = [RfDetr(2), RfDetr(4)]
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
 GPU_BATCHES = (2, 16)
 GPU_ATTENTION = [Attention(11, 300), Attention(11, 900), Attention(3, 900, denoising_groups=2, denoising_queries=100)]
+GPU_CROSS_ATTENTION = [CrossAttention(3300), CrossAttention(3300, padded=False), CrossAttention(300)]
 GPU_DEFORMABLE = [
     Deformable(queries, levels=MAPS, near=near)
     for queries, near in ((None, True), (None, False), (3 * 900, True), (11 * 900, True))

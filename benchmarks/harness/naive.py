@@ -43,6 +43,28 @@ def folded_sdpa(query: Tensor, key: Tensor, value: Tensor, groups: QueryGroups, 
     return out.unflatten(0, (len(query), -1)).flatten(1, 2)
 
 
+def padded_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    widen_values: bool = False,
+) -> Tensor:
+    """Attention to images by torch's fused attention under a mask of their padding, as in DETR's repositories.
+
+    ``widen_values`` adds zeros to the values until their heads are as wide as those of the keys.
+    """
+    size = value.shape[-1]
+    if widen_values:
+        value = F.pad(value, (0, key.shape[-1] - size))
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if padding is None else ~padding[:, None, None]
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
+    return out[..., :size]
+
+
 def cross_image_cost(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
     """The matching cost of the DETR family's matchers: every query of a batch with every target of the batch.
 

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import ops
+from ..ops.cross_attention import is_preferred
+
 __all__ = ["SelfAttention", "attend", "split_heads"]
 
 
@@ -13,7 +16,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> Tensor:
-    """Attention of every query to every unpadded token.
+    """Attention of every query to every unpadded token: by ``ops.cross_attention`` where a fast kernel serves it.
 
     Args:
         query: ``[B, L, H, D]``.
@@ -25,6 +28,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     Returns:
         ``[B, L, H * Dv]``.
     """
+    if is_preferred(query):
+        return ops.cross_attention(query, key, value, padding, dropout_p=dropout_p).flatten(2)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if padding is None else ~padding[:, None, None, :]
     size = value.shape[-1]

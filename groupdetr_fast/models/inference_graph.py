@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..ops.cross_attention.decomposition import attend_by_products
 from ..ops.grouped_attention.decomposition import attend_in_one_group
 from ..ops.ms_deform_attn.decomposition import deform_by_grid_sample
 from .detector import Detector
@@ -104,7 +105,11 @@ def export_onnx(
     program = export_program(model, image_size, masks=masks, inference_group=inference_group)
     own = torch.ops.groupdetr_fast
     program = program.run_decompositions(
-        {own.grouped_attention.default: attend_in_one_group, own.ms_deform_attn.default: deform_by_grid_sample}
+        {
+            own.cross_attention.default: attend_by_products,
+            own.grouped_attention.default: attend_in_one_group,
+            own.ms_deform_attn.default: deform_by_grid_sample,
+        }
     )
     inputs = ["images", "masks"] if masks else ["images"]
     names = {0: "batch", 2: "height", 3: "width"} if image_size is None else {0: "batch"}

@@ -5,6 +5,7 @@ tells what runs where.
 """
 
 from .._library import backends, load_extension
+from .cross_attention import cross_attention
 from .grouped_attention import grouped_attention
 from .linear_assignment import linear_assignment
 from .matching_cost import matching_cost
@@ -17,6 +18,7 @@ __all__ = [
     "IGNORED",
     "NO_OBJECT",
     "backends",
+    "cross_attention",
     "grouped_attention",
     "linear_assignment",
     "matching_cost",

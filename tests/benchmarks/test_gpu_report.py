@@ -72,7 +72,7 @@ def test_without_time_the_reason_is_written(recorder):
 
 def test_every_operator_is_right_in_every_precision(recorder):
     for precision, family in smoke.FAMILIES:
-        if precision != "tf32" or family == "attention":
+        if precision != "tf32" or family in smoke.MULTIPLYING:
             smoke.check_family(recorder, precision, family)
     rows = rows_of(recorder, "operator")
     assert all(row["status"] == "ok" for row in rows)
@@ -131,6 +131,10 @@ def die(*arguments):
 
 
 TINY = {
+    "cross attention": works.cross_attention(cases.CrossAttention(9, heads=2, map=(3, 5)), CPU, torch.float32),
+    "cross attention, no padding": works.cross_attention(
+        cases.CrossAttention(9, padded=False, heads=2, map=(3, 5)), CPU, torch.float32
+    ),
     "attention": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32),
     "dropout": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32, 0.5),
     "deformable": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.float32),
@@ -189,7 +193,16 @@ def test_what_is_planned_has_every_op_and_both_batches(recorder):
     recorder.rehearsal = False
     planned = list(ops.planned(recorder))
     assert {make.func.__name__ for _, make in planned} == {
-        *("attention", "deformable", "assignment", "criterion", "matching_cost", "class_loss", "compiled")
+        *(
+            "attention",
+            "cross_attention",
+            "deformable",
+            "assignment",
+            "criterion",
+            "matching_cost",
+            "class_loss",
+            "compiled",
+        )
     }
     assert {make.args[0].batch for _, make in planned} == set(cases.GPU_BATCHES)
     assert {case.targets for _, make in planned if isinstance(case := make.args[0], cases.Matching)} == {20, 60, 100}

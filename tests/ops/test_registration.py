@@ -11,6 +11,8 @@ from groupdetr_fast import ops
 # The file whose kernel runs on the CPU; kernels registered in Python are reported under _library.py.
 CPU_OWNERS = {
     "attention_dropout": "attention_dropout.cpp",
+    "cross_attention": "_library.py",
+    "cross_attention_backward": "_library.py",
     "grouped_attention": "_library.py",
     "grouped_attention_backward": "_library.py",
     "linear_assignment": "linear_assignment.cpp",
@@ -21,9 +23,11 @@ CPU_OWNERS = {
     "sigmoid_focal_loss_backward": "sigmoid_focal_loss.cpp",
 }
 # Public ops whose CUDA kernel is in Triton, where that is installed.
-TRITON_OWNERS = {"grouped_attention", "matching_cost", "sigmoid_focal_loss"}
+TRITON_OWNERS = {"cross_attention", "grouped_attention", "matching_cost", "sigmoid_focal_loss"}
 # Ops with an Autograd kernel: the differentiable ones, and their backward ops, where it blocks double backward.
 WITH_AUTOGRAD = {
+    "cross_attention",
+    "cross_attention_backward",
     "grouped_attention",
     "grouped_attention_backward",
     "ms_deform_attn",
@@ -57,9 +61,9 @@ def test_owners(op):
 
 def test_backends():
     backends = ops.backends()
-    public = {"grouped_attention", "linear_assignment", "matching_cost", "ms_deform_attn", "sigmoid_focal_loss"}
-    assert set(backends) == public
+    assert set(backends) == {name for name in CPU_OWNERS if hasattr(ops, name)}
     assert {op: kinds["cpu"] for op, kinds in backends.items()} == {
+        "cross_attention": "PyTorch",
         "grouped_attention": "PyTorch",
         "linear_assignment": "C++",
         "matching_cost": "C++",

@@ -14,6 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 
 # Parameters of each op's kernels that change from batch to batch, with the objects of its images.
 OF_THE_BATCH = {
+    "cross_attention": ["queries", "keys", "queries_per_chunk", "num_parts"],
     "grouped_attention": ["length", "denoising_sets", "denoising_groups", "queries_per_denoising_group"],
     "matching_cost": ["images", "max_targets"],
     "sigmoid_focal_loss": ["queries"],
@@ -40,6 +41,8 @@ def compiled_for(case, **numbers):
 def test_numbers_of_the_batch_do_not_compile_again(kernel):
     case = cases()[kernel]
     for name in OF_THE_BATCH[case.name.partition("/")[0]]:
+        if name not in case.signature:
+            continue
         assert len({compiled_for(case, **{name: number}) for number in (1, 15, 16, 17, 48)}) == 1, name
 
 

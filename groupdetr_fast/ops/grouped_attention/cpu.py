@@ -105,7 +105,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, settings: Set
         out, lse = _flash(*(tensor.transpose(1, 2) for tensor in folded), scale=settings.scale)
         out = out.transpose(1, 2)
     else:
-        out, lse = _explicit(*folded, part, settings)
+        out, lse = explicit(*folded, part, settings)
     lse = lse.unflatten(0, (query.shape[0], part.count)).transpose(1, 2)  # [B, H, count, rows]
     return _unfold(out, query.shape[0], part.count), lse.flatten(2).contiguous()
 
@@ -130,7 +130,7 @@ def _attend_backward(
         grads = _flash_backward(*tensors, lse, 0.0, False, scale=settings.scale)
         grads = tuple(grad.transpose(1, 2) for grad in grads)
     else:
-        grads = _explicit_backward(grad_out, query_rows, key_rows, value_rows, out, lse, part, settings)
+        grads = explicit_backward(grad_out, query_rows, key_rows, value_rows, out, lse, part, settings)
     return tuple(_unfold(grad, query.shape[0], part.count) for grad in grads)
 
 
@@ -157,19 +157,30 @@ def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
     return one[0] * next(weights) + other[0] * next(weights), lse
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Attention of folded problems, a block of probabilities at a time."""
+def explicit(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, settings: Settings, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of folded problems, a block of probabilities at a time.
+
+    ``bias`` ``[problems, keys]`` is added to the scores: minus infinity hides a key. A problem that hides all of them
+    has the result 0 and the log-sum-exp 0.
+    """
     problems, rows, heads, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(problems, rows, heads, value.shape[3])
     lse = query.new_empty(problems, heads, rows, dtype=dtype)
     for batch, row_blocks in _blocks(problems, rows, heads * key.shape[1]):
         keys, values = _by_head(key[batch], dtype), _by_head(value[batch], dtype)
+        biases = _bias_by_head(bias, batch, heads)
         for block in row_blocks:
-            scores = torch.bmm(_by_head(query[batch, block], dtype), keys.transpose(1, 2)).mul_(settings.scale)
+            scores = _scores(_by_head(query[batch, block], dtype), keys, biases, settings)
             largest = scores.amax(dim=-1, keepdim=True)
+            if bias is not None:
+                largest.masked_fill_(largest == float("-inf"), 0.0)
             exponentials = scores.sub_(largest).exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
+            if bias is not None:
+                total.masked_fill_(total == 0, 1.0)
             dropped = _drop(exponentials, batch, block, heads, part, settings)
             result = torch.bmm(dropped, values).div_(total)
             out[batch, block] = _by_row(result, batch, heads)
@@ -177,7 +188,7 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, part: Part, settings: S
     return out, lse
 
 
-def _explicit_backward(
+def explicit_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -186,17 +197,20 @@ def _explicit_backward(
     lse: Tensor,
     part: Part,
     settings: Settings,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what :func:`explicit` computes."""
     problems, rows, heads, _ = query.shape
     dtype = lse.dtype
     grads = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     for batch, row_blocks in _blocks(problems, rows, heads * key.shape[1]):
         keys, values = _by_head(key[batch], dtype), _by_head(value[batch], dtype)
+        biases = _bias_by_head(bias, batch, heads)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for block in row_blocks:
             queries, grad = _by_head(query[batch, block], dtype), _by_head(grad_out[batch, block], dtype)
             delta = (grad * _by_head(out[batch, block], dtype)).sum(dim=-1, keepdim=True)
-            scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(settings.scale)
+            scores = _scores(queries, keys, biases, settings)
             probabilities = scores.sub_(lse[batch, :, block].flatten(0, 1)[..., None]).exp_()
             dropped = _drop(probabilities, batch, block, heads, part, settings)
             grad_values.baddbmm_(dropped.transpose(1, 2), grad)
@@ -208,6 +222,17 @@ def _explicit_backward(
         for full, of_batch in zip(grads[1:], (grad_keys, grad_values), strict=True):
             full[batch] = _by_row(of_batch, batch, heads)
     return grads
+
+
+def _scores(queries: Tensor, keys: Tensor, biases: Tensor | None, settings: Settings) -> Tensor:
+    if biases is None:
+        return torch.bmm(queries, keys.transpose(1, 2)).mul_(settings.scale)
+    return torch.baddbmm(biases, queries, keys.transpose(1, 2), alpha=settings.scale)
+
+
+def _bias_by_head(bias: Tensor | None, batch: slice, heads: int) -> Tensor | None:
+    """``[problems, keys]`` to ``[problems * H, 1, keys]`` for the problems of ``batch``."""
+    return None if bias is None else bias[batch].repeat_interleave(heads, dim=0)[:, None]
 
 
 def _blocks(problems: int, rows: int, elements_per_row: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -1,0 +1,148 @@
+"""The op ``cross_attention``: attention of many queries to the tokens of padded images."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._library import block_double_backward, define_op, register_autograd
+from .._triton import register_triton
+from ..grouped_attention.dropout import new_seed
+from . import cpu
+from .reference import cross_attention_backward_reference, cross_attention_reference
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+_HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
+
+
+def is_preferred(query: Tensor) -> bool:
+    """Whether this op is to be preferred to torch's own attention for such a query.
+
+    It is on GPUs in half precision, where every product runs on tensor cores. On CPUs the op is made of torch's own
+    kernels; without a kernel it runs on its reference, which keeps all scores.
+    """
+    return _HAS_GPU_KERNEL and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of every query to every key that is not padding, as DETR's decoders attend to an image.
+
+    This is ``scaled_dot_product_attention`` under a mask of keys. Padding takes no time: of the keys and values of an
+    image, kernels visit those that are not padding. No array of size L x S is allocated, but on GPUs with float64 or
+    heads of more than 128 channels, which run on the reference.
+
+    Args:
+        query: ``[B, L, H, D]``: images, queries, heads, channels.
+        key: ``[B, S, H, D]``: images, tokens, heads, channels.
+        value: ``[B, S, H, Dv]``.
+        padding: ``[B, S]`` bool, True on tokens that no query may see, as in DETR; None for no padding. What such
+            tokens hold changes nothing as long as it is finite, and their gradients are 0.
+        dropout_p: probability to drop an attention probability, in [0, 1); pass 0 in evaluation. The others are scaled
+            by ``1 / (1 - dropout_p)``. What is dropped follows from a seed that is drawn from torch's default
+            generator of the device (``torch.manual_seed``), and does not depend on how far an image is padded.
+        scale: factor of the dot products; ``1 / sqrt(D)`` if None.
+
+    Returns:
+        ``[B, L, H, Dv]``, contiguous, in the dtype of the inputs; 0 in images that are all padding.
+
+    query, key and value share one dtype: float32, float64, float16 or bfloat16. Sums over keys and channels are
+    accumulated in float32 (float64 for float64), also under autocast. On GPUs, products of float32 lose precision to
+    TF32 only if torch may use that for matrices (``torch.set_float32_matmul_precision``). Forward and backward are
+    deterministic. There is no double backward.
+
+    Raises:
+        TypeError: if the dtypes differ or are none of these, or padding is not bool.
+        ValueError: if a shape, a device or dropout_p does not fit.
+    """
+    _check(query, key, value, padding)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if scale is None:
+        scale = max(query.shape[3], 1) ** -0.5
+    seed = new_seed(query.device) if dropout_p > 0 else None
+    out, _ = torch.ops.groupdetr_fast.cross_attention(query, key, value, padding, dropout_p, seed, scale)
+    return out
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
+    if query.dim() != 4:
+        raise ValueError(f"query must have shape [B, L, H, D], got {list(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+    batch, _, heads, dim = query.shape
+    if key.dim() != 4 or key.shape[0] != batch or key.shape[2:] != query.shape[2:]:
+        raise ValueError(f"key must have shape [{batch}, S, {heads}, {dim}], got {list(key.shape)}")
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value must have shape [{batch}, {key.shape[1]}, {heads}, Dv], got {list(value.shape)}")
+    if padding is not None:
+        if padding.dtype != torch.bool:
+            raise TypeError(f"padding must be bool, True on padding, got {padding.dtype}")
+        if padding.shape != key.shape[:2]:
+            raise ValueError(f"padding must have shape [{batch}, {key.shape[1]}], got {list(padding.shape)}")
+    for name, other in (("key", key), ("value", value), ("padding", padding)):
+        if other is not None and other.device != query.device:
+            raise ValueError(f"{name} must lie on the device of query, {query.device}, got {other.device}")
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(batch, length, heads, value.shape[3])
+    return out, query.new_empty(batch, heads, length, dtype=dtype)
+
+
+def _fake_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+define_op(
+    "cross_attention(Tensor query, Tensor key, Tensor value, Tensor? padding, float dropout_p, Tensor? seed, "
+    "float scale) -> (Tensor out, Tensor lse)",
+    reference=cross_attention_reference,
+    fake=_fake,
+    public=True,
+)
+define_op(
+    "cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor out, "
+    "Tensor lse, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=cross_attention_backward_reference,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, padding, ctx.dropout_p, seed, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, padding, out, lse, seed)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
+    query, key, value, padding, out, lse, seed = ctx.saved_tensors
+    grad_query, grad_key, grad_value = torch.ops.groupdetr_fast.cross_attention_backward(
+        grad_out, query, key, value, padding, out, lse, ctx.dropout_p, seed, ctx.scale
+    )
+    no_grad_padding = no_grad_dropout_p = no_grad_seed = no_grad_scale = None
+    return grad_query, grad_key, grad_value, no_grad_padding, no_grad_dropout_p, no_grad_seed, no_grad_scale
+
+
+register_autograd("cross_attention", setup_context=_setup_context, backward=_backward)
+block_double_backward("cross_attention_backward")
+cpu.register()
+for op, launcher in (("cross_attention", "forward"), ("cross_attention_backward", "backward")):
+    register_triton(op, f"{__package__}.triton_launch", launcher)
