@@ -345,7 +345,8 @@ def text(found: list[dict[str, Any]]) -> str:
             parts.append([row["op"], *(shown(row, part) for part in PARTS)])
     first = found[0]
     host = f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}"
-    return f"{host}; microseconds of CPU time, the least of many rounds.\n\n{table(header, times)}\n\n{table(['of it, µs', *PARTS], parts)}"
+    tables = f"{table(header, times)}\n\n{table(['of it, µs', *PARTS], parts)}"
+    return f"{host}; microseconds of CPU time, the least of many rounds.\n\n{tables}"
 
 
 def write(found: list[dict[str, Any]]) -> None:
