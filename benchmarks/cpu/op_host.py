@@ -293,9 +293,11 @@ def least(timed: dict[Any, Timed], rounds: int, sample: float) -> dict[Any, floa
 
 
 def _sample(run: Callable[[], Any], repeats: int) -> float:
-    """Seconds of a call."""
+    """Seconds of a call, after some that find the caches full of the work before."""
     gc.disable()
     try:
+        for _ in range(5):
+            run()
         begin = time.thread_time()
         for _ in range(repeats):
             run()
@@ -342,8 +344,9 @@ def text(found: list[dict[str, Any]]) -> str:
         if "autograd" in row:
             parts.append([row["op"], *(shown(row, part) for part in PARTS)])
     first = found[0]
-    where = f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}; microseconds of CPU time, the least of many rounds"
-    return f"{where}.\n\n{table(header, times)}\n\n{table(['of it, µs', *PARTS], parts)}"
+    host = f"{first['cpu']}, {first['threads']} thread, torch {first['torch']}"
+    tables = f"{table(header, times)}\n\n{table(['of it, µs', *PARTS], parts)}"
+    return f"{host}; microseconds of CPU time, the least of many rounds.\n\n{tables}"
 
 
 def write(found: list[dict[str, Any]]) -> None:
