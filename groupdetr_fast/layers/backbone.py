@@ -206,7 +206,7 @@ class _ConvNetwork(nn.Module):
 
 
 def _any_size(timm, name: str) -> dict[str, bool]:
-    """Options with which a network that timm builds for one size of images takes any, as ViTs can; {} for the others."""
+    """Options with which a network that timm builds for one size of images takes any, as ViTs can; else none."""
     options = {"dynamic_img_size": True, "dynamic_img_pad": True}
     if not timm.get_pretrained_cfg(name).fixed_input_size:
         return {}

@@ -24,6 +24,7 @@ OF_A_RUN = (
     "index.html",
     "report",
     "trackers.json",
+    "transforms_used.py",
 )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data import CocoDataset, DataError, EpochSampler, SkipUnreadable, collate, eval_transforms, train_transforms
+from ..data.copy_paste import CopyPaste
+from ..data.own_transforms import OwnTransforms, try_on_samples
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
@@ -17,14 +19,29 @@ __all__ = ["evaluation_batch_size", "evaluation_loader", "evaluation_set", "trai
 Images = CocoDataset | SkipUnreadable
 
 
-def training_set(config: CocoTrainingConfig) -> CocoDataset:
+def training_set(config: CocoTrainingConfig, own: OwnTransforms | None = None) -> CocoDataset:
     """The images to train on, augmented.
+
+    Args:
+        config: the run.
+        own: the transform that the configuration names, where it is loaded already.
 
     Raises:
         DataError: for a fault in the data, or if the configuration does not say where they are.
+        TransformError: for a fault of the transform that the configuration names, which is tried on a few images.
     """
-    transforms = train_transforms(config.augmentation)
-    return _dataset(config, *config.data.train_paths(), transforms, seed=config.optimization.seed)
+    augmentation = config.augmentation
+    if augmentation.transforms is not None and own is None:
+        own = OwnTransforms(augmentation.transforms)
+    paste = None
+    if augmentation.copy_paste:
+        paste = CopyPaste(augmentation.copy_paste, augmentation.copy_paste_prefer_small)
+    transforms = train_transforms(augmentation, own)
+    seed = config.optimization.seed
+    dataset = _dataset(config, *config.data.train_paths(), transforms, seed=seed, copy_paste=paste)
+    if own is not None:
+        try_on_samples(own, dataset)
+    return dataset
 
 
 def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:

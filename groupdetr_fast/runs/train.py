@@ -12,6 +12,7 @@ from torch import nn
 
 from ..build import build_criterion
 from ..data import CocoDataset, DataError, SkipUnreadable
+from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
 from ..files import write_whole
 from ..models.checkpoints import CheckpointHeader, read_header
@@ -26,6 +27,7 @@ from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
+from .kept_files import keep_transforms, with_kept_transforms
 from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
 from .report import write_report
 
@@ -35,9 +37,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
-FIXED = {"data.labels"} | {
-    f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")
-}
+FIXED = {"data.labels"} | {f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")}
 FREE = {
     f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
 }
@@ -84,7 +84,8 @@ def _train(
     observe: Callable[[int, nn.Module, Any, Any], None] | None,
 ) -> dict[str, Any]:
     """The training of :func:`train`, in a folder that no other one uses."""
-    val_set, train_set = evaluation_set(config), training_set(config)
+    own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
+    val_set, train_set = evaluation_set(config), training_set(config, own)
     _check_categories(train_set, val_set)
     newest = latest_checkpoint(config.output) if config.resume else None
     model = config.model.build(val_set.num_classes, resumed=newest)
@@ -121,7 +122,8 @@ def _train(
     if accelerator.is_main_process:
         if config.overwrite:  # not before everything that could be refused has been tried
             clear(config.output)
-        write_whole(config.output / CONFIG_FILE, config.as_yaml())
+        keep_transforms(config, own)
+        write_whole(config.output / CONFIG_FILE, with_kept_transforms(config).as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
         if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
@@ -144,7 +146,7 @@ def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
     path = config.output / CONFIG_FILE
     if not path.exists():  # of a version that wrote none
         return
-    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), config))
+    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), with_kept_transforms(config)))
     for name in now:
         if now[name] == begun[name]:
             continue

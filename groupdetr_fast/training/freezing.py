@@ -17,10 +17,10 @@ NEAREST = 3  # names in a message
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Stop training the parameters whose names match, and the statistics of the batch norms among them.
 
-    A pattern is a name with ``*``, ``?`` and ``[...]`` as in file names, of a parameter or of a module, which stands for
-    all that is in it: ``backbone``, ``encoder.layers.[01]``, ``*.bias``. The ``model.`` at the beginning of all names of
-    a model of transformers may be left out. A batch norm without any trained parameter keeps its running mean and
-    variance, and normalises by them, whatever mode the model is in; one whose parameters are trained goes on as before.
+    A pattern is the name of a parameter or of a module, which stands for all that is in it, with ``*``, ``?`` and
+    ``[...]`` as in file names: ``backbone``, ``encoder.layers.[01]``, ``*.bias``. The ``model.`` with which all names
+    of a model of transformers begin may be left out. A batch norm whose parameters are frozen keeps its running mean
+    and variance, and normalises by them, whatever mode the model is in.
 
     Args:
         model: the bare model; changed in place.
@@ -30,7 +30,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         The names of the parameters that match, in the model's order; some may have been frozen before.
 
     Raises:
-        ValueError: if a pattern matches nothing, with the names that come nearest, or if nothing would be left to train.
+        ValueError: if a pattern matches nothing, with the names that come nearest, or if nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()

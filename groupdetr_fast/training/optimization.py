@@ -139,9 +139,9 @@ class OptimizationConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with a rate of its own for those of the backbone, or one for each layer of it.
+    """AdamW over the trainable parameters, with a rate of its own for those of the backbone, or for each layer of it.
 
-    These are what a model's ``is_backbone`` says of their names, and those under ``model.backbone`` of a model without.
+    Which these are, a model's ``is_backbone`` says of their names; of a model without, those under ``model.backbone``.
 
     Raises:
         ValueError: for ``backbone_layer_decay`` with a backbone whose layers are not known.
@@ -167,11 +167,11 @@ def _layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """What the backbone's rate is multiplied by, for each trainable parameter of it; empty without a decay."""
     if decay == 1:
         return {}
-    scales = next((module.layer_scales for module in model.modules() if hasattr(module, "layer_scales")), None)
+    scales: Any = next((module.layer_scales for module in model.modules() if hasattr(module, "layer_scales")), None)
     if scales is None:
         raise ValueError(
-            f"backbone_layer_decay={decay:g} needs a backbone timm:NAME, whose layers timm names; {type(model).__name__} "
-            "has another one"
+            f"backbone_layer_decay={decay:g} needs a backbone timm:NAME, whose layers timm names; "
+            f"{type(model).__name__} has another one"
         )
     found: dict[nn.Parameter, float] = scales(decay)
     return found

@@ -76,7 +76,9 @@ def test_statistics_of_frozen_batch_norms_stay():
 
 
 def test_a_norm_without_parameters_goes_with_its_part():
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, affine=False)), "b": nn.Linear(1, 1)})
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, affine=False)), "b": nn.Linear(1, 1)}
+    )
     freeze(model, ["a"])
     assert not model.train()["a"][1].training
 
@@ -89,14 +91,20 @@ def test_rates_fall_from_layer_to_layer_of_a_vit():
     found = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
     blocks = "backbone.body.network.blocks."
     # frozen_stages = 2 leaves the stem and the first two of twelve blocks untrained
-    assert {int(name.removeprefix(blocks).split(".")[0]) for name in found if name.startswith(blocks)} == {*range(2, 12)}
+    assert {int(name.removeprefix(blocks).split(".")[0]) for name in found if name.startswith(blocks)} == {
+        *range(2, 12)
+    }
     for name, rate in found.items():
         if name.startswith(blocks):
             assert rate == 0.5 ** (11 - int(name.removeprefix(blocks).split(".")[0]))
         elif not name.startswith("backbone."):
             assert rate == 3.0
     # class token and positions belong to the stem
-    assert [group["lr"] for group in optimizer.param_groups] == [3.0, 0.5**12, *(0.5**power for power in range(9, -1, -1))]
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        3.0,
+        0.5**12,
+        *(0.5**power for power in range(9, -1, -1)),
+    ]
     lines = described_groups(optimizer)
     assert len(lines) == len(optimizer.param_groups)
     assert "lr 3  weight decay 0.0001" in lines[0]
