@@ -77,9 +77,7 @@ def test_a_run_with_its_own_file_is_resumed_and_says_what_changed(config, tmp_pa
 
 def test_a_fault_of_the_file_ends_the_command_at_once(config, tmp_path):
     (tmp_path / "config.yaml").write_text(config.as_yaml())
-    (tmp_path / "wrong.py").write_text(
-        "from torchvision.transforms import v2\n\ndef build():\n    return v2.RandomCrop(9)\n"
-    )
+    (tmp_path / "wrong.py").write_text(ROTATION)
     command = ["train", "--config", str(tmp_path / "config.yaml"), "--transforms", f"{tmp_path / 'wrong.py'}:built"]
     with pytest.raises(SystemExit, match=r"error: transforms: .*wrong.py has no function built: it has build"):
         cli.main(command)
