@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,8 @@ class OwnTransforms:
             exec(compile(source, str(path), "exec"), names)
         build = names.get(function)
         if not callable(build):
-            functions = [each for each, value in names.items() if callable(value) and each[0] != "_"]
+            own = [value for value in names.values() if isinstance(value, FunctionType)]
+            functions = [value.__name__ for value in own if value.__code__.co_filename == str(path)]
             has = f"it has {', '.join(functions)}" if functions else "it has none"
             raise TransformError(f"transforms: {path} has no function {function}: {has}")
         with seeded(0, 0, 0), self._failures(f"{function}() of {path} fails"):
