@@ -14,6 +14,7 @@ from .annotation_cache import load_annotations
 from .annotations import WITHOUT_MASK, DataError
 from .copy_paste import CopyPaste
 from .images import decode_rgb, is_turned, open_image, size_fault
+from .rare_classes import repeat_factors
 from .sampling import seeded
 
 __all__ = ["CocoDataset"]
@@ -223,6 +224,16 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         if not counts.any():
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
+
+    def objects_of_classes(self) -> Tensor:
+        """How many objects each class has, ``[num_classes]`` int64."""
+        return torch.bincount(self._labels, minlength=self.num_classes)
+
+    def repeat_factors(self, threshold: float) -> Tensor:
+        """How often each image is to come in an epoch, ``[len(self)]`` float64; see ``rare_classes.repeat_factors``."""
+        numbers = torch.from_numpy(self._annotations.offsets).diff()
+        images = torch.arange(len(self)).repeat_interleave(numbers)
+        return repeat_factors(self._labels, images, len(self), threshold)
 
     def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
         """The category id of a label, or of every entry of an integer tensor of any shape."""

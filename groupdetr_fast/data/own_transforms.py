@@ -54,9 +54,9 @@ class OwnTransforms:
     def __init__(self, name: str):
         path, _ = split_name(name)
         try:
-            source = path.read_text(encoding="utf-8")
+            source = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise TransformError(f"transforms: {path} cannot be read ({reason}): give {EXAMPLE}") from None
         self._build(name, source)
 

@@ -25,6 +25,7 @@ OF_A_RUN = (
     "report",
     "trackers.json",
     "transforms_used.py",
+    "class_weights_used.yaml",
 )
 
 

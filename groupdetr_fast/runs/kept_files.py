@@ -3,31 +3,43 @@
 import logging
 from dataclasses import replace
 
+import yaml
+
 from ..data.own_transforms import OwnTransforms, split_name
 from ..files import write_whole
-from .config import CocoTrainingConfig
+from .class_weights import ClassWeights
+from .config import BALANCED, CocoTrainingConfig
 
-__all__ = ["TRANSFORMS_FILE", "keep_transforms", "with_kept_transforms"]
+__all__ = ["CLASS_WEIGHTS_FILE", "TRANSFORMS_FILE", "keep_files", "with_kept_files"]
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMS_FILE = "transforms_used.py"
+TRANSFORMS_FILE, CLASS_WEIGHTS_FILE = "transforms_used.py", "class_weights_used.yaml"
 
 
-def with_kept_transforms(config: CocoTrainingConfig) -> CocoTrainingConfig:
-    """The run with the transforms of the file that :func:`keep_transforms` writes, for ``config.yaml``."""
-    if config.augmentation.transforms is None:
-        return config
-    _, function = split_name(config.augmentation.transforms)
-    kept = f"{config.output / TRANSFORMS_FILE}:{function}"
-    return replace(config, augmentation=replace(config.augmentation, transforms=kept))
+def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
+    """The run with the files that :func:`keep_files` writes in place of those that were given, for ``config.yaml``."""
+    if config.augmentation.transforms is not None:
+        _, function = split_name(config.augmentation.transforms)
+        kept = f"{config.output / TRANSFORMS_FILE}:{function}"
+        config = replace(config, augmentation=replace(config.augmentation, transforms=kept))
+    if config.class_weights not in (None, BALANCED):
+        config = replace(config, class_weights=str(config.output / CLASS_WEIGHTS_FILE))
+    return config
 
 
-def keep_transforms(config: CocoTrainingConfig, own: OwnTransforms | None) -> None:
-    """Write the file of the run's transforms into its folder; warn where a resumed run had another text."""
-    if own is None:
-        return
-    path = config.output / TRANSFORMS_FILE
-    if config.resume and path.exists() and path.read_text(encoding="utf-8") != own.source:
-        logger.warning("resuming with another text of %s than the run began with", own.name)
-    write_whole(path, own.source)
+def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: ClassWeights | None) -> None:
+    """Write the run's transforms and its weights of classes into its folder; warn where a resumed run had others."""
+    texts = {
+        TRANSFORMS_FILE: None if own is None else own.source,
+        CLASS_WEIGHTS_FILE: None
+        if weights is None
+        else yaml.safe_dump(dict(zip(*weights, strict=True)), sort_keys=False),
+    }
+    for name, text in texts.items():
+        path = config.output / name
+        if text is None:
+            continue
+        if config.resume and path.exists() and path.read_text() != text:
+            logger.warning("resuming with another content of %s than the run began with", path)
+        write_whole(path, text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import CocoDataset, DataError, EpochSampler, SkipUnreadable, collate, eval_transforms, train_transforms
@@ -14,7 +15,14 @@ from ..data.own_transforms import OwnTransforms, try_on_samples
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
-__all__ = ["evaluation_batch_size", "evaluation_loader", "evaluation_set", "training_loader", "training_set"]
+__all__ = [
+    "evaluation_batch_size",
+    "evaluation_loader",
+    "evaluation_set",
+    "order_of_training",
+    "training_loader",
+    "training_set",
+]
 
 Images = CocoDataset | SkipUnreadable
 
@@ -49,11 +57,31 @@ def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
     return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
 
 
+def order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple[list[int] | None, Tensor | None]:
+    """The indices and the repeats that :func:`training_loader` takes, for the images of :func:`training_set`."""
+    indices = dataset.indices_with_objects() if config.data.filter_empty else None
+    repeats = None
+    if config.data.repeat_factor_threshold:
+        repeats = dataset.repeat_factors(config.data.repeat_factor_threshold)
+        repeats = repeats if indices is None else repeats[indices]
+    return indices, repeats
+
+
 def training_loader(
-    dataset: Images, config: CocoTrainingConfig, indices: Sequence[int] | None = None
+    dataset: Images,
+    config: CocoTrainingConfig,
+    indices: Sequence[int] | None = None,
+    repeats: Tensor | None = None,
 ) -> DataLoader[Any]:
-    """Shuffled batches of :func:`training_set`, or of a data set around it; of the samples with these indices only."""
-    sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices)
+    """Shuffled batches of :func:`training_set`, or of a data set around it.
+
+    Args:
+        dataset: the images.
+        config: the run.
+        indices: of the samples to take only; None for all.
+        repeats: how often each of these comes in an epoch; see :class:`EpochSampler`.
+    """
+    sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices, repeats=repeats)
     min_size = config.augmentation.jitter_size or 0
     return _loader(dataset, config, sampler, config.optimization.batch_size, min_size)
 

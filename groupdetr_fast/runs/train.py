@@ -23,18 +23,20 @@ from ..training.faults import deaths_of_processes_explained, lack_of_memory_expl
 from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
+from .class_weights import ClassWeights, class_weights_of
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
-from .kept_files import keep_transforms, with_kept_transforms
-from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
+from .kept_files import keep_files, with_kept_files
+from .loaders import evaluation_loader, evaluation_set, order_of_training, training_loader, training_set
 from .report import write_report
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
+SHOWN_WEIGHTS = 20  # of classes, in the log
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
 FIXED = {"data.labels"} | {f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")}
@@ -87,6 +89,7 @@ def _train(
     own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
     val_set, train_set = evaluation_set(config), training_set(config, own)
     _check_categories(train_set, val_set)
+    weights = class_weights_of(config, train_set)
     newest = latest_checkpoint(config.output) if config.resume else None
     model = config.model.build(val_set.num_classes, resumed=newest)
     header = _header(config, model, val_set)
@@ -104,8 +107,8 @@ def _train(
     trainer = Trainer(
         accelerator,
         model,
-        build_criterion(model, assignment=config.assignment, positives=config.positives),
-        training_loader(readable_set, config, train_set.indices_with_objects() if config.data.filter_empty else None),
+        _criterion(config, model, weights).to(accelerator.device),
+        training_loader(readable_set, config, *order_of_training(train_set, config)),
         _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
         observe=observe,
@@ -122,8 +125,8 @@ def _train(
     if accelerator.is_main_process:
         if config.overwrite:  # not before everything that could be refused has been tried
             clear(config.output)
-        keep_transforms(config, own)
-        write_whole(config.output / CONFIG_FILE, with_kept_transforms(config).as_yaml())
+        keep_files(config, own, weights)
+        write_whole(config.output / CONFIG_FILE, with_kept_files(config).as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
         if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
@@ -137,6 +140,16 @@ def _train(
     return results
 
 
+def _criterion(config: CocoTrainingConfig, model: nn.Module, weights: ClassWeights | None) -> nn.Module:
+    """The losses of a run, with these weights of classes."""
+    of_classes = None if weights is None else weights.weights
+    if weights is not None:
+        pairs = [f"{name} {weight:.3g}" for name, weight in zip(*weights, strict=True)]
+        more = ", ..." if len(pairs) > SHOWN_WEIGHTS else ""
+        logger.info("weights of classes: %s%s", ", ".join(pairs[:SHOWN_WEIGHTS]), more)
+    return build_criterion(model, assignment=config.assignment, positives=config.positives, class_weights=of_classes)
+
+
 def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
     """Say how a configuration differs from that of the run which it resumes.
 
@@ -146,7 +159,7 @@ def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
     path = config.output / CONFIG_FILE
     if not path.exists():  # of a version that wrote none
         return
-    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), with_kept_transforms(config)))
+    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), with_kept_files(config)))
     for name in now:
         if now[name] == begun[name]:
             continue
