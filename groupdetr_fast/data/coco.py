@@ -225,6 +225,15 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
 
+    @property
+    def image_sizes(self) -> Tensor:
+        """``[len(self), 2]`` int64, (height, width) of the upright images in pixels."""
+        return torch.from_numpy(self._annotations.image_sizes)
+
+    def most_objects(self) -> int:
+        """Objects of the fullest image."""
+        return int(torch.from_numpy(self._annotations.offsets).diff().max())
+
     def objects_of_classes(self) -> Tensor:
         """How many objects each class has, ``[num_classes]`` int64."""
         return torch.bincount(self._labels, minlength=self.num_classes)

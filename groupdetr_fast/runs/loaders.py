@@ -83,7 +83,7 @@ def training_loader(
     """
     sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices, repeats=repeats)
     min_size = config.augmentation.jitter_size or 0
-    return _loader(dataset, config, sampler, config.optimization.batch_size, min_size)
+    return _loader(dataset, config, sampler, config.optimization.images_per_batch, min_size)
 
 
 def evaluation_loader(dataset: Images, config: CocoTrainingConfig, images: int | None = None) -> DataLoader[Any]:
@@ -94,7 +94,7 @@ def evaluation_loader(dataset: Images, config: CocoTrainingConfig, images: int |
 
 def evaluation_batch_size(config: CocoTrainingConfig) -> int:
     """Images per process that are evaluated at a time."""
-    return config.optimization.batch_size if config.eval_batch_size is None else config.eval_batch_size
+    return config.optimization.images_per_batch if config.eval_batch_size is None else config.eval_batch_size
 
 
 def _dataset(

@@ -17,12 +17,14 @@ from ..evaluation.coco import format_table
 from ..files import write_whole
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..prediction import EVAL_SETTINGS, class_table
+from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, latest_checkpoint, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
+from .batch_size import with_batch_size
 from .class_weights import ClassWeights, class_weights_of
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
@@ -71,9 +73,9 @@ def train(
     check_trackers(config.track)
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization, config.output)
+    check_auto(accelerator, config.optimization)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
-        lack_of_memory_explained(config.optimization.batch_size),
         deaths_of_processes_explained(),
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
@@ -89,6 +91,20 @@ def _train(
     own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
     val_set, train_set = evaluation_set(config), training_set(config, own)
     _check_categories(train_set, val_set)
+    config = with_batch_size(config, accelerator, train_set)
+    with lack_of_memory_explained(config.optimization.images_per_batch):
+        return _train_on(config, accelerator, train_set, val_set, own, observe)
+
+
+def _train_on(
+    config: CocoTrainingConfig,
+    accelerator: Accelerator,
+    train_set: CocoDataset,
+    val_set: CocoDataset,
+    own: OwnTransforms | None,
+    observe: Callable[[int, nn.Module, Any, Any], None] | None,
+) -> dict[str, Any]:
+    """The same on these data, with batches of a known size."""
     weights = class_weights_of(config, train_set)
     newest = latest_checkpoint(config.output) if config.resume else None
     model = config.model.build(val_set.num_classes, resumed=newest)

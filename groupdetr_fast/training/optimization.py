@@ -38,8 +38,10 @@ class OptimizationConfig:
         weight_decay: of AdamW.
         decay_norms: whether it acts on norms and embeddings too, as in DETR; in Mask2Former's repository it does not.
         clip_norm: largest norm of the gradient; 0 for no clipping.
-        batch_size: images per process and step.
-        accumulate: batches per optimiser step.
+        batch_size: images per process and batch; or "auto", for the largest number that fits into the GPU's memory with
+            a margin, which is found by trying, at the largest sizes that the data can have.
+        accumulate: batches per optimiser step; with ``batch_size`` "auto" it follows from ``images_per_step``.
+        images_per_step: with ``batch_size`` "auto": images of an optimiser step, over all processes (the paper: 16).
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
         tf32: round the factors of float32 products to TF32 on GPUs that have it, which is several times as fast; what
             is added up stays float32.
@@ -67,8 +69,9 @@ class OptimizationConfig:
     weight_decay: float = 1e-4
     decay_norms: bool = True
     clip_norm: float = 0.1
-    batch_size: int = 2
+    batch_size: int | Literal["auto"] = 2
     accumulate: int = 1
+    images_per_step: int = 16
     precision: Literal["no", "bf16", "fp16"] | None = None
     tf32: bool = True
     ema_decay: float = 0.0
@@ -81,9 +84,12 @@ class OptimizationConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "accumulate", "images_per_step"):
+            value = getattr(self, name)
+            if name == "batch_size" and value == "auto":
+                continue
+            if isinstance(value, str) or value < 1:
+                raise ValueError(f"{name} must be at least 1{' or auto' * (name == 'batch_size')}, got {value}")
         for name in (
             "warmup_steps",
             "lr",
@@ -105,6 +111,17 @@ class OptimizationConfig:
             _ = self.graph_sizes  # which checks them
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
+
+    @property
+    def images_per_batch(self) -> int:
+        """``batch_size``, where it is a number.
+
+        Raises:
+            ValueError: if it is "auto", which a training replaces by a number first.
+        """
+        if self.batch_size == "auto":
+            raise ValueError("batch_size auto is found when a training begins: give a number here")
+        return self.batch_size
 
     @property
     def graph_sizes(self) -> GraphSizes:

@@ -1,0 +1,101 @@
+"""The largest batch that fits, on a memory that is counted in images."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from groupdetr_fast.training.batch_size import AIM, GpuMemory, check_auto, largest_fitting, memory_of
+from groupdetr_fast.training.optimization import OptimizationConfig
+
+
+class Device:
+    """A device on which a step on ``n`` images takes ``n / images`` of the memory, and that fails beyond it."""
+
+    def __init__(self, images, error=None):
+        self.images = images
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        self.taken, self.sizes = 0.0, []
+
+    def clear(self):
+        self.taken = 0.0
+
+    def peak(self):
+        return self.taken
+
+    def run(self, size):
+        self.sizes.append(size)
+        self.taken = min(1.0, size / self.images)
+        if size > self.images:
+            raise self.error
+
+
+@pytest.mark.parametrize("most", [1, 7, 16, 100])
+@pytest.mark.parametrize("images", [1.5, 2, 5, 10, 33.4, 1000])
+def test_the_largest_that_leaves_room_is_found(images, most):
+    device = Device(images)
+    found = largest_fitting(device.run, device, most)
+    fitting = [size for size in range(1, most + 1) if size / images <= AIM]
+    assert found == max(fitting, default=1)  # one image must do, if it runs at all
+    assert max(device.sizes) <= most
+    assert len(device.sizes) == len(set(device.sizes)) <= 2 * math.log2(most) + 2
+    assert device.taken == 0
+
+
+def test_one_image_may_be_too_large():
+    assert largest_fitting(Device(0.5).run, Device(0.5), 8) == 0
+
+
+@pytest.mark.parametrize("text", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error", "HIP out of memory. Tried"])
+def test_other_errors_say_the_same(text):
+    device = Device(5, RuntimeError(text))
+    assert largest_fitting(device.run, device, 16) == 4
+
+
+def test_errors_that_say_something_else_are_raised():
+    device = Device(5, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        largest_fitting(device.run, device, 16)
+
+
+def test_a_cpu_is_refused_in_one_sentence():
+    message = "batch_size auto goes by the memory of a CUDA GPU, and this training runs on cpu: give batch_size a"
+    with pytest.raises(ValueError, match=message):
+        memory_of(torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        check_auto(Accelerator(cpu=True), OptimizationConfig(batch_size="auto"))
+    check_auto(Accelerator(cpu=True), OptimizationConfig(batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cuda_graphs": 2}, "does not know what cuda_graphs keep in memory: give batch_size a number"),
+        ({"images_per_step": 7}, "2 processes cannot share images_per_step=7 evenly: give images_per_step a multiple"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(monkeypatch, settings, message):
+    monkeypatch.setattr("groupdetr_fast.training.batch_size.memory_of", lambda device: None)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match=message):
+        check_auto(Accelerator(cpu=True), OptimizationConfig(batch_size="auto", **settings))
+
+
+@pytest.mark.parametrize("value", [0, -2, "large"])
+def test_a_size_is_a_number_or_auto(value):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1 or auto, got {value}"):
+        OptimizationConfig(batch_size=value)
+    with pytest.raises(ValueError, match="batch_size auto is found when a training begins: give a number here"):
+        _ = OptimizationConfig(batch_size="auto").images_per_batch
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_gpu_is_counted():
+    memory = GpuMemory(torch.device("cuda", 0))
+    before = memory.peak()
+    block = torch.empty(int(memory.available * 0.1), dtype=torch.uint8, device="cuda")
+    assert memory.peak() == pytest.approx(before + 0.1, abs=0.02)
+    del block
+    memory.clear()
+    assert memory.peak() == pytest.approx(before, abs=0.01)
