@@ -1,17 +1,25 @@
 """Weights of classes in the class loss, from the data or from a file."""
 
 import difflib
+import logging
 import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
+from ..build import build_criterion
 from ..data import CocoDataset
 from ..data.rare_classes import balanced_weights
 from ..prediction import class_table
 from .config import BALANCED, CocoTrainingConfig
 from .config_file import read_yaml
 
-__all__ = ["ClassWeights", "class_weights_of"]
+__all__ = ["ClassWeights", "class_weights_of", "criterion_of"]
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 20  # weights in the log
 
 
 class ClassWeights(NamedTuple):
@@ -39,6 +47,20 @@ def class_weights_of(config: CocoTrainingConfig, dataset: CocoDataset) -> ClassW
         return ClassWeights(names, balanced_weights(dataset.objects_of_classes(), config.class_weights_beta))
     given = _read(Path(config.class_weights), names)
     return ClassWeights(names, [given.get(name, 1.0) for name in names])
+
+
+def criterion_of(config: CocoTrainingConfig, model: nn.Module, weights: ClassWeights | None) -> nn.Module:
+    """The losses of a run, with these weights of classes, which the log shows."""
+    if weights is not None:
+        pairs = [f"{name} {weight:.3g}" for name, weight in zip(*weights, strict=True)]
+        more = ", ..." if len(pairs) > SHOWN else ""
+        logger.info("weights of classes: %s%s", ", ".join(pairs[:SHOWN]), more)
+    return build_criterion(
+        model,
+        assignment=config.assignment,
+        positives=config.positives,
+        class_weights=None if weights is None else weights.weights,
+    )
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, float]:

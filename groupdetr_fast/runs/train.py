@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..build import build_criterion
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
@@ -25,7 +24,7 @@ from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
 from .batch_size import with_batch_size
-from .class_weights import ClassWeights, class_weights_of
+from .class_weights import class_weights_of, criterion_of
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
@@ -38,7 +37,6 @@ __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-SHOWN_WEIGHTS = 20  # of classes, in the log
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
 FIXED = {"data.labels"} | {f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")}
@@ -123,7 +121,7 @@ def _train_on(
     trainer = Trainer(
         accelerator,
         model,
-        _criterion(config, model, weights).to(accelerator.device),
+        criterion_of(config, model, weights).to(accelerator.device),
         training_loader(readable_set, config, *order_of_training(train_set, config)),
         _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
@@ -154,16 +152,6 @@ def _train_on(
             print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
         print(f"results: {config.output}")
     return results
-
-
-def _criterion(config: CocoTrainingConfig, model: nn.Module, weights: ClassWeights | None) -> nn.Module:
-    """The losses of a run, with these weights of classes."""
-    of_classes = None if weights is None else weights.weights
-    if weights is not None:
-        pairs = [f"{name} {weight:.3g}" for name, weight in zip(*weights, strict=True)]
-        more = ", ..." if len(pairs) > SHOWN_WEIGHTS else ""
-        logger.info("weights of classes: %s%s", ", ".join(pairs[:SHOWN_WEIGHTS]), more)
-    return build_criterion(model, assignment=config.assignment, positives=config.positives, class_weights=of_classes)
 
 
 def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
