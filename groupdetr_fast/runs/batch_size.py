@@ -88,4 +88,5 @@ def largest_batch(config: CocoTrainingConfig, dataset: CocoDataset, size: int) -
         target["masks"][:, : height // 2] = True
     target |= {"image_id": 0, "original_size": torch.tensor([height, width])}
     target["normalization"] = config.augmentation.normalization
-    return collate([(torch.zeros(3, height, width, dtype=torch.uint8), target)] * size)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return collate([(image, target)] * size)

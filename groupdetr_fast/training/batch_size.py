@@ -10,6 +10,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..targets import StepTotals
+from .device_step import bare_optimizer
 from .ema import AveragedWeights
 from .faults import TrainingError
 from .freezing import freeze
@@ -188,8 +189,9 @@ class TrialSteps:
         self.model = model.to(accelerator.device).train()
         self.passes = GroupPasses(model, criterion, config.groups_per_pass) if config.groups_per_pass else None
         self.optimizer = build_optimizer(model, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+        # With which AdamW makes its state and leaves the weights as they are, also where a gradient is not finite.
+        adam: Any = bare_optimizer(self.optimizer)
+        adam.found_inf = torch.ones((), device=accelerator.device)
         self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buckets = [torch.empty_like(each) for each in trained] if accelerator.num_processes > 1 else []

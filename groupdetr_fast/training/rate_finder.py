@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .engine import Trainer
 from .faults import TrainingError
 from .processes import mean_losses
@@ -118,7 +116,7 @@ def sweep_rate(trainer: Trainer, settings: SweepSettings) -> RateSweep:
             rate = settings.rate(len(rates))
             for group, proportion in zip(optimizer.param_groups, proportions, strict=True):
                 group["lr"] = rate * proportion
-            loss = _mean(trainer.run_step(batches))
+            loss = _loss_of_step(trainer, batches)
             if not math.isfinite(loss):
                 diverged = True
                 break
@@ -142,6 +140,12 @@ def sweep_rate(trainer: Trainer, settings: SweepSettings) -> RateSweep:
     return RateSweep(tuple(rates), tuple(losses), tuple(smoothed), diverged)
 
 
-def _mean(losses: dict[str, Tensor]) -> float:
+def _loss_of_step(trainer: Trainer, batches: list[Any]) -> float:
     """The loss of a step, mean over processes; the host waits for it."""
+    try:
+        losses = trainer.run_step(batches)
+    except ValueError as error:
+        if "nan" not in str(error):  # the losses of transformers refuse boxes that are no numbers
+            raise
+        return math.nan
     return float(mean_losses(Losses.of(losses))["loss"])

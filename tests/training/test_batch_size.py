@@ -6,8 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from groupdetr_fast.training.batch_size import AIM, GpuMemory, check_auto, largest_fitting, memory_of
+import groupdetr_fast as gd
+from groupdetr_fast.data import collate
+from groupdetr_fast.training.batch_size import AIM, GpuMemory, TrialSteps, check_auto, largest_fitting, memory_of
 from groupdetr_fast.training.optimization import OptimizationConfig
+
+SMALL = {"num_queries": 3, "d_model": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 
 
 class Device:
@@ -99,3 +103,31 @@ def test_the_memory_of_a_gpu_is_counted():
     del block
     memory.clear()
     assert memory.peak() == pytest.approx(before, abs=0.01)
+
+
+@pytest.mark.parametrize("factor", [1.0, float("nan")])
+def test_trial_steps_make_the_state_of_the_optimiser_and_change_no_weight(factor):
+    model = gd.build_model("conditional_detr_r50", num_classes=2, num_groups=2, backbone="conv:4-8", **SMALL)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    sizes = []
+
+    def make_batch(size):
+        sizes.append(size)
+        target = {"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5), "image_id": 0}
+        target["original_size"] = torch.tensor([16, 16])
+        return collate([(torch.zeros(3, 16, 16, dtype=torch.uint8), target)] * size)
+
+    config = OptimizationConfig(ema_decay=0.9, freeze=("encoder",))
+    criterion = gd.build_criterion(model)
+
+    def loss(*arguments):
+        return {"loss": factor * criterion(*arguments)["loss"]}
+
+    trial = TrialSteps(Accelerator(cpu=True), model, loss, config, make_batch)
+    trial(3)
+    assert sizes == [3]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    assert trained - 5 < len(trial.optimizer.state) <= trained  # some are not used by so small a model
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
