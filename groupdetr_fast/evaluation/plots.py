@@ -108,7 +108,7 @@ def draw_rates(
     axis.plot(rates, smoothed, label="smoothed")
     for (name, rate), colour in zip(marked.items(), ("tab:green", "tab:orange"), strict=False):
         axis.axvline(rate, linestyle="--", color=colour, label=f"{name} {rate:.2g}")
-    low, high = min(smoothed), max(smoothed)
+    low, high = min(losses), max(smoothed)
     axis.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(low - 0.1 * (high - low), high * 1.05))
     axis.legend(fontsize=7)
     _save(axis, path)

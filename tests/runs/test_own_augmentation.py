@@ -72,7 +72,8 @@ def test_a_run_with_its_own_file_is_resumed_and_says_what_changed(config, tmp_pa
     assert "transforms" not in caplog.text
     (tmp_path / "mine.py").write_text(ROTATION.replace("15", "30"))
     train(replace(longer, resume=True))
-    assert f"resuming with another text of {config.augmentation.transforms} than the run began with" in caplog.text
+    kept = config.output / "transforms_used.py"
+    assert f"resuming with another content of {kept} than the run began with" in caplog.text
 
 
 def test_a_fault_of_the_file_ends_the_command_at_once(config, tmp_path):
