@@ -1,5 +1,6 @@
 """Where models and training meet: the criterion that belongs to a model."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -29,6 +30,7 @@ def build_criterion(
     *,
     assignment: Assignment = "group",
     positives: int | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> SetCriterion | MaskCriterion | nn.Module:
     """The criterion with the weights of a model.
 
@@ -36,11 +38,12 @@ def build_criterion(
         model_or_config_or_name: a model of this package (also wrapped, as by DistributedDataParallel), its
             configuration, or its name.
         assignment, positives: see ``losses.matcher.GroupMatcher``; the defaults are those of Group DETR.
+        class_weights: one for each class, in the class loss of queries with an object; see ``losses.SetCriterion``.
 
     Raises:
         TypeError: for anything else.
         ValueError: for another assignment than "group" with a model that predicts masks or has losses of its own, or
-            one that does not exist.
+            one that does not exist; for class weights that do not fit.
     """
     source = model_or_config_or_name
     if isinstance(source, str):
@@ -50,13 +53,17 @@ def build_criterion(
         model = next(known, source)
         if isinstance(model, MakesCriterion):
             _require_default(type(model).__name__, assignment, positives)
+            if class_weights is not None:
+                raise ValueError(f"{type(model).__name__} has losses of its own, which take no class_weights")
             return model.make_criterion()
         source = model.config if isinstance(model, Detector) else model
+    if class_weights is not None and isinstance(source, BaseConfig) and len(class_weights) != source.num_classes:
+        raise ValueError(f"class_weights must be {source.num_classes}, one for each class, got {len(class_weights)}")
     if isinstance(source, Mask2FormerConfig):
         _require_default(type(source).__name__, assignment, positives)
-        return _mask_criterion(source)
+        return _mask_criterion(source, class_weights)
     if isinstance(source, DetectorConfig):
-        return _box_criterion(source, assignment, positives)
+        return _box_criterion(source, assignment, positives, class_weights)
     raise TypeError(f"expected a model of this package, its configuration or its name, got {type(source).__name__}")
 
 
@@ -65,7 +72,9 @@ def _require_default(name: str, assignment: Assignment, positives: int | None) -
         raise ValueError(f'{name} is trained with the default assignment, "group", alone')
 
 
-def _box_criterion(config: DetectorConfig, assignment: Assignment, positives: int | None) -> SetCriterion:
+def _box_criterion(
+    config: DetectorConfig, assignment: Assignment, positives: int | None, class_weights: Sequence[float] | None
+) -> SetCriterion:
     matcher = GroupMatcher(
         config.class_cost,
         config.l1_cost,
@@ -82,10 +91,11 @@ def _box_criterion(config: DetectorConfig, assignment: Assignment, positives: in
         giou_loss=config.giou_loss,
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
+        class_weights=class_weights,
     )
 
 
-def _mask_criterion(config: Mask2FormerConfig) -> MaskCriterion:
+def _mask_criterion(config: Mask2FormerConfig, class_weights: Sequence[float] | None) -> MaskCriterion:
     return MaskCriterion(
         MaskMatcher(config.class_cost, config.mask_cost, config.dice_cost, config.loss_points),
         class_loss=config.class_loss,
@@ -95,4 +105,5 @@ def _mask_criterion(config: Mask2FormerConfig) -> MaskCriterion:
         num_points=config.loss_points,
         oversample_ratio=config.oversample_ratio,
         importance_ratio=config.importance_ratio,
+        class_weights=class_weights,
     )

@@ -16,6 +16,7 @@ from .commands.check_groups import CheckGroupsCommand
 from .commands.env import EnvCommand
 from .commands.eval import EvalCommand
 from .commands.export import ExportCommand
+from .commands.find_rate import FindRateCommand, sweep_defaults
 from .commands.flags import FLAGS
 from .commands.predict import PredictCommand
 from .commands.recipes import RecipesCommand
@@ -86,11 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "train":
             default = training_defaults(rest)
             return tyro.cli(TrainCommand, args=rest, prog="groupdetr train", default=default, config=FLAGS)
+        if name == "find-rate":
+            sweep = sweep_defaults(rest)
+            return tyro.cli(FindRateCommand, args=rest, prog="groupdetr find-rate", default=sweep, config=FLAGS)
         if name == "analyze":
             return parse_analysis(rest)
         if name in _COMMANDS:
             return tyro.cli(_COMMANDS[name], args=rest, prog=f"groupdetr {name}", config=FLAGS)
-        every = {"train": TrainCommand, **_COMMANDS, "analyze": AnalyzeCommand}
+        every = {"train": TrainCommand, "find-rate": FindRateCommand, **_COMMANDS, "analyze": AnalyzeCommand}
         options = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in every.items())
         union = Union[options]  # noqa: UP007 (a union of a tuple)
         # The name alone, so that flags of a misspelt command do not call up those of all commands.

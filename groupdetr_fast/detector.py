@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from .models.registry import model_config
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
+from .runs.find_rate import find_rate
 from .runs.recipes import launched_recipe
 from .runs.train import train
 from .training.checkpoint import BEST, latest_checkpoint, write_weights
+from .training.rate_finder import RateSweep, SweepSettings
 from .transformers_detector.families import of_transformers
 
 if TYPE_CHECKING:
@@ -153,11 +155,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Raises:
             ValueError: for an unknown setting, and as ``runs.train.train``.
         """
-        run = self._run if recipe is None else launched_recipe(recipe)
-        if recipe is not None and self.checkpoint is not None:
-            self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
-        if self.checkpoint is not None:
-            settings = {"new_class_head": True, "num_groups": self._num_groups, **settings}
+        run, settings = self._training(recipe, settings)
         folder = Path(output) if output is not None else _new_folder(RUNS / "train")
         results = train(run.with_settings(**_of_data(data), output=folder, **settings))
         best = folder / "checkpoints" / BEST
@@ -165,6 +163,43 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         if trained is not None:
             self._load(trained, None, None, {})
         return results
+
+    def find_rate(
+        self,
+        data: str | Path | None = None,
+        *,
+        output: str | Path | None = None,
+        recipe: str | None = None,
+        **settings: Any,
+    ) -> RateSweep:
+        """Sweep the learning rate over a few hundred steps, as a training with these settings would begin.
+
+        The detector keeps its weights; ``sweep.valley`` is the rate to train with: ``train(data, lr=sweep.valley)``.
+
+        Args:
+            data, recipe: as in :meth:`train`; the part to train on is used.
+            output: folder for ``rates.csv`` and ``rates.png``; by default a new one, ``runs/rate``.
+            **settings: ``rate_from``, ``rate_to`` and ``rate_steps``, and any setting of :meth:`train`.
+
+        Returns:
+            The rates, the losses and the suggestions.
+
+        Raises:
+            ValueError: for an unknown setting, and as ``runs.find_rate.find_rate``.
+        """
+        own = {each.name: settings.pop(each.name) for each in fields(SweepSettings) if each.name in settings}
+        run, settings = self._training(recipe, settings)
+        folder = Path(output) if output is not None else _new_folder(RUNS / "rate")
+        return find_rate(run.with_settings(**_of_data(data), output=folder, **settings), SweepSettings(**own))
+
+    def _training(self, recipe: str | None, settings: dict[str, Any]) -> tuple[CocoTrainingConfig, dict[str, Any]]:
+        """The run that settings change, and these, with what a detector that has weights adds to them."""
+        run = self._run if recipe is None else launched_recipe(recipe)
+        if recipe is not None and self.checkpoint is not None:
+            self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
+        if self.checkpoint is not None:
+            settings = {"new_class_head": True, "num_groups": self._num_groups, **settings}
+        return run, settings
 
     def evaluate(
         self, data: str | Path | None = None, *, output: str | Path | None = None, **settings: Any

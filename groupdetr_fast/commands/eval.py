@@ -57,7 +57,7 @@ class EvalCommand:
     eval_max_size: int | None = None
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
-    batch_size: int = OptimizationConfig.batch_size
+    batch_size: int = OptimizationConfig().images_per_batch
     workers: int | None = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] | None = OptimizationConfig.precision
     tf32: bool = OptimizationConfig.tf32

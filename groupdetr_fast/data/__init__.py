@@ -3,8 +3,10 @@
 from .annotations import DataError
 from .batch import Batch, collate
 from .coco import CocoDataset
+from .copy_paste import CopyPaste
 from .digits import DigitsConfig, DigitsPaths, digits_dataset
 from .layouts import find_data
+from .own_transforms import OwnTransforms
 from .sampling import EpochSampler
 from .transforms import AugmentationConfig, eval_transforms, train_transforms
 from .unreadable import SkipUnreadable
@@ -13,10 +15,12 @@ __all__ = [
     "AugmentationConfig",
     "Batch",
     "CocoDataset",
+    "CopyPaste",
     "DataError",
     "DigitsConfig",
     "DigitsPaths",
     "EpochSampler",
+    "OwnTransforms",
     "SkipUnreadable",
     "collate",
     "digits_dataset",

@@ -14,8 +14,9 @@ from torch import Tensor
 from .packed import Texts
 from .segmentations import Segmentation, Segmentations, parse_segmentation
 
-__all__ = ["Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
+__all__ = ["WITHOUT_MASK", "Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
 
+WITHOUT_MASK = "objects without a usable segmentation"  # in the warning of those that were dropped for it
 _TABLES = ("images", "annotations", "categories")
 _IDS_IN_WARNING = 5
 _LARGEST_ID = 2**63 - 1
@@ -126,7 +127,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         usable = np.array([mask is not None for mask in parsed], dtype=bool)
         if kept and not usable.any():
             raise DataError(f"annotation file {path} has no segmentations; give a file with polygons or run lengths")
-        warnings.append(_dropped(kept, valid & ~usable, "objects without a usable segmentation"))
+        warnings.append(_dropped(kept, valid & ~usable, WITHOUT_MASK))
         valid &= usable
     order = np.argsort(owners, kind="stable")
     order = order[valid[order]]

@@ -11,8 +11,10 @@ from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotation_cache import load_annotations
-from .annotations import DataError
+from .annotations import WITHOUT_MASK, DataError
+from .copy_paste import CopyPaste
 from .images import decode_rgb, is_turned, open_image, size_fault
+from .rare_classes import repeat_factors
 from .sampling import seeded
 
 __all__ = ["CocoDataset"]
@@ -52,6 +54,8 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         masks: whether samples have masks, made from the polygons or run lengths of the annotations.
         seed: of the transforms; not negative.
         cache_images: decode all images now and keep them in memory as uint8; for small sets.
+        copy_paste: pastes objects of another image, after both are transformed; needs the masks of all objects, whether
+            samples have masks or not, and decodes those of the two images alone. None to paste nothing.
 
     Attributes:
         annotation_file: as given.
@@ -64,7 +68,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     Raises:
         DataError: on construction, for a fault in the folder or the annotation file; on access, for an image file
             that is missing, unreadable or of another size than the annotation file says.
-        ValueError: for an unknown ``labels`` mode or a negative seed.
+        ValueError: for an unknown ``labels`` mode, a negative seed, or ``copy_paste`` without ``transforms``.
         IndexError: for an index out of range.
     """
 
@@ -78,18 +82,30 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         masks: bool = False,
         seed: int = 0,
         cache_images: bool = False,
+        copy_paste: CopyPaste | None = None,
     ):
         if labels not in ("contiguous", "category_id"):
             raise ValueError(f'labels must be "contiguous" or "category_id", got {labels!r}')
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
+        if copy_paste is not None and transforms is None:
+            raise ValueError("copy_paste pastes into images that are transformed: give transforms")
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
             raise DataError(f"image folder {image_folder} does not exist; give the folder that holds the images")
         self.annotation_file = Path(annotation_file)
         self.transforms = transforms
         self.seed = seed
-        self._annotations = load_annotations(annotation_file, segmentations=masks)
+        self.masks = masks
+        self._annotations = load_annotations(annotation_file, segmentations=masks or copy_paste is not None)
+        lost = [each for each in self._annotations.warnings if WITHOUT_MASK in each]
+        if lost and not masks:  # a detector of boxes would have had them
+            raise DataError(
+                f"annotation file {annotation_file}: copy_paste needs the mask of every object, but {lost[0]}: "
+                "give them polygons or run lengths, or leave copy_paste at 0"
+            )
+        self._copy_paste = copy_paste
+        self._sources = torch.from_numpy(self._annotations.offsets).diff().nonzero().flatten()
         self.image_ids: list[int] = self._annotations.image_ids.tolist()
         self.categories = self._annotations.categories
         self.num_objects = len(self._annotations.boxes)
@@ -116,17 +132,12 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, objects = self.image(index), self.ground_truth(index)
         said: dict[str, Any] = {}
-        original_size = image.shape[-2:]
-        if self.transforms is not None:
-            objects["boxes"] = tv_tensors.BoundingBoxes(
-                objects["boxes"], format="XYXY", canvas_size=tuple(original_size)
-            )
-            if "masks" in objects:
-                objects["masks"] = tv_tensors.Mask(objects["masks"])
+        if self.transforms is None:
+            image, objects = self.image(index), self.ground_truth(index)
+        else:
             with seeded(self.seed, epoch, index):
-                image, objects = self.transforms(tv_tensors.Image(image), objects)
+                image, objects = self._transformed(index)
             image = image.as_subclass(Tensor)
             said = {name: objects.pop(name) for name in ("normalization",) if name in objects}
         if "masks" in objects:
@@ -138,7 +149,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             "labels": objects["labels"].as_subclass(Tensor),
             "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
             "image_id": self.image_ids[index],
-            "original_size": torch.tensor(original_size),
+            "original_size": torch.from_numpy(self._annotations.image_sizes[index]).clone(),
             **said,
         }
         if "masks" in objects:
@@ -154,6 +165,36 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             self._cache[index] = self._decode(index)
         return self._cache[index]
 
+    def upright(self, index: int, *, masks: bool) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        """The image and its objects, perhaps with masks, as ``transforms`` get them; see :class:`CocoDataset`."""
+        image, objects = self.image(index), self._objects(index, masks=masks)
+        size = (image.shape[1], image.shape[2])
+        typed: dict[str, Any] = {
+            **objects,
+            "boxes": tv_tensors.BoundingBoxes(objects["boxes"], format="XYXY", canvas_size=size),
+        }
+        if masks:
+            typed["masks"] = tv_tensors.Mask(objects["masks"])
+        return tv_tensors.Image(image), typed
+
+    def _transformed(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """The transformed image and its objects, perhaps with pasted ones among them."""
+        assert self.transforms is not None
+        draws = self._copy_paste is not None and self._copy_paste.draws() and len(self._sources) > 0
+        paste = self._copy_paste if draws else None
+        image, objects = self.transforms(*self.upright(index, masks=self.masks or paste is not None))
+        if paste is not None:
+            source = int(self._sources[torch.randint(len(self._sources), ())])
+            try:
+                other = self.upright(source, masks=True)
+            except DataError:  # which its own turn says of it, and not that of this image
+                pass
+            else:
+                image, objects = paste(image, objects, *self.transforms(*other))
+            if not self.masks:
+                del objects["masks"]
+        return image, objects
+
     def ground_truth(self, index: int) -> dict[str, Tensor]:
         """The targets before any transform.
 
@@ -161,10 +202,14 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             ``labels [T]`` int64, ``boxes [T, 4]`` float32, ``xyxy`` in pixels, and, if the data set has masks, ``masks
             [T, H, W]`` uint8.
         """
+        return self._objects(index, masks=self.masks)
+
+    def _objects(self, index: int, *, masks: bool) -> dict[str, Tensor]:
         self._check(index)
         start, stop = self._annotations.offsets[index : index + 2]
         objects = {"labels": self._labels[start:stop].clone(), "boxes": self._annotations.boxes[start:stop].clone()}
-        if self._annotations.segmentations is not None:
+        if masks:
+            assert self._annotations.segmentations is not None
             height, width = self._annotations.image_sizes[index].tolist()
             objects["masks"] = self._annotations.segmentations.masks(int(start), int(stop), height, width)
         return objects
@@ -179,6 +224,25 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         if not counts.any():
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
+
+    @property
+    def image_sizes(self) -> Tensor:
+        """``[len(self), 2]`` int64, (height, width) of the upright images in pixels."""
+        return torch.from_numpy(self._annotations.image_sizes)
+
+    def most_objects(self) -> int:
+        """Objects of the fullest image."""
+        return int(torch.from_numpy(self._annotations.offsets).diff().max())
+
+    def objects_of_classes(self) -> Tensor:
+        """How many objects each class has, ``[num_classes]`` int64."""
+        return torch.bincount(self._labels, minlength=self.num_classes)
+
+    def repeat_factors(self, threshold: float) -> Tensor:
+        """How often each image is to come in an epoch, ``[len(self)]`` float64; see ``rare_classes.repeat_factors``."""
+        numbers = torch.from_numpy(self._annotations.offsets).diff()
+        images = torch.arange(len(self)).repeat_interleave(numbers)
+        return repeat_factors(self._labels, images, len(self), threshold)
 
     def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
         """The category id of a label, or of every entry of an integer tensor of any shape."""

@@ -78,6 +78,8 @@ class DataConfig(DataPaths):
             the next step and one more.
         cache_images: keep decoded images in memory; for small data sets.
         filter_empty: train on images that have objects alone, as the original of Mask2Former does.
+        repeat_factor_threshold: share of images below which a class is rare: its images come more often in an epoch, by
+            the square root of this over its share (LVIS: 0.001); 0 for no repetition.
         max_unreadable_images: images to train on that may be missing or damaged, over all processes; another one stands
             in for each.
     """
@@ -87,6 +89,7 @@ class DataConfig(DataPaths):
     prefetch_factor: int | None = None
     cache_images: bool = False
     filter_empty: bool = False
+    repeat_factor_threshold: float = 0.0
     max_unreadable_images: int = 10
 
     def __post_init__(self) -> None:
@@ -94,6 +97,9 @@ class DataConfig(DataPaths):
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.prefetch_factor is not None and self.prefetch_factor < 1:
             raise ValueError(f"prefetch_factor must be at least 1, got {self.prefetch_factor}")
+
+        if not 0 <= self.repeat_factor_threshold <= 1:
+            raise ValueError(f"repeat_factor_threshold must be a share in [0, 1], got {self.repeat_factor_threshold}")
 
     def resolved_workers(self) -> int:
         """``workers``, or what None stands for on this machine."""

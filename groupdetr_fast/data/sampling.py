@@ -6,9 +6,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 __all__ = ["EpochSampler", "seeded"]
+
+_COPY = 1_000_000  # epochs between a sample and the same once more in one epoch: no run has as many
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -27,18 +30,30 @@ class EpochSampler(Sampler[tuple[int, int]]):
         shuffle: False for the order of the data set.
         seed: not negative.
         indices: of the samples to yield; None for all.
+        repeats: how often each of these comes in an epoch, on average: at least 1. An epoch has their sum, rounded up,
+            whichever come once more. A sample that comes again is augmented in another way. None: each comes once.
 
     Raises:
-        ValueError: for a negative seed or epoch.
+        ValueError: for a negative seed or epoch, or repeats that do not fit or are less than 1.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int = 0, indices: Sequence[int] | None = None):
+    def __init__(
+        self,
+        dataset: Sized,
+        shuffle: bool = True,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        repeats: Tensor | None = None,
+    ):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.dataset = dataset
         self.shuffle = shuffle
         self.seed = seed
         self.indices = range(len(dataset)) if indices is None else indices
+        if repeats is not None and (repeats.shape != (len(self.indices),) or bool((repeats < 1).any())):
+            raise ValueError(f"repeats must be {len(self.indices)} numbers of at least 1, one for each sample")
+        self.repeats = repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -48,17 +63,35 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.repeats is None else int(self.repeats.double().sum().ceil())
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, size = self.epoch, len(self.indices)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-            order = torch.randperm(size, generator=generator).tolist()
-        else:
-            order = list(range(size))
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        if self.repeats is not None:
+            yield from self._repeated(self.repeats.double(), generator)
+            return
+        order = torch.randperm(size, generator=generator).tolist() if self.shuffle else range(size)
         for index in order:
             yield epoch, self.indices[index]
+
+    def _repeated(self, repeats: Tensor, generator: torch.Generator) -> Iterator[tuple[int, int]]:
+        """Keys of an epoch: each sample as often as its repeats say, rounded up or down at random.
+
+        Systematic sampling: on a line with a stretch for each sample, as long as its repeats, the marks at distance 1
+        choose. So there are as many in every epoch, and each sample has its repeats on average.
+        """
+        total = len(self)
+        order = torch.randperm(len(repeats), generator=generator)
+        ends = (repeats[order] * (total / repeats.sum())).cumsum(0)
+        ends[-1] = total
+        marks = (ends + torch.rand((), generator=generator, dtype=torch.float64)).floor().long()
+        counts = torch.empty_like(marks).scatter_(0, order, marks.diff(prepend=marks.new_zeros(1)))
+        samples = torch.arange(len(repeats)).repeat_interleave(counts)
+        copies = torch.arange(total) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        shuffled = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
+        for place in shuffled.tolist():
+            yield self.epoch + _COPY * int(copies[place]), self.indices[int(samples[place])]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
+from .own_transforms import OwnTransforms, split_name
 
 __all__ = ["EVAL_SETTINGS", "AugmentationConfig", "eval_transforms", "train_transforms"]
 
@@ -35,6 +36,12 @@ class AugmentationConfig:
         jitter_size: None, or the side of the square of large-scale jitter, which then takes the place of all of the
             above but the flip (Mask2Former: 1024).
         jitter_scale: smallest and largest scale of the images, relative to their fit into that square.
+        transforms: an augmentation of one's own, which comes before all of the above: ``FILE.py:FUNCTION``, whose
+            function returns a torchvision.transforms.v2 transform. None for none. With ``flip`` and ``crop`` 0 it takes
+            the place of the above, of which the resize alone is left.
+        copy_paste: probability that objects of another image are pasted into an image, by their masks.
+        copy_paste_prefer_small: paste all small objects (below 32 x 32 pixels), half of the medium ones and none from
+            96 x 96 pixels on, instead of half of all.
         eval_short_side: short side in evaluation.
         eval_max_size: limit of the long side in evaluation, or None.
         image_mean: of the channels red, green, blue in [0, 1]; that which the backbone was trained with.
@@ -42,7 +49,7 @@ class AugmentationConfig:
 
     Raises:
         ValueError: for an empty list, a size below 8 pixels, limits that are not ascending, a probability outside
-            [0, 1], or a scale or a standard deviation that is not positive.
+            [0, 1], a scale or a standard deviation that is not positive, or ``transforms`` without file and function.
     """
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -55,6 +62,9 @@ class AugmentationConfig:
     crop: float = 0.5
     jitter_size: int | None = None
     jitter_scale: tuple[float, float] = (0.1, 2.0)
+    transforms: str | None = None
+    copy_paste: float = 0.0
+    copy_paste_prefer_small: bool = False
     eval_short_side: int = 800
     eval_max_size: int | None = 1333
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -77,23 +87,31 @@ class AugmentationConfig:
             raise ValueError(f"crop_min must not exceed crop_max, got {self.crop_min} > {self.crop_max}")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
             raise ValueError(f"jitter_scale must be positive and ascending, got {self.jitter_scale}")
-        for name in ("flip", "crop"):
+        for name in ("flip", "crop", "copy_paste"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
+        if self.transforms is not None:
+            split_name(self.transforms)  # which checks it
+        if self.copy_paste_prefer_small and not self.copy_paste:
+            raise ValueError("copy_paste_prefer_small chooses what copy_paste pastes: give copy_paste a probability")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std}")
 
 
-def train_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
+def train_transforms(config: AugmentationConfig | None = None, own: OwnTransforms | None = None) -> v2.Transform:
     """Flip, resize, with a crop in between for a part of the images; or large-scale jitter.
 
     The transform takes and returns ``(image, {"boxes": BoundingBoxes [T, 4], "labels": [T]})``, and in the dictionary
     also ``"masks": Mask [T, H, W]``; objects of which a crop leaves less than a pixel of the box are removed. Images
     are and stay uint8: how they are to be normalised is added to the dictionary under ``"normalization"``, and
     :class:`Batch` does it on the device. Random numbers come from torch's CPU generator.
+
+    Args:
+        config: sizes and probabilities.
+        own: the transform that ``config.transforms`` names; it comes first.
     """
     config = config or AugmentationConfig()
-    steps: list[v2.Transform] = []
+    steps: list[Any] = [] if own is None else [own]
     if config.flip > 0:
         steps.append(RandomHorizontalFlip(config.flip))
     if config.jitter_size is not None:

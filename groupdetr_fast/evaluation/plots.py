@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .diagnosis import ClassDiagnosis, Diagnosis
 
-__all__ = ["draw_confusion", "draw_curves", "draw_errors", "draw_precision_recall"]
+__all__ = ["draw_confusion", "draw_curves", "draw_errors", "draw_precision_recall", "draw_rates"]
 
 DPI = 120
 MOST_CURVES = 12  # with their names; more cannot be told apart
@@ -91,6 +91,27 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path)
+
+
+def draw_rates(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marked: Mapping[str, float], path: Path
+) -> None:
+    """The loss of each step of a sweep of the learning rate, and its moving average, against the rate.
+
+    Args:
+        rates, losses, smoothed: of the steps.
+        marked: rates to mark, by what they are called.
+        path: of the picture.
+    """
+    axis = _axis(6.5, 4.0)
+    axis.plot(rates, losses, color="lightgrey", label="loss")
+    axis.plot(rates, smoothed, label="smoothed")
+    for (name, rate), colour in zip(marked.items(), ("tab:green", "tab:orange"), strict=False):
+        axis.axvline(rate, linestyle="--", color=colour, label=f"{name} {rate:.2g}")
+    low, high = min(losses), max(smoothed)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(low - 0.1 * (high - low), high * 1.05))
+    axis.legend(fontsize=7)
+    _save(axis, path)
 
 
 def _axis(width: float, height: float) -> Axes:

@@ -132,6 +132,7 @@ class _TimmNetwork(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"unknown backbone 'timm:{name}': timm has no network of that name")
         options = {"output_stride": 16} if dilation else {}
+        options |= _any_size(timm, name)
         try:
             self.network = timm.create_model(name, pretrained=weights == "imagenet", **options)
         except OSError as error:  # of the download
@@ -164,6 +165,16 @@ class _TimmNetwork(nn.Module):
         for _, module in leaves[: inside[-1] + 1]:
             module.requires_grad_(False)
 
+    def layer_scales(self, decay: float) -> dict[nn.Parameter, float]:
+        """The factor of each trainable parameter's learning rate: 1 for the last layer, ``decay`` for that before, ...
+
+        What the layers are, timm says: blocks in ViTs and networks in stages alike, and what comes before them.
+        """
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(self.network, layer_decay=decay)
+        return {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+
 
 class _ConvNetwork(nn.Module):
     """A plain network: each stage halves the resolution and has two 3x3 convolutions with batch norm."""
@@ -192,6 +203,19 @@ class _ConvNetwork(nn.Module):
             x = stage(x)
             levels.append(x)
         return levels[-self.num_levels :]
+
+
+def _any_size(timm, name: str) -> dict[str, bool]:
+    """Options with which a network that timm builds for one size of images takes any, as ViTs can; else none."""
+    options = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    if not timm.get_pretrained_cfg(name).fixed_input_size:
+        return {}
+    try:
+        with torch.device("meta"):  # the network's classes alone know their options
+            timm.create_model(name, **options)
+    except TypeError:
+        return {}
+    return options
 
 
 def _check_levels(name: str, stages: int | None, num_levels: int, available: int) -> int:

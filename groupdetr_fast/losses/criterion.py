@@ -1,7 +1,8 @@
 """The set prediction loss over all decoder layers, images and groups at once."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
@@ -16,7 +17,7 @@ from ..ops import IGNORED, NO_OBJECT
 from ..targets import PackedTargets, StepTotals
 from .matcher import GroupMatcher
 
-__all__ = ["SetCriterion", "layer_suffixes"]
+__all__ = ["SetCriterion", "checked_class_weights", "layer_suffixes"]
 
 _KINDS = ("loss_ce", "loss_bbox", "loss_giou")
 
@@ -65,7 +66,14 @@ class SetCriterion(nn.Module):
         matcher: matches queries to targets.
         class_loss, l1_loss, giou_loss: weights of the three losses in the total.
         alpha, gamma: of the focal loss.
+        class_weights: ``[C]``, by which the class loss of a query is multiplied if its object is of that class, in all
+            its classes (Cui et al. 2019, section 4.3); queries without an object count once. None: all count once.
+
+    Raises:
+        ValueError: for class weights that are not positive numbers.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -76,8 +84,10 @@ class SetCriterion(nn.Module):
         giou_loss: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
+        self.register_buffer("class_weights", checked_class_weights(class_weights), persistent=False)
         self.matcher = matcher
         self.weights: Mapping[str, float] = {"loss_ce": class_loss, "loss_bbox": l1_loss, "loss_giou": giou_loss}
         self.alpha = alpha
@@ -128,7 +138,13 @@ class SetCriterion(nn.Module):
         target_class = matching.classes(targets, logits.shape[2], NO_OBJECT)  # [layers, B, K * N]
         predicted = boxes.gather(2, matching.queries[..., None].expand(-1, -1, -1, 4))  # [layers, B, K * T, 4]
         expected = targets.boxes.repeat(1, matching.positives, 1)
-        return self._losses(logits, target_class, predicted, expected, matching.matched, num_boxes * matching.positives)
+        normalizer = num_boxes * matching.positives
+        losses = self._losses(logits, target_class, predicted, expected, matching.matched, normalizer)
+        if self.class_weights is not None:
+            rows = logits.gather(2, matching.queries[..., None].expand(-1, -1, -1, logits.shape[3]))
+            labels = targets.labels.repeat(1, matching.positives).where(matching.matched, IGNORED)
+            losses["loss_ce"] = losses["loss_ce"] + self._weight_of_classes(rows, labels) / normalizer
+        return losses
 
     def _denoising_losses(self, denoising: DenoisingPredictions, targets: PackedTargets, normalizer: Tensor) -> Tensor:
         """Losses of denoising queries, ``[3, layers]``."""
@@ -136,7 +152,7 @@ class SetCriterion(nn.Module):
         labels = targets.labels.gather(1, queries.target)  # [B, D]
         without_object = torch.where(queries.negative, NO_OBJECT, IGNORED)
         expected = targets.boxes.gather(1, queries.target[..., None].expand(-1, -1, 4))
-        return self._losses(
+        losses = self._losses(
             denoising.logits,
             labels.where(queries.positive, without_object),
             denoising.boxes,
@@ -144,6 +160,28 @@ class SetCriterion(nn.Module):
             queries.positive,
             normalizer,
         )
+        if self.class_weights is not None:
+            weighted = self._weight_of_classes(denoising.logits, labels.where(queries.positive, IGNORED))
+            losses["loss_ce"] = losses["loss_ce"] + weighted / normalizer
+        return losses
+
+    def _weight_of_classes(self, logits: Tensor, target_class: Tensor) -> Tensor:
+        """What class weights add to the class loss of every layer, ``[layers]``.
+
+        The loss of all queries is one sum, in which each counts once. Of those with an object, which are few, it is
+        computed once more, query by query, for what their weights exceed 1 by.
+
+        Args:
+            logits: ``[layers, B, M, C]``, of the queries with an object.
+            target_class: ``[layers, B, M]`` or ``[B, M]`` int64: the class of the object, or ``IGNORED``.
+        """
+        assert self.class_weights is not None
+        target_class = target_class.expand(logits.shape[:-1])
+        each = ops.sigmoid_focal_loss(
+            logits.unsqueeze(-2), target_class.unsqueeze(-1), alpha=self.alpha, gamma=self.gamma
+        )  # [layers, B, M]
+        excess = self.class_weights.to(each.dtype)[target_class.clamp(min=0)] - 1
+        return (excess * each).flatten(1).sum(1)
 
     def _losses(
         self,
@@ -176,6 +214,19 @@ class SetCriterion(nn.Module):
         """L1 and generalised IoU loss of corresponding ``cxcywh`` boxes ``[..., 4]``: two of ``[...]``."""
         l1 = (predicted - expected).abs().sum(-1)
         return l1, 1 - aligned_generalized_box_iou_of_centers(predicted, expected)
+
+
+def checked_class_weights(weights: Sequence[float] | None) -> Tensor | None:
+    """Weights of classes as float32 ``[C]``.
+
+    Raises:
+        ValueError: if one is not a positive number.
+    """
+    if weights is None:
+        return None
+    if not all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights):
+        raise ValueError(f"class_weights must be a list of positive numbers, one for each class, got {list(weights)}")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def layer_suffixes(layers: int) -> list[str]:

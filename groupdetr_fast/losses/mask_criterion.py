@@ -1,7 +1,7 @@
 """The set prediction loss of masks (Mask2Former, section 3.3) over all decoder layers, images and groups."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..groups import QueryGroups
 from ..targets import PackedTargets, StepTotals, check_packed
-from .criterion import layer_suffixes
+from .criterion import checked_class_weights, layer_suffixes
 from .mask_matcher import MaskMatcher
 from .matcher import Matching
 from .points import sample_maps, sample_masks, uncertain_points
@@ -41,8 +41,15 @@ class MaskCriterion(nn.Module):
         matcher: matches queries to targets.
         class_loss, mask_loss, dice_loss: weights of the three losses in the total.
         no_object_weight: of queries without an object in the cross entropy.
-        num_points, oversample_ratio, importance_ratio: see ``training.points.uncertain_points``.
+        num_points, oversample_ratio, importance_ratio: see ``losses.points.uncertain_points``.
+        class_weights: ``[C]``, by which the cross entropy of a query is multiplied if its object is of that class; what
+            the sum is divided by stays the same. None: all count once.
+
+    Raises:
+        ValueError: for class weights that are not positive numbers.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -55,8 +62,10 @@ class MaskCriterion(nn.Module):
         num_points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_ratio: float = 0.75,
+        class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
+        self.register_buffer("class_weights", checked_class_weights(class_weights), persistent=False)
         self.matcher = matcher
         self.weights: Mapping[str, float] = {"loss_ce": class_loss, "loss_mask": mask_loss, "loss_dice": dice_loss}
         self.no_object_weight = no_object_weight
@@ -129,7 +138,10 @@ class MaskCriterion(nn.Module):
             ``[layers]``.
         """
         entropy = -logits.log_softmax(-1).gather(-1, target_class[..., None])[..., 0]
-        weight = torch.where(target_class == logits.shape[-1] - 1, self.no_object_weight, 1.0)
+        of_object: Tensor | float = 1.0
+        if self.class_weights is not None:
+            of_object = self.class_weights[target_class.clamp(max=len(self.class_weights) - 1)]
+        weight = torch.where(target_class == logits.shape[-1] - 1, self.no_object_weight, of_object)
         return (weight * entropy).flatten(1).sum(1) / total_weight
 
     def _mask_losses(

@@ -22,10 +22,11 @@ from .config_file import to_yaml
 if TYPE_CHECKING:
     from ..transformers_detector.detector import TransformersDetector
 
-__all__ = ["CocoTrainingConfig", "ModelConfig"]
+__all__ = ["BALANCED", "CocoTrainingConfig", "ModelConfig"]
 
 logger = logging.getLogger(__name__)
 
+BALANCED = "balanced"  # weights of classes from the data
 STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what it is: not in its configuration's file
 
 
@@ -195,6 +196,11 @@ class CocoTrainingConfig:
         assignment: how targets are assigned to queries: "group" is Group DETR; "one_to_one" and "one_to_many" assign
             them to all queries together, for comparison.
         positives: queries that each target gets, or None for ``num_groups``.
+        class_weights: None; "balanced", which weighs the class loss of an object by how rare its class is, by the
+            effective number of objects (Cui et al. 2019); or a yaml file of names of classes and their weights, 1 for
+            those that it leaves out.
+        class_weights_beta: of "balanced", in (0, 1]: 1 / (1 - beta) objects of a class are as good as any more; with 1
+            weights are inverse to the number of objects.
         output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
         resume: continue from the newest checkpoint in ``output``.
         overwrite: replace the run that ``output`` holds; without ``resume`` or this, such a folder is refused.
@@ -221,6 +227,8 @@ class CocoTrainingConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     assignment: Assignment = "group"
     positives: int | None = None
+    class_weights: str | None = None
+    class_weights_beta: float = 0.999
     output: Path = Path("runs/coco")
     resume: bool = False
     overwrite: bool = False
@@ -248,6 +256,13 @@ class CocoTrainingConfig:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
         if of_transformers(self.model.model):
             self._check_transformers()
+        if not 0 < self.class_weights_beta <= 1:
+            raise ValueError(f"class_weights_beta must be in (0, 1], got {self.class_weights_beta}")
+        if self.class_weights == BALANCED and self.data.repeat_factor_threshold:
+            raise ValueError(
+                "class_weights balanced and repeat_factor_threshold each make up for rare classes, and together twice: "
+                "give one of them"
+            )
         for name in ("keep_checkpoints", "early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -295,6 +310,11 @@ class CocoTrainingConfig:
         for name, value in {**given, "positives": self.positives}.items():
             if value:
                 raise ValueError(f"{name} is not for models of transformers: leave it out for {self.model.model}")
+        if self.class_weights is not None:
+            raise ValueError(
+                f"class_weights are not for models of transformers, whose losses take none: for {self.model.model} "
+                "repeat images of rare classes by repeat_factor_threshold"
+            )
 
     def as_yaml(self) -> str:
         """The configuration as ``groupdetr train --config`` reads it."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-__all__ = ["from_plain", "from_yaml", "to_plain", "to_yaml"]
+__all__ = ["from_plain", "from_yaml", "read_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -65,9 +65,22 @@ def from_yaml(kind: type[T], path: Path) -> T:
         ValueError: if it is not yaml, or has an unknown key or a value that does not fit; the message names the file
             and the key.
     """
+    content = read_yaml(path)
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
         return from_plain(kind, {} if content is None else content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a yaml file, with booleans and numbers as YAML 1.2 has them.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not yaml; the message names the file.
+    """
+    try:
+        return yaml.load(path.read_text(), Loader=_Loader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as yaml: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -25,6 +25,8 @@ OF_A_RUN = (
     "class_thresholds.json",
     "report",
     "trackers.json",
+    "transforms_used.py",
+    "class_weights_used.yaml",
 )
 
 

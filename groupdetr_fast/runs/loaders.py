@@ -6,25 +6,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import CocoDataset, DataError, EpochSampler, SkipUnreadable, collate, eval_transforms, train_transforms
+from ..data.copy_paste import CopyPaste
+from ..data.own_transforms import OwnTransforms, try_on_samples
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
 
-__all__ = ["evaluation_batch_size", "evaluation_loader", "evaluation_set", "training_loader", "training_set"]
+__all__ = [
+    "evaluation_batch_size",
+    "evaluation_loader",
+    "evaluation_set",
+    "order_of_training",
+    "training_loader",
+    "training_set",
+]
 
 Images = CocoDataset | SkipUnreadable
 
 
-def training_set(config: CocoTrainingConfig) -> CocoDataset:
+def training_set(config: CocoTrainingConfig, own: OwnTransforms | None = None) -> CocoDataset:
     """The images to train on, augmented.
+
+    Args:
+        config: the run.
+        own: the transform that the configuration names, where it is loaded already.
 
     Raises:
         DataError: for a fault in the data, or if the configuration does not say where they are.
+        TransformError: for a fault of the transform that the configuration names, which is tried on a few images.
     """
-    transforms = train_transforms(config.augmentation)
-    return _dataset(config, *config.data.train_paths(), transforms, seed=config.optimization.seed)
+    augmentation = config.augmentation
+    if augmentation.transforms is not None and own is None:
+        own = OwnTransforms(augmentation.transforms)
+    paste = None
+    if augmentation.copy_paste:
+        paste = CopyPaste(augmentation.copy_paste, augmentation.copy_paste_prefer_small)
+    transforms = train_transforms(augmentation, own)
+    seed = config.optimization.seed
+    dataset = _dataset(config, *config.data.train_paths(), transforms, seed=seed, copy_paste=paste)
+    if own is not None:
+        try_on_samples(own, dataset)
+    return dataset
 
 
 def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
@@ -32,13 +57,33 @@ def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
     return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
 
 
+def order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple[list[int] | None, Tensor | None]:
+    """The indices and the repeats that :func:`training_loader` takes, for the images of :func:`training_set`."""
+    indices = dataset.indices_with_objects() if config.data.filter_empty else None
+    repeats = None
+    if config.data.repeat_factor_threshold:
+        repeats = dataset.repeat_factors(config.data.repeat_factor_threshold)
+        repeats = repeats if indices is None else repeats[indices]
+    return indices, repeats
+
+
 def training_loader(
-    dataset: Images, config: CocoTrainingConfig, indices: Sequence[int] | None = None
+    dataset: Images,
+    config: CocoTrainingConfig,
+    indices: Sequence[int] | None = None,
+    repeats: Tensor | None = None,
 ) -> DataLoader[Any]:
-    """Shuffled batches of :func:`training_set`, or of a data set around it; of the samples with these indices only."""
-    sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices)
+    """Shuffled batches of :func:`training_set`, or of a data set around it.
+
+    Args:
+        dataset: the images.
+        config: the run.
+        indices: of the samples to take only; None for all.
+        repeats: how often each of these comes in an epoch; see :class:`EpochSampler`.
+    """
+    sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices, repeats=repeats)
     min_size = config.augmentation.jitter_size or 0
-    return _loader(dataset, config, sampler, config.optimization.batch_size, min_size)
+    return _loader(dataset, config, sampler, config.optimization.images_per_batch, min_size)
 
 
 def evaluation_loader(dataset: Images, config: CocoTrainingConfig, images: int | None = None) -> DataLoader[Any]:
@@ -49,7 +94,7 @@ def evaluation_loader(dataset: Images, config: CocoTrainingConfig, images: int |
 
 def evaluation_batch_size(config: CocoTrainingConfig) -> int:
     """Images per process that are evaluated at a time."""
-    return config.optimization.batch_size if config.eval_batch_size is None else config.eval_batch_size
+    return config.optimization.images_per_batch if config.eval_batch_size is None else config.eval_batch_size
 
 
 def _dataset(

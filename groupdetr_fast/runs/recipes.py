@@ -84,6 +84,7 @@ class Recipe:
             backbone_lr=1e-5,
             batch_size=batch_size,
             accumulate=share // batch_size,
+            images_per_step=self.images_per_step,
         )
         config = CocoTrainingConfig(
             data=DataConfig(labels="category_id"),

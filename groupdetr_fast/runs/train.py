@@ -10,23 +10,27 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..build import build_criterion
 from ..data import CocoDataset, DataError, SkipUnreadable
+from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
 from ..files import write_whole
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..prediction import EVAL_SETTINGS, class_table
+from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, latest_checkpoint, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
+from .batch_size import with_batch_size
+from .class_weights import class_weights_of, criterion_of
 from .config import STARTED, CocoTrainingConfig
 from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
-from .loaders import evaluation_loader, evaluation_set, training_loader, training_set
+from .kept_files import keep_files, with_kept_files
+from .loaders import evaluation_loader, evaluation_set, order_of_training, training_loader, training_set
 from .report import write_report
 
 __all__ = ["train"]
@@ -35,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
-FIXED = {"data.labels", "optimization.decay_norms", "optimization.seed"}
+FIXED = {"data.labels"} | {f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")}
 FREE = {
     f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
 }
@@ -67,9 +71,9 @@ def train(
     check_trackers(config.track)
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization, config.output)
+    check_auto(accelerator, config.optimization)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
-        lack_of_memory_explained(config.optimization.batch_size),
         deaths_of_processes_explained(),
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
@@ -82,8 +86,24 @@ def _train(
     observe: Callable[[int, nn.Module, Any, Any], None] | None,
 ) -> dict[str, Any]:
     """The training of :func:`train`, in a folder that no other one uses."""
-    val_set, train_set = evaluation_set(config), training_set(config)
+    own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
+    val_set, train_set = evaluation_set(config), training_set(config, own)
     _check_categories(train_set, val_set)
+    config = with_batch_size(config, accelerator, train_set)
+    with lack_of_memory_explained(config.optimization.images_per_batch):
+        return _train_on(config, accelerator, train_set, val_set, own, observe)
+
+
+def _train_on(
+    config: CocoTrainingConfig,
+    accelerator: Accelerator,
+    train_set: CocoDataset,
+    val_set: CocoDataset,
+    own: OwnTransforms | None,
+    observe: Callable[[int, nn.Module, Any, Any], None] | None,
+) -> dict[str, Any]:
+    """The same on these data, with batches of a known size."""
+    weights = class_weights_of(config, train_set)
     newest = latest_checkpoint(config.output) if config.resume else None
     model = config.model.build(val_set.num_classes, resumed=newest)
     header = _header(config, model, val_set)
@@ -101,8 +121,8 @@ def _train(
     trainer = Trainer(
         accelerator,
         model,
-        build_criterion(model, assignment=config.assignment, positives=config.positives),
-        training_loader(readable_set, config, train_set.indices_with_objects() if config.data.filter_empty else None),
+        criterion_of(config, model, weights).to(accelerator.device),
+        training_loader(readable_set, config, *order_of_training(train_set, config)),
         _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
         observe=observe,
@@ -119,7 +139,8 @@ def _train(
     if accelerator.is_main_process:
         if config.overwrite:  # not before everything that could be refused has been tried
             clear(config.output)
-        write_whole(config.output / CONFIG_FILE, config.as_yaml())
+        keep_files(config, own, weights)
+        write_whole(config.output / CONFIG_FILE, with_kept_files(config).as_yaml())
     results = trainer.fit()
     if accelerator.is_main_process:
         if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
@@ -142,7 +163,7 @@ def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
     path = config.output / CONFIG_FILE
     if not path.exists():  # of a version that wrote none
         return
-    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), config))
+    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), with_kept_files(config)))
     for name in now:
         if now[name] == begun[name]:
             continue

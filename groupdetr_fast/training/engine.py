@@ -29,9 +29,10 @@ from .faults import (
     deaths_of_processes_explained,
     deaths_of_workers_explained,
 )
+from .freezing import freeze
 from .gradients import Observe, StepGradients
 from .graphs import CapturableStep, StepGraphs, check_graphs
-from .optimization import OptimizationConfig, build_optimizer, build_scheduler
+from .optimization import OptimizationConfig, build_optimizer, build_scheduler, described_groups
 from .processes import agreed, anywhere
 from .progress import TrainingProgress, reset_peak_memory
 from .recompute import recompute_decoder_layers
@@ -111,6 +112,10 @@ class Trainer:
 
     Attributes:
         state: everything that the training changes; checkpoints hold it.
+        frozen: names of the parameters that ``freeze`` names.
+
+    Raises:
+        ValueError: for settings that do not fit the model or the device.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Trainer:
         self.config = settings.optimization.resolved()
         self.evaluate = evaluate
         self.sampler: Any = loader.sampler
+        self.frozen = freeze(model, self.config.freeze) if self.config.freeze else []
         if self.config.recompute_layers:
             recompute_decoder_layers(model)
         if self.config.compile:
@@ -193,11 +199,20 @@ class Trainer:
         start_trackers(self.accelerator, self.settings.trackers, self.settings.run, self.settings.tracked)
         explained = deaths_of_workers_explained(self.state.loader.num_workers)
         with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
+            self._say_what_is_trained()
             self._evaluate_what_was_interrupted()
             while self.state.epoch < self.config.epochs and not self._waited_long_enough():
                 self._run_epoch()
         self.accelerator.end_training()
         return self._results()
+
+    def _say_what_is_trained(self) -> None:
+        """The groups of the optimiser, where the settings made them other than usual."""
+        if self.frozen:
+            self.progress.display.print(f"frozen: {len(self.frozen)} tensors, by {' '.join(self.config.freeze)}")
+        if self.frozen or self.config.backbone_layer_decay != 1:
+            for line in described_groups(self.state.optimizer):
+                self.progress.display.print(f"trained: {line}")
 
     def _run_epoch(self) -> None:
         current = self.state.current

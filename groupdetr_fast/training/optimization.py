@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from .graphs import GraphSizes
 
-__all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler", "go_on_at"]
+__all__ = ["SCHEDULES", "OptimizationConfig", "build_optimizer", "build_scheduler", "described_groups", "go_on_at"]
 
 PRECISIONS = ("bf16", "fp16")  # besides float32
 LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # the variable in which accelerate launch passes it on
@@ -29,11 +30,18 @@ class OptimizationConfig:
         warmup_steps: optimiser steps over which the rates rise linearly to their peak.
         lr: peak learning rate of everything but the backbone.
         backbone_lr: peak learning rate of the backbone.
+        backbone_layer_decay: factor of the backbone's learning rate from each of its layers to the one before it, for
+            backbones timm:NAME: the last layer has ``backbone_lr``, and earlier ones less (ViTs: 0.7 to 0.9); 1 for one
+            rate.
+        freeze: parts that are not trained: names of modules or parameters, with ``*`` for any text, such as backbone,
+            encoder or ``*.bias``; the statistics of their batch norms stay as they are, too.
         weight_decay: of AdamW.
         decay_norms: whether it acts on norms and embeddings too, as in DETR; in Mask2Former's repository it does not.
         clip_norm: largest norm of the gradient; 0 for no clipping.
-        batch_size: images per process and step.
-        accumulate: batches per optimiser step.
+        batch_size: images per process and batch; or "auto", for the largest number that fits into the GPU's memory with
+            a margin, which is found by trying, at the largest sizes that the data can have.
+        accumulate: batches per optimiser step; with ``batch_size`` "auto" it follows from ``images_per_step``.
+        images_per_step: with ``batch_size`` "auto": images of an optimiser step, over all processes (the paper: 16).
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
         tf32: round the factors of float32 products to TF32 on GPUs that have it, which is several times as fast; what
             is added up stays float32.
@@ -56,11 +64,14 @@ class OptimizationConfig:
     warmup_steps: int = 0
     lr: float = 1e-4
     backbone_lr: float = 1e-5
+    backbone_layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
     weight_decay: float = 1e-4
     decay_norms: bool = True
     clip_norm: float = 0.1
-    batch_size: int = 2
+    batch_size: int | Literal["auto"] = 2
     accumulate: int = 1
+    images_per_step: int = 16
     precision: Literal["no", "bf16", "fp16"] | None = None
     tf32: bool = True
     ema_decay: float = 0.0
@@ -73,9 +84,12 @@ class OptimizationConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "accumulate", "images_per_step"):
+            value = getattr(self, name)
+            if name == "batch_size" and value == "auto":
+                continue
+            if isinstance(value, str) or value < 1:
+                raise ValueError(f"{name} must be at least 1{' or auto' * (name == 'batch_size')}, got {value}")
         for name in (
             "warmup_steps",
             "lr",
@@ -89,12 +103,25 @@ class OptimizationConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
+        if not 0 < self.backbone_layer_decay <= 1:
+            raise ValueError(f"backbone_layer_decay must be in (0, 1], got {self.backbone_layer_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.cuda_graphs:
             _ = self.graph_sizes  # which checks them
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
+
+    @property
+    def images_per_batch(self) -> int:
+        """``batch_size``, where it is a number.
+
+        Raises:
+            ValueError: if it is "auto", which a training replaces by a number first.
+        """
+        if self.batch_size == "auto":
+            raise ValueError("batch_size auto is found when a training begins: give a number here")
+        return self.batch_size
 
     @property
     def graph_sizes(self) -> GraphSizes:
@@ -129,24 +156,51 @@ class OptimizationConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with a rate of its own for those of the backbone.
+    """AdamW over the trainable parameters, with a rate of its own for those of the backbone, or for each layer of it.
 
-    These are what a model's ``is_backbone`` says of their names, and those under ``model.backbone`` of a model without.
+    Which these are, a model's ``is_backbone`` says of their names; of a model without, those under ``model.backbone``.
+
+    Raises:
+        ValueError: for ``backbone_layer_decay`` with a backbone whose layers are not known.
     """
     undecayed = set() if config.decay_norms else _norms_and_embeddings(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     is_backbone = getattr(model, "is_backbone", lambda name: name.startswith("backbone."))
+    scales = _layer_scales(model, config.backbone_layer_decay)
+    chosen: dict[tuple[bool, float, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_backbone = is_backbone(name)
+            scale = scales.get(parameter, 1.0) if in_backbone else 1.0
+            chosen[in_backbone, scale, name in undecayed].append(parameter)
     groups = []
-    for in_backbone, lr in ((False, config.lr), (True, config.backbone_lr)):
-        for decayed in (True, False):
-            chosen = [
-                parameter
-                for name, parameter in trainable
-                if is_backbone(name) == in_backbone and (name not in undecayed) == decayed
-            ]
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "weight_decay": config.weight_decay if decayed else 0.0})
+    for in_backbone, scale, is_undecayed in sorted(chosen):  # the early layers of a backbone first
+        lr = config.backbone_lr * scale if in_backbone else config.lr
+        parameters = chosen[in_backbone, scale, is_undecayed]
+        groups.append({"params": parameters, "lr": lr, "weight_decay": 0.0 if is_undecayed else config.weight_decay})
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """What the backbone's rate is multiplied by, for each trainable parameter of it; empty without a decay."""
+    if decay == 1:
+        return {}
+    scales: Any = next((module.layer_scales for module in model.modules() if hasattr(module, "layer_scales")), None)
+    if scales is None:
+        raise ValueError(
+            f"backbone_layer_decay={decay:g} needs a backbone timm:NAME, whose layers timm names; "
+            f"{type(model).__name__} has another one"
+        )
+    found: dict[nn.Parameter, float] = scales(decay)
+    return found
+
+
+def described_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line about each group of parameters that an optimiser trains: how many numbers, rate and weight decay."""
+    return [
+        f"{len(group['params'])} tensors of {sum(each.numel() for each in group['params']):,} numbers  "
+        f"lr {group.get('initial_lr', group['lr']):.3g}  weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]
 
 
 def _norms_and_embeddings(model: nn.Module) -> set[str]:

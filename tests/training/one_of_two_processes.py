@@ -24,7 +24,9 @@ from small_runs import (
 from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.evaluation.coco import CocoEvaluator
+from groupdetr_fast.layers.backbone import Backbone
 from groupdetr_fast.runs import train
+from groupdetr_fast.training import batch_size
 
 
 def config_of(folder, output, **optimization):
@@ -80,6 +82,27 @@ def forbid_metrics():
     CocoEvaluator.summarize = refuse
 
 
+def give_memory_for(images):
+    """Let this process have memory for steps on so many images; it counts as that of a GPU."""
+
+    class Memory:
+        def clear(self):
+            pass
+
+        def peak(self):
+            return 0.5
+
+    original = Backbone.forward
+
+    def forward(self, batch):
+        if len(batch) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return original(self, batch)
+
+    Backbone.forward = forward
+    batch_size.memory_of = lambda device: Memory()
+
+
 def main():
     folder, output, kind, optimization = sys.argv[1:]
     torch.set_num_threads(1)
@@ -92,6 +115,8 @@ def main():
         shard_weights()
     if kind == "worker killed":
         config = replace(config, data=replace(config.data, workers=1))
+    if kind == "memory of its own":
+        give_memory_for(7 - 4 * int(os.environ["RANK"]))
     if kind == "spoiled":
         spoil_images(4)
     if kind == f"process {os.environ['RANK']} killed":

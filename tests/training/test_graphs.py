@@ -514,3 +514,16 @@ def test_a_replay_does_not_wait(trainer_in):
             assert trainer.graphs.run([batch]).replayed
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_frozen_parts_stay_in_captured_steps(trainer_in):
+    trainer = uncaptured(trainer_in("run", freeze=("encoder",), ema_decay=0.9))
+    before = tensors_of(trainer)
+    run(trainer, batches_of(2))
+    after = tensors_of(trainer)
+    moved = {name for name in before if name.startswith("model.") and not torch.equal(before[name], after[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith("model.encoder.")]
+    assert not [
+        name for name in differing(before, {name: after[name] for name in before}) if "average.encoder." in name
+    ]

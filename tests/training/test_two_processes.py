@@ -297,3 +297,15 @@ def test_every_detector_goes_on_where_one_process_has_no_objects(tmp_path):
     for process in processes:
         process.join()
     assert found == [None, None]
+
+
+def test_processes_agree_on_the_size_of_a_batch(folder, tmp_path):
+    """One has memory for seven images, the other for three."""
+    first, second = tmp_path / "auto", tmp_path / "two"
+    result = run_on_two(folder, first, "memory of its own", batch_size="auto", images_per_step=8, epochs=1)
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("batch_size auto: 2 images, the largest that fits; accumulate 2") == 1
+    result = run_on_two(folder, second, "plain", batch_size=2, accumulate=2, epochs=1)
+    assert result.returncode == 0, result.stderr
+    expected, found = (load_file(run / "checkpoints" / "epoch_0001" / "model.safetensors") for run in (second, first))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

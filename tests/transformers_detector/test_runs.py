@@ -17,8 +17,10 @@ from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.models.checkpoints import CheckpointHeader
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training import batch_size
 from groupdetr_fast.training.checkpoint import read_checkpoint
 from groupdetr_fast.transformers_detector.build import load_pretrained
+from groupdetr_fast.transformers_detector.detector import TransformersDetector
 from groupdetr_fast.transformers_detector.source import ModelSource, read_source
 
 DIGITS = 10  # classes
@@ -269,3 +271,43 @@ def test_lw_detr_learns_the_digits_that_it_is_shown(tmp_path):
     aps = [row["metrics"]["AP50"] for row in results["epochs"] if "metrics" in row]
     assert aps[0] < aps[-1] - 0.1
     assert aps[-1] > 0.6
+
+
+def test_a_frozen_backbone_stays_that_of_the_directory(saved, digits, tmp_path):
+    folder, run = saved("DFine", num_denoising=6), tmp_path / "run"
+    before = AutoModelForObjectDetection.from_pretrained(folder).state_dict()
+    cli.main(flags(folder, digits, run, "--freeze", "backbone", "--repeat-factor-threshold", "0.5", "--no-report"))
+    after = AutoModelForObjectDetection.from_pretrained(run / "checkpoints" / "best").state_dict()
+    backbone = [name for name in before if name.startswith("model.backbone.")]
+    assert len(backbone) > 5
+    assert all(torch.equal(before[name], after[name]) for name in backbone)
+    assert not torch.equal(before["model.enc_output.0.weight"], after["model.enc_output.0.weight"])
+    with pytest.raises(SystemExit, match="freeze: no parameter matches 'backbones': did you mean backbone"):
+        cli.main(flags(folder, digits, tmp_path / "other", "--freeze", "backbones"))
+
+
+def test_the_largest_batch_and_a_rate_are_found(saved, digits, tmp_path, monkeypatch, capsys):
+    class Memory:
+        def clear(self):
+            pass
+
+        def peak(self):
+            return 0.5
+
+    original = TransformersDetector.forward
+
+    def forward(self, images, *arguments, **options):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return original(self, images, *arguments, **options)
+
+    monkeypatch.setattr(TransformersDetector, "forward", forward)
+    monkeypatch.setattr(batch_size, "memory_of", lambda device: Memory())
+    folder, run = saved("DFine", num_denoising=6), tmp_path / "run"
+    command = flags(folder, digits, run, "--batch-size", "auto", "--images-per-step", "4", "--no-report")
+    cli.main(command)
+    assert "batch_size auto: 2 images, the largest that fits; accumulate 2" in capsys.readouterr().err
+    assert "batch_size: 2\n" in (run / "config.yaml").read_text()
+    cli.main(["find-rate", *command[1:], "--rate-steps", "10"])
+    assert "suggested: --lr " in capsys.readouterr().out
+    assert len((run / "rates.csv").read_text().splitlines()) == 11

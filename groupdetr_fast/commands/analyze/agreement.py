@@ -39,7 +39,7 @@ class AgreementCommand(Analysis):
         for row in train_and_measure(self.training(), folder, steps=self.steps, every=self.every, batches=self.batches):
             rows.append(row)
             print(f"step {row['step']}: cosine {row['decoder']:.3f} in the decoder, loss {row['loss']:.3f}", flush=True)
-        images = self.batches * self.optimization.batch_size
+        images = self.batches * self.optimization.images_per_batch
         self.write(
             "agreement",
             plots.draw_agreement(rows),

@@ -31,7 +31,7 @@ class CostCommand(Analysis):
             settings = CostSettings(experiments.with_groups(training, num_groups), self.warmup, self.steps)
             measured = measure_cost(settings, self.output / "cost" / f"k{num_groups:02d}", threads=self.threads)
             rows.append({"num_groups": num_groups, **measured})
-        images = training.optimization.batch_size * training.optimization.accumulate
+        images = training.optimization.images_per_batch * training.optimization.accumulate
         processor = f"CPU, {count_of(self.threads, 'thread')}"
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
         self.write(

@@ -1,0 +1,92 @@
+"""``--batch-size auto``: the number of images per batch, found before a training begins."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..build import build_criterion
+from ..data import Batch, CocoDataset, collate
+from ..data.largest import largest_training_size
+from ..random_state import random_state_kept
+from ..training.batch_size import TrialSteps, found_batch_size
+from ..training.progress import Display
+from ..transformers_detector.families import of_transformers
+from .config import CocoTrainingConfig
+from .config_file import from_yaml
+
+__all__ = ["largest_batch", "with_batch_size"]
+
+
+def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> CocoTrainingConfig:
+    """The run with a number in place of ``batch_size`` "auto", and with ``accumulate`` to match.
+
+    A run that is resumed keeps its numbers, if they still make steps of as many images. Every process must call this.
+    The generators of random numbers stay as they were, and no memory of the device stays taken.
+
+    Args:
+        config: the run; with a number it is returned as it is.
+        accelerator: of the training.
+        dataset: what is trained on.
+
+    Raises:
+        TrainingError: if the memory is too small for one image.
+    """
+    if config.optimization.batch_size != "auto":
+        return config
+    numbers, how = _begun_with(config, accelerator), "as the run began"
+    if numbers is None:
+        with random_state_kept():
+            numbers, how = _found(config, accelerator, dataset), "the largest that fits"
+    batch_size, accumulate = numbers
+    Display(accelerator).print(
+        f"batch_size auto: {batch_size} images, {how}; accumulate {accumulate} for steps of "
+        f"{config.optimization.images_per_step} images over all processes"
+    )
+    return replace(config, optimization=replace(config.optimization, batch_size=batch_size, accumulate=accumulate))
+
+
+def _begun_with(config: CocoTrainingConfig, accelerator: Accelerator) -> tuple[int, int] | None:
+    path = config.output / "config.yaml"
+    if not (config.resume and path.exists()):
+        return None
+    begun = from_yaml(CocoTrainingConfig, path).optimization
+    if begun.batch_size == "auto":
+        return None
+    images = begun.batch_size * begun.accumulate * accelerator.num_processes
+    return (begun.batch_size, begun.accumulate) if images == config.optimization.images_per_step else None
+
+
+def _found(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> tuple[int, int]:
+    build = config.model.build if of_transformers(config.model.model) else config.model.build_empty
+    model = build(dataset.num_classes)
+    criterion = build_criterion(model, assignment=config.assignment, positives=config.positives)
+    trial = TrialSteps(
+        accelerator,
+        model,
+        criterion.to(accelerator.device),
+        config.optimization,
+        lambda size: largest_batch(config, dataset, size),
+    )
+    return found_batch_size(accelerator, config.optimization, trial)
+
+
+def largest_batch(config: CocoTrainingConfig, dataset: CocoDataset, size: int) -> Batch:
+    """A made-up batch of ``size`` images, as large as those of the training can be and as full as the fullest.
+
+    Its objects have the classes 0, 1, ... in turn, and boxes and masks of half the image.
+    """
+    height, width = largest_training_size(config.augmentation, dataset.image_sizes)
+    objects = dataset.most_objects() * (2 if config.augmentation.copy_paste else 1)
+    target: dict[str, Any] = {
+        "labels": torch.arange(objects) % dataset.num_classes,
+        "boxes": torch.full((objects, 4), 0.5),
+    }
+    if config.model.predicts_masks:
+        target["masks"] = torch.zeros(objects, height, width, dtype=torch.bool)
+        target["masks"][:, : height // 2] = True
+    target |= {"image_id": 0, "original_size": torch.tensor([height, width])}
+    target["normalization"] = config.augmentation.normalization
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return collate([(image, target)] * size)

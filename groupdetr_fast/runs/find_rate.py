@@ -1,0 +1,85 @@
+"""A sweep of the learning rate over the beginning of a run: which rate to train with."""
+
+import csv
+import io
+from dataclasses import replace
+
+from ..data import SkipUnreadable
+from ..evaluation.plots import draw_rates
+from ..files import write_whole
+from ..training.batch_size import check_auto
+from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.faults import (
+    deaths_of_processes_explained,
+    deaths_of_workers_explained,
+    lack_of_memory_explained,
+)
+from ..training.rate_finder import RateSweep, SweepSettings, sweep_rate
+from .batch_size import with_batch_size
+from .class_weights import class_weights_of, criterion_of
+from .config import CocoTrainingConfig
+from .loaders import order_of_training, training_loader, training_set
+
+__all__ = ["find_rate"]
+
+AGAIN = "run the same command again"
+WITHOUT_LIMIT = 2**62  # skipped steps: the sweep ends by itself
+
+
+def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None) -> RateSweep:
+    """Train with a rising rate, suggest one, and forget the weights.
+
+    The main process prints the suggestion, and writes ``rates.csv`` and ``rates.png`` into the folder of the run, which
+    may be that of a training: nothing else in it is touched.
+
+    Args:
+        config: the run; what concerns evaluation and checkpoints does not matter, and ``lr`` and ``backbone_lr`` only
+            by their proportion.
+        settings: where the sweep begins and ends.
+
+    Raises:
+        DataError: for a fault in the data.
+        TrainingError: if memory runs out, a process dies, or the loss is not finite in the first steps.
+        ValueError: for settings that do not fit together.
+    """
+    settings = settings or SweepSettings()
+    config = replace(config, optimization=config.optimization.as_launched())
+    config.output.mkdir(parents=True, exist_ok=True)
+    accelerator = build_accelerator(config.optimization, config.output)
+    check_auto(accelerator, config.optimization)
+    dataset = training_set(config)
+    config = with_batch_size(config, accelerator, dataset)
+    model = config.model.build(dataset.num_classes)
+    readable = SkipUnreadable(dataset, 0 if config.strict else config.data.max_unreadable_images)
+    trainer = Trainer(
+        accelerator,
+        model,
+        criterion_of(config, model, class_weights_of(config, dataset)).to(accelerator.device),
+        training_loader(readable, config, *order_of_training(dataset, config)),
+        TrainerSettings(config.optimization.resolved(), config.output, max_skipped_steps=WITHOUT_LIMIT),
+    )
+    with (
+        lack_of_memory_explained(config.optimization.images_per_batch),
+        deaths_of_processes_explained(AGAIN),
+        deaths_of_workers_explained(trainer.state.loader.num_workers, AGAIN),
+    ):
+        sweep = sweep_rate(trainer, settings)
+    if accelerator.is_main_process:
+        _write(sweep, config)
+    accelerator.end_training()
+    return sweep
+
+
+def _write(sweep: RateSweep, config: CocoTrainingConfig) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("lr", "loss", "smoothed"))
+    writer.writerows(zip(sweep.rates, sweep.losses, sweep.smoothed, strict=True))
+    write_whole(config.output / "rates.csv", table.getvalue())
+    marked = {"valley": sweep.valley, "steepest": sweep.steepest}
+    draw_rates(sweep.rates, sweep.losses, sweep.smoothed, marked, config.output / "rates.png")
+    ratio = config.optimization.backbone_lr / config.optimization.lr
+    how = "where the loss diverged" if sweep.diverged else "and it has not diverged: a higher --rate-to may tell more"
+    print(f"{len(sweep.rates)} steps, from lr {sweep.rates[0]:.2g} to {sweep.rates[-1]:.2g}, {how}")
+    print(f"suggested: --lr {sweep.valley:.2g} --backbone-lr {ratio * sweep.valley:.2g}")
+    print(f"steepest: {sweep.steepest:.2g}; picture: {config.output / 'rates.png'}")

@@ -1,0 +1,45 @@
+"""What a run keeps of files of one's own, so that it can be repeated when these have changed."""
+
+import logging
+from dataclasses import replace
+
+import yaml
+
+from ..data.own_transforms import OwnTransforms, split_name
+from ..files import write_whole
+from .class_weights import ClassWeights
+from .config import BALANCED, CocoTrainingConfig
+
+__all__ = ["CLASS_WEIGHTS_FILE", "TRANSFORMS_FILE", "keep_files", "with_kept_files"]
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMS_FILE, CLASS_WEIGHTS_FILE = "transforms_used.py", "class_weights_used.yaml"
+
+
+def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
+    """The run with the files that :func:`keep_files` writes in place of those that were given, for ``config.yaml``."""
+    if config.augmentation.transforms is not None:
+        _, function = split_name(config.augmentation.transforms)
+        kept = f"{config.output / TRANSFORMS_FILE}:{function}"
+        config = replace(config, augmentation=replace(config.augmentation, transforms=kept))
+    if config.class_weights not in (None, BALANCED):
+        config = replace(config, class_weights=str(config.output / CLASS_WEIGHTS_FILE))
+    return config
+
+
+def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: ClassWeights | None) -> None:
+    """Write the run's transforms and its weights of classes into its folder; warn where a resumed run had others."""
+    texts = {
+        TRANSFORMS_FILE: None if own is None else own.source,
+        CLASS_WEIGHTS_FILE: None
+        if weights is None
+        else yaml.safe_dump(dict(zip(*weights, strict=True)), sort_keys=False),
+    }
+    for name, text in texts.items():
+        path = config.output / name
+        if text is None:
+            continue
+        if config.resume and path.exists() and path.read_text() != text:
+            logger.warning("resuming with another content of %s than the run began with", path)
+        write_whole(path, text)
