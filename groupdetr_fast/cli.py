@@ -1,10 +1,12 @@
 """Group DETR: check data, train, evaluate, predict, repeat the paper's measurements, show what runs where."""
 
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from typing import Annotated, Union
 
 import tyro
@@ -23,6 +25,7 @@ from .commands.recipes import RecipesCommand
 from .commands.text import shown
 from .commands.train import TrainCommand, training_defaults
 from .training.faults import EXIT_STOPPED, TrainingStopped
+from .training.last_words import are_launched, first_says
 
 __all__ = ["main", "run"]
 
@@ -36,12 +39,15 @@ _COMMANDS = {
     "env": EnvCommand,
 }
 _OF_OWN_IMAGES = {"groupdetr_fast.data.unreadable"}  # loggers that speak of images which no other process has
+EXIT_FAILED = 1  # what Python ends with after a sentence
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
 LONGEST_MESSAGE = 4000  # characters; names in a file of annotations have any length
 
 
 def run(parse: Callable[[], Callable[[], None]]) -> None:
     """Parse a command and run it; settings and files that do not fit end the program with one sentence.
+
+    Where several processes end with the same sentence, the first of them says it, and all have the same exit status.
 
     After SIGTERM or Ctrl-C a training ends with the exit status 75 (``EXIT_STOPPED``): a checkpoint is written, and
     ``--resume`` goes on from it. Other commands end with 130 after Ctrl-C.
@@ -50,15 +56,32 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
     if os.environ.get("RANK", "0") != "0":
         _warn_of_own_images_alone()
     try:
-        parse()()
+        _parsed(parse)()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {shown(str(error), LONGEST_MESSAGE)}")
+        sentence = f"error: {shown(str(error), LONGEST_MESSAGE)}"
+        sys.exit(EXIT_FAILED if first_says(sentence) else sentence)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+
+
+def _parsed(parse: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """The command. What the parser says of a wrong command line, several processes say once."""
+    if not are_launched():
+        return parse()
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            return parse()
+    except SystemExit as ended:
+        if ended.code and first_says(text.getvalue()):
+            text.truncate(0)
+        raise
+    finally:
+        sys.stderr.write(text.getvalue())
 
 
 def _warn_of_own_images_alone() -> None:

@@ -244,6 +244,26 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         finally:
             model.to(device)
 
+    def in_training(self) -> "Model | TransformersDetector":
+        """The detector as it is trained, with all its groups: the weights of its checkpoint, or random ones.
+
+        It is another one than :attr:`model`, and on the CPU. Without weights, the number of its classes is that of the
+        original detector, or of the model of transformers.
+
+        Raises:
+            ValueError: as ``gd.load_model``.
+        """
+        if self.checkpoint is not None:
+            loaded = load_model(self.checkpoint, model=self._run.model.model, num_groups=self._num_groups, device="cpu")
+            return loaded.train()
+        name = self._run.model.model
+        if of_transformers(name):
+            from .transformers_detector.build import load_pretrained
+
+            kernels = self._run.model.accelerate_kernels
+            return load_pretrained(name, num_groups=self._num_groups, accelerate_kernels=kernels).train()
+        return self._run.model.build_empty(model_config(name).num_classes).train()
+
     def to(self, device: torch.device | str) -> "Detector":
         """Move the model."""
         self._require_weights("move").to(device)

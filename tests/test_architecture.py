@@ -28,7 +28,7 @@ ALLOWED = {
     "data": {"boxes", "groups", "targets"},
     "evaluation": {"boxes", "groups", "targets", "data"},
     "build": {"models", "losses"},
-    "group_check": {"build", "models", "random_state", "targets"},
+    "group_check": {"build", "models", "random_state", "targets", "transformers_detector"},
     "transformers_detector": {"integrations", "models", "data", "groups", "targets"},
     "prediction": {"files", "models", "data", "transformers_detector"},
     "runs": {

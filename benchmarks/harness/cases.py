@@ -13,6 +13,8 @@ from torch import Tensor
 
 import groupdetr_fast as gd
 
+AVERAGE_OF_COCO = 7  # objects per image
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -204,7 +206,7 @@ class Detection:
     height: int = 480
     width: int = 640
     classes: int = 91
-    targets: int = 7  # per image: the average of COCO
+    targets: int = AVERAGE_OF_COCO  # per image
 
     def __str__(self) -> str:
         return f"K{self.num_groups}xN{self.num_queries}"
@@ -238,7 +240,7 @@ class Segmentation:
     layers: int = 10  # 9, and the learned queries
     channels: int = 256
     classes: int = 80
-    targets: int = 7  # per image: the average of COCO
+    targets: int = AVERAGE_OF_COCO  # per image
     points: int = 12544
 
     def __str__(self) -> str:
@@ -281,10 +283,11 @@ class Transformers:
     model: str
     size: int = 320  # of the images, in pixels
     batch: int = 2
-    targets: int = 7  # per image: the average of COCO
+    targets: int = AVERAGE_OF_COCO  # per image
 
     def __str__(self) -> str:
-        return f"{self.model}x{self.batch}x{self.size}"
+        objects = "" if self.targets == AVERAGE_OF_COCO else f" with {self.targets} objects"
+        return f"{self.model}x{self.batch}x{self.size}{objects}"
 
     def small(self) -> "Transformers":
         """The same with few pixels, to see that a benchmark works."""
@@ -314,7 +317,7 @@ class RfDetr:
     num_queries: int = 300
     size: int = 384  # of the images, in pixels
     classes: int = 80
-    targets: int = 7  # per image: the average of COCO
+    targets: int = AVERAGE_OF_COCO  # per image
 
     def __str__(self) -> str:
         return f"K{self.num_groups}x{self.batch}x{self.size}"
@@ -355,6 +358,7 @@ TRANSFORMERS = [
         "DFine",
     )
 ]
+TRANSFORMERS += [Transformers("Mask2Former", targets=number) for number in (20, 60)]  # whose masks take their time
 RFDETR = [RfDetr(2), RfDetr(4)]
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))

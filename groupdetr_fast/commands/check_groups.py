@@ -19,9 +19,10 @@ class CheckGroupsCommand:
     whether the loss of evaluation mode is that of one group. Everything runs on the CPU, on random images.
 
     Attributes:
-        model: a model of this package by name, or a checkpoint of one; a directory of transformers; a configuration of
-            rfdetr, such as RFDETRNano; or package.module:function, a function that returns a module, (module, inputs)
-            or (module, inputs, loss).
+        model: a model of this package by name, or a checkpoint of one, such as the folder of a run; a directory of
+            transformers, or transformers:DIR_OR_ID; a configuration of rfdetr, such as RFDETRNano; or
+            package.module:function, a function that returns a module, (module, inputs), (module, inputs, loss) or a
+            gd.Detector.
         num_groups: K, where training and evaluation mode both have all K groups; else it is found.
         batch_size: images, at least 2.
         image_size: height and width of the images in pixels; None for a size that fits the model.

@@ -43,10 +43,11 @@ def check_groups(
     depend on no query are compared between images alone; and a leak that random images and weights do not excite.
 
     Args:
-        model: a module; a function that builds one, or ``(module, inputs)``, or ``(module, inputs, loss)``, also by its
-            name, ``"package.module:function"``; the name of a model of this package, or a checkpoint of one; a
-            directory of transformers; a configuration of rfdetr, or its name, such as ``"RFDETRNano"``. All of these
-            but modules are built with random weights unless they come with their own.
+        model: a module; a ``gd.Detector``, which is checked with the groups that it is trained with; a function that
+            builds one of the two, or ``(module, inputs)``, or ``(module, inputs, loss)``, also by its name,
+            ``"package.module:function"``; the name of a model of this package, or a checkpoint of one; a directory of
+            transformers, or ``transformers:DIR_OR_ID``; a configuration of rfdetr, or its name, such as
+            ``"RFDETRNano"``. All of these but modules are built with random weights unless they come with their own.
         inputs: arguments of ``forward`` for at least two images, where images ``[B, 3, H, W]`` alone are not enough:
             one, a tuple of them, or a dictionary by name.
         loss: computes the loss, or a dictionary of losses, from the outputs, in both modes; a module is switched as the

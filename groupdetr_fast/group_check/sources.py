@@ -1,5 +1,6 @@
 """What may be checked, and how it is found: modules, functions that build one, and models of three packages."""
 
+import copy
 import importlib
 import json
 import math
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from ..build import build_criterion
-from ..models.checkpoints import build_detector, load_checkpoint, read_header
+from ..models.checkpoints import CheckpointHeader, build_detector, load_checkpoint, read_header
 from ..models.detector import Detector
 from ..models.registry import build_model, model_config, model_names
 from ..targets import PackedTargets
+from ..transformers_detector.families import of_transformers, require_transformers
 from .quiet import own_chance
 from .subject import Inputs, Subject, in_short, make_images, make_targets, other_targets, subject_of_module
 
@@ -23,6 +25,7 @@ __all__ = ["find_subject"]
 
 _IMAGE_SIZE = (96, 128)
 _SEED = 0  # of weights and batches
+_DETECTOR = ("groupdetr_fast.detector", "Detector")  # which needs the extra train, as the check does not
 
 
 def find_subject(
@@ -40,12 +43,16 @@ def find_subject(
             source = _load(source)
         if not isinstance(source, nn.Module) and callable(source):
             source, inputs, loss = _build(source, inputs, loss, name)
+        if _is_of(source, *_DETECTOR):
+            source = source.in_training()
+        if _is_of(source, "groupdetr_fast.transformers_detector.detector", "TransformersDetector"):
+            source = _with_loss(source)
         if _is_of(source, "rfdetr.config", "ModelConfig"):
             return _subject_of_rfdetr(source, batch_size, image_size)
         if not isinstance(source, nn.Module):
             raise TypeError(
-                "model must be a module, a function that builds one, the name of a model or of such a function, a "
-                f"checkpoint or a directory of transformers, got a {type(source).__name__}"
+                "model must be a module, a gd.Detector, a function that builds one, the name of a model or of such a "
+                f"function, a checkpoint or a directory of transformers, got a {type(source).__name__}"
             )
         if inputs is None and isinstance(source, Detector):
             return _subject_of_detector(source, loss, batch_size, image_size or _IMAGE_SIZE)
@@ -60,6 +67,10 @@ def _load(source: str | Path) -> Any:
     if text in model_names():
         default = model_config(text)
         return build_model(text, num_classes=default.num_classes, num_groups=default.num_groups)
+    if of_transformers(text):
+        return _load_detector(text, CheckpointHeader())
+    if path.exists() and (header := _own_header(path)).transformers:
+        return _load_detector(text, header)
     if path.is_dir() and (path / "config.json").is_file() and "model_type" in _read_config(path):
         return _load_transformers(path)
     if path.exists():
@@ -77,6 +88,33 @@ def _load(source: str | Path) -> Any:
         f"there is no model {text!r}: give one of {', '.join(model_names())}, a checkpoint, a directory of "
         'transformers, a name of rfdetr such as "RFDETRNano", or "package.module:function"'
     )
+
+
+def _own_header(path: Path) -> CheckpointHeader:
+    """What a checkpoint of this package says of its model; nothing for other files, which are read later."""
+    try:
+        return read_header(path)
+    except (FileNotFoundError, ValueError):
+        return CheckpointHeader()
+
+
+def _load_detector(name: str, header: CheckpointHeader) -> nn.Module:
+    """A detector of transformers: as ``transformers:DIR_OR_ID`` has it, or as a training of this package does."""
+    require_transformers()
+    from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
+
+    if not header.transformers:
+        return load_pretrained(name)
+    detector = build_from_header(header)
+    load_weights(detector, name)
+    return detector
+
+
+def _with_loss(detector: Any) -> nn.Module:
+    """A copy of the model of transformers in a detector, with the loss that its training computes from its outputs."""
+    model: nn.Module = copy.deepcopy(detector.model)
+    model.loss_function = detector.loss_function
+    return model
 
 
 def _find_function(text: str) -> Callable[[], Any]:
@@ -103,7 +141,8 @@ def _build(
     if isinstance(built, tuple) and 1 <= len(built) <= 3:
         built, its_inputs, its_loss = (*built, None, None)[:3]
         inputs, loss = inputs if its_inputs is None else its_inputs, its_loss or loss
-    if not isinstance(built, nn.Module) and not _is_of(built, "rfdetr.config", "ModelConfig"):
+    known = isinstance(built, nn.Module) or _is_of(built, *_DETECTOR) or _is_of(built, "rfdetr.config", "ModelConfig")
+    if not known:
         raise ValueError(
             f"{name} must return a module, (module, inputs) or (module, inputs, loss), got a {type(built).__name__}"
         )

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForObjectDetection, Pretrained
 from transformers.utils import logging as transformers_logging
 
 from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
+from ..models.checkpoints.header import MOST_PARAMETERS
 from ..models.checkpoints.read import read_checkpoint
 from .detector import TransformersDetector
 from .families import place_of
@@ -21,7 +22,6 @@ __all__ = ["build_from_header", "load_pretrained", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_PARAMETERS = 10**9
 # Settings of a configuration that could load code or weights from elsewhere; a header may be anybody's.
 _LEFT_OUT = re.compile(
     r"_?attn_implementation(_internal)?|_?experts_implementation|auto_map|quantization_config|use_kernels"
@@ -88,8 +88,8 @@ def build_from_header(
     with explained(source.name), _quiet():
         with torch.device("meta"):
             count = sum(weight.numel() for weight in AutoModelForObjectDetection.from_config(config).parameters())
-        if count > _MOST_PARAMETERS:
-            raise ValueError(f"it has {count} parameters, and at most {_MOST_PARAMETERS} are built")
+        if count > MOST_PARAMETERS:
+            raise ValueError(f"it has {count} parameters, and at most {MOST_PARAMETERS} are built")
         model = AutoModelForObjectDetection.from_config(config, dtype=torch.float32)
     groups = int(header.model_config.get("num_groups", 1)) if num_groups is None else num_groups
     if source.family.groups == "own":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig
 
+from ..integrations.transformers.losses import DetectionLoss
 from ..models.output import DetectorOutput
 from ..targets import PackedTargets, StepTotals, check_packed
 from .families import Family
@@ -110,10 +111,12 @@ class TransformersCriterion(nn.Module):
     def _objects(self, targets: PackedTargets) -> Tensor:
         """What transformers divided by: groups times objects of the batch, at least 1."""
         count = targets.num_targets.sum().float() * self.num_groups
-        # As transformers decides it: in the first family by Accelerate's state.
-        if self.family.loss_counts == "mean" and dist.is_available() and dist.is_initialized():
+        if self.family.loss_counts != "process" and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
-            count = count / PartialState().num_processes
+            count = count / dist.get_world_size()
+            own = isinstance(self.loss_function, DetectionLoss)  # this package's, which divides by the mean
+            if self.family.loss_counts == "divided mean" and not own:
+                count = count / PartialState().num_processes
         return count.clamp(min=1)
 
     def _class_weight(self, sizes: tuple[int, ...], logits: Tensor) -> float:

@@ -39,8 +39,9 @@ class Family:
         uses_masks: whether boxes are relative to the image without its padding, which the model tells by the mask; else
             they are relative to the padded frame.
         no_object: whether the last of C + 1 logits is "no object" (softmax); else there are C (sigmoid).
-        loss_counts: whose objects transformers' loss divides by: those of the batch in this process, or in the mean
-            over processes.
+        loss_counts: whose objects transformers' loss divides by: those of the batch in this process; in the mean over
+            processes; or this mean divided by the number of processes once more, since Accelerate's ``reduce`` is a
+            mean already, which transformers takes for a sum.
         weighted: whether transformers gives the losses with their weights.
         groups: "own" for models with ``group_detr`` groups of their own, "added" where
             ``integrations.transformers.add_groups`` can add some, else None.
@@ -51,7 +52,7 @@ class Family:
     processor: str
     uses_masks: bool = True
     no_object: bool = False
-    loss_counts: Literal["process", "mean"] = "mean"
+    loss_counts: Literal["process", "mean", "divided mean"] = "divided mean"
     weighted: bool = False
     groups: Literal["own", "added"] | None = None
     accelerates: bool = True
@@ -69,8 +70,8 @@ FAMILIES: Mapping[str, Family] = {
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
     "deimv2": _HYBRID,
-    "lw_detr": Family("DeformableDetrImageProcessor", groups="own"),
-    "rf_detr": Family("RfDetrImageProcessor", groups="own", square_frames=True),
+    "lw_detr": Family("DeformableDetrImageProcessor", loss_counts="mean", groups="own"),
+    "rf_detr": Family("RfDetrImageProcessor", loss_counts="mean", groups="own", square_frames=True),
 }
 
 _HYBRID_STRIDE = 32  # of the coarsest map, which is doubled twice and then must fit the finer ones

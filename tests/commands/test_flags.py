@@ -1,11 +1,13 @@
 """Flags that are read before the others, whose defaults depend on them."""
 
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from groupdetr_fast.commands.flags import read_flags
+from groupdetr_fast.commands.flags import DetectorFlags, read_flags
 from groupdetr_fast.data.config import DataPaths
+from groupdetr_fast.runs.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,12 @@ def test_a_flag_without_a_value_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         read_flags(DataPaths, ["train", "--data-path"])
     assert "--data-path" in capsys.readouterr().err
+
+
+def test_flags_of_a_detector_are_settings_of_its_training():
+    """A common base of the two would put the flags of training into another order, which its files of settings have."""
+    flags, settings = get_type_hints(DetectorFlags), get_type_hints(ModelConfig)
+    assert flags.keys() - {"num_classes"} <= settings.keys()
+    assert {name: flags[name] for name in flags.keys() & settings.keys() - {"model"}} == {
+        name: settings[name] for name in flags.keys() & settings.keys() - {"model"}
+    }

@@ -1,6 +1,7 @@
 """``check_groups`` finds the faults that public code has had, and none where there is none."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from faulty_detectors import (
 )
 
 import groupdetr_fast as gd
+from groupdetr_fast.models.checkpoints import CheckpointHeader
+from groupdetr_fast.training.checkpoint import write_weights
 
 
 def detector(*args, **kwargs):
@@ -315,5 +318,24 @@ def test_what_has_no_backward_pass():
 
 
 def test_what_is_no_model():
-    with pytest.raises(TypeError, match="model must be a module, a function that builds one"):
+    with pytest.raises(TypeError, match=r"model must be a module, a gd\.Detector, a function that builds one"):
         gd.check_groups(3)
+
+
+def test_a_detector_of_the_class_is_checked_with_the_groups_of_its_training(tmp_path):
+    sizes = {"num_queries": 4, "d_model": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2}
+    built = gd.Detector(num_groups=3, dim_feedforward=32, backbone="conv:8-16", **sizes)
+    report = gd.check_groups(built, image_size=(32, 32))
+    assert report.ok, report
+    assert (report.model, report.num_groups, report.queries_per_group) == ("ConditionalDetr", 3, 4)
+
+    header = CheckpointHeader(model="conditional_detr_r50", model_config=asdict(built.in_training().config))
+    weights = built.in_training().state_dict()
+    write_weights(tmp_path / "model.safetensors", weights, header.to_json())
+    loaded = gd.Detector.from_pretrained(tmp_path, device="cpu")
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    assert gd.check_groups(lambda: loaded, image_size=(32, 32)).num_groups == 3
+    assert not loaded.model.training
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    trained = loaded.in_training().state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in weights.items())

@@ -1,11 +1,15 @@
 """``check_groups`` on models of transformers and rfdetr."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from tiny_transformers import GROUPS, QUERIES, model_of
 
 import groupdetr_fast as gd
 from groupdetr_fast.integrations.transformers import accelerate, add_groups
+from groupdetr_fast.models.checkpoints import CheckpointHeader
+from groupdetr_fast.training.checkpoint import write_weights
 
 compiled = pytest.mark.skipif(gd.ops.backends()["linear_assignment"]["cpu"] != "C++", reason="no compiled kernels")
 
@@ -47,6 +51,26 @@ def test_denoising_queries_of_a_model_with_one_group():
     report = gd.check_groups(model_of("RTDetr"))
     assert report.ok
     assert report.num_groups == 1
+
+
+def test_detectors_of_transformers_of_the_class_and_of_a_run(tmp_path):
+    """With the groups that they are trained with, of which transformers knows the first alone."""
+    model_of("DeformableDetr").save_pretrained(tmp_path / "pretrained")
+    name = f"transformers:{tmp_path / 'pretrained'}"
+    assert gd.check_groups(name).num_groups == 1
+    built = gd.Detector(name, num_groups=3)
+    trained = built.in_training()
+    header = CheckpointHeader(model=name, model_config=asdict(trained.config), transformers=trained.describe())
+    best = tmp_path / "run" / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    write_weights(best / "model.safetensors", trained.state_dict(), header.to_json())
+    for file, text in trained.files().items():
+        (best / file).write_text(text)
+    for source in (built, tmp_path / "run", best, gd.Detector.from_pretrained(best, device="cpu")):
+        report = gd.check_groups(source)
+        assert report.ok, report
+        assert (report.model, report.num_groups) == ("DeformableDetrForObjectDetection", 3)
+        assert report.evaluation_loss.is_of_one_group
 
 
 def test_a_directory_with_a_configuration_alone(tmp_path):

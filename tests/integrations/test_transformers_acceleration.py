@@ -23,9 +23,9 @@ from groupdetr_fast.integrations.transformers import (  # noqa: E402
 )
 
 NAMES = list(CONFIGS)
-WITH_ATTENTION = [name for name in NAMES if name not in ("ConditionalDetr", "DabDetr")]
+WITH_ATTENTION = [name for name in NAMES if name not in ("ConditionalDetr", "DabDetr", "Eomt")]
 WITH_LOSS = ["ConditionalDetr", "DabDetr", "DeformableDetr", "LwDetr", "RfDetr"]
-ONLY_FLOAT32 = ["DabDetr", "DFine", "Deimv2", "Mask2Former", "OneFormer"]  # their own code fails in float64
+ONLY_FLOAT32 = ["DabDetr", "DFine", "Deimv2", "Mask2Former", "OneFormer", "Eomt"]  # their own code fails in float64
 UNSTEADY = ["GroundingDino", "MMGroundingDino", "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4"]
 # These have no loss here, but the squares of large outputs, whose gradients only float64 resolves.
 STEPS = [(name, torch.float32) for name in NAMES if name not in UNSTEADY]

@@ -145,6 +145,12 @@ def grounding_config(name, **overrides):
     return getattr(transformers, f"{name}Config")(**{**_DETR, **options, **overrides})
 
 
+def eomt_config(name, **overrides):
+    options = {key: value for key, value in _VIT.items() if key != "out_indices"}
+    options |= {"num_hidden_layers": 3, "num_blocks": 2, "num_queries": QUERIES, "num_labels": CLASSES}
+    return transformers.EomtConfig(**{**options, "train_num_points": 64, **overrides})
+
+
 def segmenter_config(name, **overrides):
     options = {"backbone_config": transformers.SwinConfig(out_features=stages(1), **_SWIN), **_SEGMENTER}
     if name == "Mask2Former":
@@ -171,13 +177,15 @@ CONFIGS = {
     ),
     **dict.fromkeys(["GroundingDino", "MMGroundingDino"], grounding_config),
     **dict.fromkeys(["Mask2Former", "OneFormer"], segmenter_config),
+    "Eomt": eomt_config,
 }
+SEGMENTERS = ("Mask2Former", "OneFormer", "Eomt")
 
 
 def model_of(name, **overrides):
     """A model in training mode, whose layers all matter."""
     torch.manual_seed(2)
-    task = "UniversalSegmentation" if name in ("Mask2Former", "OneFormer") else "ObjectDetection"
+    task = "UniversalSegmentation" if name in SEGMENTERS else "ObjectDetection"
     model = getattr(transformers, f"{name}For{task}")(CONFIGS[name](name, **overrides))
     for parameter in model.parameters():  # some layers start at zero, which would hide what their inputs depend on
         if parameter.dim() > 1:
@@ -200,7 +208,7 @@ def inputs_of(name, counts=(3, 1), size=(64, 64), dtype=torch.float32):
     """A batch with so many objects an image: the keywords of ``forward``; the same at every call."""
     generator = torch.Generator().manual_seed(3)
     inputs = {"pixel_values": torch.randn(len(counts), 3, *size, generator=generator)}
-    if name in ("Mask2Former", "OneFormer"):
+    if name in SEGMENTERS:
         labels = labels_of(counts, generator)
         inputs["class_labels"] = [label["class_labels"] for label in labels]
         inputs["mask_labels"] = [torch.rand(count, *size, generator=generator).round() for count in counts]
@@ -209,7 +217,7 @@ def inputs_of(name, counts=(3, 1), size=(64, 64), dtype=torch.float32):
         inputs["text_inputs"] = torch.randint(99, (len(counts), QUERIES - TEXTS_LEARNED, 77), generator=generator)
     elif name in ("GroundingDino", "MMGroundingDino"):
         inputs["input_ids"] = torch.tensor([[2, 5, 6, 3]]).repeat(len(counts), 1)
-    elif name not in ("Mask2Former", "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4"):
+    elif name not in (*SEGMENTERS, "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4"):
         inputs["labels"] = labels_of(counts, generator)
         for label in inputs["labels"]:
             label["boxes"] = label["boxes"].to(dtype)

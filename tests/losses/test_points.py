@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from groupdetr_fast.losses.points import sample_maps, sample_masks, uncertain_points
+from groupdetr_fast.losses.points import _smallest, sample_maps, sample_masks, uncertain_points
 
 
 def test_samples_are_bilinear():
@@ -41,6 +41,17 @@ def test_points_are_drawn_where_the_mask_is_uncertain():
         near = distance < 0.14
         assert near[:750].float().mean() > 0.95  # not all: logits fade to zero at the borders, too
         assert 0.2 < near[750:].float().mean() < 0.36  # the others are uniform
+
+
+def test_of_equal_logits_those_are_kept_that_topk_keeps():
+    """And where there are none, the smallest; with one, all and none of them to keep."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(20, 300, generator=generator)
+    values[::2] = (values[::2] * 20).round()
+    for count in (0, 1, 60, 300):
+        kept = _smallest(values, count).sort(1).values
+        expected = (-values).topk(count, dim=1).indices.sort(1).values
+        assert torch.equal(kept, expected)
 
 
 def test_no_masks():

@@ -42,8 +42,8 @@ def config_of(folder, output, **optimization):
     )
 
 
-def shard_weights():
-    """Turn FSDP on, which Accelerate does on GPUs alone."""
+def shard_weights(layers=("TransformerEncoderLayer", "ConditionalDecoderLayer")):
+    """Turn FSDP on, which Accelerate does on GPUs alone; ``layers`` are the classes that are sharded on their own."""
     original = train.build_accelerator
 
     def sharding(*args, **kwargs):
@@ -51,7 +51,7 @@ def shard_weights():
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["TransformerEncoderLayer", "ConditionalDecoderLayer"],
+            transformer_cls_names_to_wrap=list(layers),
         )
         accelerator.state.distributed_type = DistributedType.FSDP
         return accelerator

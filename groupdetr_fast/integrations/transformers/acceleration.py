@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel, __version__
 
 from ..kernels import can_serve, serves_everywhere
-from . import attention
+from . import attention, masks
 from .losses import DetectionLoss, LwDetrLoss
 
 __all__ = ["accelerate", "restore"]
@@ -26,17 +26,19 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
 
     Exchanged are multi-scale deformable attention, in every part of the model that has it (Deformable DETR, Grounding
     DINO, MM Grounding DINO, LW-DETR, RF-DETR, RT-DETR, RT-DETR v2, D-FINE, DEIMv2, OmDet-Turbo, PP-DocLayout V2 to V4,
-    Mask2Former, OneFormer), and matching and loss (``Conditional``, ``Dab``, ``Deformable``, ``Lw`` and
-    ``RfDetrForObjectDetection``), which are computed for all layers, images and groups at once. A loss for which the
-    installed package lacks a kernel on one of this machine's devices stays as it is, and attention runs transformers'
-    code on a device for which there is no kernel.
+    Mask2Former, OneFormer), matching and loss (``Conditional``, ``Dab``, ``Deformable``, ``Lw`` and
+    ``RfDetrForObjectDetection``), which are computed for all layers, images and groups at once, and matching and losses
+    of masks (Mask2Former, OneFormer, EoMT), at the same random points. A loss for which the installed package lacks a
+    kernel on one of this machine's devices stays as it is, and attention runs transformers' code on a device for which
+    there is no kernel.
 
     Outputs, losses and gradients stay the same but for rounding. So do the class of the model, the keys of its state
     dict and what it can be used for: ``Trainer``, ``save_pretrained``, ``copy.deepcopy``, pickle, ``torch.compile``,
     ``torch.export``. One loss differs: that of LW-DETR and RF-DETR in evaluation mode, which is of one group of
     ``num_queries`` here.
 
-    A loss function that was set on the model is left alone. Calling this again changes nothing.
+    A loss function that was set on the model, and a criterion or matcher of another class than transformers' own, are
+    left alone. Calling this again changes nothing.
 
     Args:
         model: a model of transformers, not wrapped or compiled, with one of the parts above.
@@ -64,6 +66,7 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     if not can_serve("transformers", __version__, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
         return model
     exchanged = bool(attention.DEVICES) and sum(map(attention.exchange, model.modules())) > 0
+    exchanged |= serves_losses and sum(map(masks.exchange, model.modules())) > 0
     loss = _LOSSES.get(type(model).__name__)
     if loss is not None and serves_losses:
         exchanged = True
@@ -85,6 +88,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         attention.put_back(module)
+        masks.put_back(module)
     loss = vars(model).get("_loss_function")
     if isinstance(loss, DetectionLoss) and loss.queries_per_group is None:  # else it is that of add_groups
         del model._loss_function

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     ConditionalDetrForObjectDetection,
@@ -163,7 +164,11 @@ class _GroupedQueries(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:
-        return self._parameters["weight"] if self.training else self.rows_of(self.inference_group)
+        every = self._parameters["weight"]
+        # Shards are read by FSDP alone, which keeps what it gets; in a forward pass the rows are whole.
+        if self.training or isinstance(every, DTensor):
+            return every
+        return self.rows_of(self.inference_group)
 
     def rows_of(self, group: int) -> Tensor:
         start = group * self.queries_per_group

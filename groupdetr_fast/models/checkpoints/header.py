@@ -18,13 +18,13 @@ import torch
 from ..detector import Detector
 from ..registry import build_model, model_config, model_names
 
-__all__ = ["CheckpointHeader", "build_detector"]
+__all__ = ["MOST_PARAMETERS", "CheckpointHeader", "build_detector"]
 
 # Far beyond every detector that is trained; below what would build for minutes or take all memory.
 _LARGEST = {"encoder_layers": 100, "decoder_layers": 100, "num_levels": 16, "backbone_levels": 16, "num_points": 64}
 _LARGEST_SETTING = 100_000  # of the others; a class for every label of ``CocoDataset``
 _LARGEST_ID = 2**63 - 1
-_MOST_PARAMETERS = 10**9  # beside the backbone
+MOST_PARAMETERS = 10**9  # of a model that is built as a file says; of this package's detectors, beside the backbone
 _BACKBONE = re.compile(r"conv:\d+(-\d+){0,7}|(timm:)?[\w.-]{1,100}", re.ASCII)
 _WIDEST = 2048  # of a conv: backbone
 _LONGEST_SIDE = 10_000  # pixels of an image in evaluation
@@ -153,9 +153,9 @@ def _check_model(header: CheckpointHeader) -> None:
     _require("model_config.backbone", backbone, "the name of a backbone", _is_backbone(backbone))
     if known is not None:
         count = _count_parameters(known, json.dumps(header.model_config))
-        if count > _MOST_PARAMETERS:
+        if count > MOST_PARAMETERS:
             raise ValueError(
-                f"the header is of a model with {count} parameters, and at most {_MOST_PARAMETERS} are built"
+                f"the header is of a model with {count} parameters, and at most {MOST_PARAMETERS} are built"
             )
 
 

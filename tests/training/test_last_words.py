@@ -1,0 +1,124 @@
+"""What several processes end with: the same sentence once, and different ones each."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from groupdetr_fast.training import last_words
+from groupdetr_fast.training.last_words import first_says
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A function after which this process is the one of a rank, of two that a launcher with a store has started."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    monkeypatch.setattr(last_words, "PATIENCE", 0.5)
+
+    def start(rank, restarts=0, **others):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            **others,
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return start
+
+
+def test_what_the_first_says_need_not_be_said_again(launched):
+    launched(0)
+    assert not first_says("error: no Größe")
+    launched(1)
+    assert first_says("error: no Größe")
+    assert not first_says("error: another")
+    launched(1, restarts=1)  # what was said before the restart does not count
+    assert not first_says("error: no Größe")
+
+
+def test_the_others_wait_for_the_first_that_is_slower(launched):
+    launched(0)
+    slow = threading.Timer(0.2, lambda store: store.set(last_words.KEY, "error"), [last_words._store()])
+    launched(1)
+    slow.start()
+    assert first_says("error")
+    slow.join()
+
+
+def test_a_first_that_says_nothing_is_not_waited_for_long(launched):
+    launched(1)
+    start = time.monotonic()
+    assert not first_says("error")
+    assert 0.4 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "others", [{"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "9"}]
+)
+def test_without_a_store_everybody_speaks(launched, others):
+    launched(0)
+    assert not first_says("error")
+    launched(1, **others)
+    assert not first_says("error")
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from groupdetr_fast import cli
+
+kind, folder = sys.argv[1:]
+rank = os.environ["RANK"]
+
+def command():
+    if kind == "alike":
+        raise ValueError("there is no data")
+    if kind == "each":
+        raise ValueError(f"process {rank} has no data")
+    if kind == "second" and rank == "1":
+        raise OSError("the disk of process 1 is full")
+
+try:
+    if kind == "flag":
+        cli.main(["train", "--learning-rat", "1"])
+    else:
+        cli.run(lambda: command)
+except SystemExit as ended:
+    Path(folder, rank).write_text(str(ended.code if isinstance(ended.code, int) else 1))
+    raise
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said", "statuses"),
+    [
+        ("alike", {"error: there is no data": 1}, ["1", "1"]),
+        ("each", {"error: process 0 has no data": 1, "error: process 1 has no data": 1}, ["1", "1"]),
+        ("second", {"error: the disk of process 1 is full": 1}, [None, "1"]),
+        ("flag", {"--learning-rat": 1}, ["2", "2"]),
+    ],
+)
+def test_two_processes_of_torchrun(kind, said, statuses, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*TORCHRUN, script, kind, tmp_path], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode != 0
+    assert {sentence: done.stderr.count(sentence) for sentence in said} == said, done.stderr
+    found = [path.read_text() if (path := tmp_path / rank).exists() else None for rank in ("0", "1")]
+    assert found == statuses
