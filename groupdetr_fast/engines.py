@@ -91,7 +91,8 @@ def require_tensorrt() -> Any:
         tensorrt = importlib.import_module("tensorrt")
     except ImportError as error:
         raise ValueError(
-            f"engines need TensorRT ({error}): pip install tensorrt, on a machine with the GPU that is to run them"
+            f"engines need TensorRT ({error}): pip install 'groupdetr_fast[tensorrt]', on a machine with the GPU that "
+            "is to run them"
         ) from None
     if not hasattr(getattr(tensorrt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED"):
         raise ValueError(

@@ -136,7 +136,7 @@ def test_shapes_follow_from_how_images_are_resized():
         (["--output", "a.onnx", "--workspace", 4], "workspace is for .engine, got a.onnx"),
         (["--output", "a.pt2", "--max-shape", 4, 640, 640], "max_shape is for .engine, got a.pt2"),
         (["--output", "a.pt2", "--half"], "half is for .onnx and .engine, got a.pt2"),
-        (["--output", "a.engine"], "engines need TensorRT .*: pip install tensorrt, on a machine with the GPU"),
+        (["--output", "a.engine"], r"engines need TensorRT .*: pip install 'groupdetr_fast\[tensorrt\]', on a machine"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_the_checkpoint_is_read(flags, message, monkeypatch):

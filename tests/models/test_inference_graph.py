@@ -128,8 +128,7 @@ def test_half_onnx_of_a_small_detector(tmp_path):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_half_onnx_of_a_resnet_has_half_the_size_and_the_models_outputs(name, masks, tmp_path):
     """Few queries: of DINO's sorted scores, two may be so close that rounding decides about their order."""
-    settings = {"backbone": "resnet18", "d_model": 64, "num_queries": 4}
-    model, path = exported_detector(name, **settings), tmp_path / "model.onnx"
+    model, path = exported_detector(name, backbone="resnet18", num_queries=4), tmp_path / "model.onnx"
     normalize_like_trained(model)
     sizes = [(2, 128, 160)] if masks else [(1, 128, 160), (2, 97, 130)]
     check_onnx(model, path, (128, 160) if masks else None, sizes, masks=masks, half=True)
