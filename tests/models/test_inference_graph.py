@@ -11,7 +11,7 @@ DEFORMABLE = DETECTORS[3:]
 FIXED = (48, 64)
 ABOUT = {"class_names": '["a"]'}
 SHAPES = ((1, 48, 64), (3, 50, 71))  # images, height, width; no graph is traced at these
-TOLERANCE = {False: (1e-4, 1e-4), True: (2e-2, 2e-3)}  # of logits and boxes, by whether the file is of float16
+TOLERANCE = {False: (1e-4, 1e-4), True: (2e-2, 3e-3)}  # of logits and boxes, by whether the file is of float16
 
 
 def exported_detector(name, **settings):
@@ -129,6 +129,10 @@ def test_half_onnx_of_a_small_detector(tmp_path):
 def test_half_onnx_of_a_resnet_has_half_the_size_and_the_models_outputs(name, masks, tmp_path):
     """Few queries: of DINO's sorted scores, two may be so close that rounding decides about their order."""
     model, path = exported_detector(name, backbone="resnet18", num_queries=4), tmp_path / "model.onnx"
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():  # box heads that pass errors on as they are, and no larger
+        if "bbox_embed" in key and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     normalize_like_trained(model)
     sizes = [(2, 128, 160)] if masks else [(1, 128, 160), (2, 97, 130)]
     check_onnx(model, path, (128, 160) if masks else None, sizes, masks=masks, half=True)
