@@ -12,6 +12,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .data.images import ImageLike
+from .engines import EngineSettings
 from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
 from .models.detector import Detector as Model
@@ -235,12 +236,20 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         """Detect objects in a video; arguments, what is given and errors are those of ``gd.predict_video``."""
         return predict_video(self._require_weights("predict"), source, score_threshold=score_threshold, **settings)
 
-    def export(self, path: str | Path, image_size: tuple[int, int] | None = None, *, masks: bool = False) -> Path:
-        """Write an inference graph, ``.onnx`` or ``.pt2``; see ``exporting.export_file``."""
+    def export(
+        self,
+        path: str | Path,
+        image_size: tuple[int, int] | None = None,
+        *,
+        masks: bool = False,
+        half: bool = False,
+        engine: EngineSettings | None = None,
+    ) -> Path:
+        """Write an inference graph, ``.onnx``, ``.pt2`` or ``.engine``; see ``exporting.export_file``."""
         model = self._require_weights("export")
         device = next(model.parameters()).device
         try:
-            return export_file(model.cpu(), path, image_size, masks=masks)
+            return export_file(model.cpu(), path, image_size, masks=masks, half=half, engine=engine)
         finally:
             model.to(device)
 

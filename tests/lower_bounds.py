@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-EXTRAS = ("train", "export", "supervision", "transformers", "video", "test")
+EXTRAS = ("train", "export", "serve", "supervision", "transformers", "video", "test")
 
 
 def requirements() -> list[str]:
@@ -30,7 +30,7 @@ def requirements() -> list[str]:
 
 def constraints() -> Iterator[str]:
     for requirement in sorted(set(requirements())):
-        if bound := re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement):
+        if bound := re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:;.*)?", requirement):
             yield "{}=={}".format(*bound.groups())
 
 

@@ -34,17 +34,26 @@ def test_commands_and_flags_in_the_pages_exist(page, capsys):
         assert flags <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
-def test_the_notes_on_ultralytics_name_flags_that_exist(capsys):
-    page = (DOCS / "migration.md").read_text()
-    section = re.search(r"^## Ultralytics\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)[1]
+def test_flags_in_the_notes_for_those_who_come_from_elsewhere_exist(capsys):
+    """Those of this package: in tables they stand on the right, and commands of others in the text are left out."""
     known = {"--nproc-per-node"}  # of torchrun
-    for command in ("train", "predict", "eval"):
+    for command in ("train", "predict", "eval", "export", "check"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    flags = set(re.findall(r"(?<!\w)--[a-z][\w-]+", section))
-    assert len(flags) > 25
-    assert not flags - known
+    sections = re.split(r"^## ", (DOCS / "migration.md").read_text(), flags=re.MULTILINE)[1:]
+    named = {section.partition("\n")[0]: flags_of_this_package(section) for section in sections}
+    assert {name for name, flags in named.items() if len(flags) > 20} >= {"RF-DETR (and LW-DETR)", "transformers"}
+    assert len(named["Ultralytics"]) > 25
+    assert {name: flags - known for name, flags in named.items() if flags - known} == {}
+
+
+def flags_of_this_package(section):
+    lines = [
+        line.partition("|")[2].partition("|")[2] if line[0] == "|" else line for line in section.splitlines() if line
+    ]
+    text = re.sub(r"`python main.py [^`]*`", "", "\n".join(lines))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
 
 
 def test_pages_say_what_is_wrong_in_silence():

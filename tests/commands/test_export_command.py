@@ -61,7 +61,7 @@ def test_an_onnx_file_is_written_and_runs(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "output", "message"),
     [
-        ("conditional_detr_r50", "model.pth", "error: output must end in .onnx or .pt2"),
+        ("conditional_detr_r50", "model.pth", "error: output must end in .onnx, .pt2 or .engine"),
         ("mask2former_r50", "model.pt2", "error: models that predict masks cannot be exported"),
     ],
 )

@@ -4,6 +4,7 @@ import torch
 
 import groupdetr_fast as gd
 from groupdetr_fast.data import CocoDataset, DigitsConfig, collate, digits_dataset
+from groupdetr_fast.layers.frozen_batch_norm import FrozenBatchNorm2d
 
 SMALL = {
     "num_queries": 6,
@@ -30,6 +31,22 @@ def small_detector(name, num_groups=3, **overrides):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     return model
+
+
+def normalize_like_trained(model):
+    """Give frozen batch norms the statistics of random images: those of an untrained ResNet normalise nothing, and its
+    last maps, in the thousands, leave float16's range."""
+
+    def measure(norm, inputs):
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 3, 128, 128))
+    for hook in hooks:
+        hook.remove()
 
 
 def padded_batch(size=(48, 64)):
