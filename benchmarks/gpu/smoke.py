@@ -42,10 +42,11 @@ ATTENTION = [
     (cases.Attention(2, 300, heads=2, channels=128), 0.1),
     (cases.Attention(3, 2, channels=1), 0.0),
 ]
+# A rehearsal takes the first two: without dropout, torch's kernel for half types on CPUs is less precise than is asked.
 CROSS = [
     (cases.CrossAttention(3300, batch=2, heads=2), 0.1),
-    (cases.CrossAttention(900, padded=False, batch=1, heads=2), 0.0),
-    (cases.CrossAttention(65, heads=3, channels=32, map=(7, 9)), 0.1),
+    (cases.CrossAttention(900, padded=False, batch=1, heads=2), 0.1),
+    (cases.CrossAttention(65, heads=3, channels=32, map=(7, 9)), 0.0),
     (cases.CrossAttention(300, heads=2, channels=128, value_channels=100), 0.1),
 ]
 DEFORMABLE = [

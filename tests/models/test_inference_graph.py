@@ -5,6 +5,7 @@ import torch
 from small_detectors import normalize_like_trained, small_detector
 
 import groupdetr_fast as gd
+from groupdetr_fast.layers import attention
 
 DETECTORS = ["conditional_detr_r50", "dab_detr_r50", "dn_detr_r50", "dab_deformable_detr_r50", "dino_4scale_r50"]
 DEFORMABLE = DETECTORS[3:]
@@ -89,6 +90,19 @@ def test_what_cannot_be_exported_is_refused():
 @pytest.mark.parametrize("name", DETECTORS)
 def test_onnxruntime_gives_the_models_outputs(name, masks, tmp_path):
     check_onnx(exported_detector(name), tmp_path / "model.onnx", None, SHAPES, masks=masks)
+
+
+def test_onnxruntime_gives_the_outputs_of_a_model_that_attends_as_on_a_gpu(tmp_path, monkeypatch):
+    """There, and in half precision, the op takes the place of torch's attention."""
+    model = exported_detector(DETECTORS[0])
+    inputs = batch(*SHAPES[1], masks=True)
+    before = expected(model, inputs)
+    monkeypatch.setattr(attention, "is_preferred", lambda query: True)
+    torch.testing.assert_close(expected(model, inputs), before)
+    program = gd.export_program(model, masks=True, inference_group=1)
+    assert "groupdetr_fast.cross_attention.default" in {str(node.target) for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(*inputs), before)
+    check_onnx(model, tmp_path / "model.onnx", None, SHAPES, masks=True)
 
 
 @pytest.mark.parametrize("name", [DETECTORS[0], pytest.param(DETECTORS[3], marks=pytest.mark.slow)])

@@ -69,7 +69,7 @@ def compile_case(
 
 def _of_lists() -> CompileCase:
     kernel, launch = _cross_attention_order_kernel, dict(_ORDER_LAUNCH)
-    constexprs = {"BLOCK": launch["BLOCK"], "stride_ps": 1}
+    constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"], "stride_ps": 1}
     signature = kernel_signature(kernel, {"order": "*i32", "counts": "*i32", "padding": "*u8"}, constexprs)
     name = f"cross_attention/order/{launch['BLOCK']}"
     return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, ("order", "counts", "padding"))
@@ -77,7 +77,7 @@ def _of_lists() -> CompileCase:
 
 def _of_sums(dtype: str) -> CompileCase:
     kernel, launch = _cross_attention_sum_kernel, dict(_SUM_LAUNCH)
-    constexprs = {"BLOCK": launch["BLOCK"]}
+    constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"]}
     signature = kernel_signature(kernel, {"total": f"*{dtype}", "parts": "*fp32"}, constexprs)
     name = f"cross_attention/sum/{dtype}-{launch['BLOCK']}"
     return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, ("total", "parts", "size"))
