@@ -43,6 +43,7 @@ from .training_step import (
     Step,
     Training,
     criterion_of,
+    crossed,
     difference,
     folded,
     in_graph,
@@ -331,6 +332,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
     contenders, passes, theirs = [masked(training, batch), folded(training, batch)], [], []
     if training.name == CONDITIONAL:
         passes = [in_passes(training, batch)]
+        contenders.append(crossed(training, batch))
         theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
     walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
     measure_graphs(recorder, trainings, batch)
@@ -360,6 +362,17 @@ def measure_graphs(recorder: Recorder, trainings: Sequence[Training], batch: Bat
     attempt(recorder, "step", 5, unchecked, time_steps)
     del graphed, unchecked, pair, step  # whose graphs keep the memory of a whole step
     eager[0].forget()
+    if eager[-1].training.name == CONDITIONAL:
+        measure_crossing(recorder, eager[-1])
+
+
+def measure_crossing(recorder: Recorder, step: Step) -> None:
+    """A step whose decoder attends to the images by ops.cross_attention, as a graph, beside one as it is."""
+    graphed = [in_graph(step), in_graph(crossed(step.training, step.batch))]
+    attempt(recorder, "step", 5, graphed, time_steps)
+    attempt(recorder, "kernels", 3, graphed[1:], partial(profile_kernels, walls={}))
+    del graphed
+    step.forget()
 
 
 def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:

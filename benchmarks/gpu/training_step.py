@@ -17,6 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
+from groupdetr_fast.layers import attention as layers_attention
+from groupdetr_fast.ops.cross_attention import is_fused
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
 from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
@@ -37,6 +39,7 @@ __all__ = [
     "Step",
     "Training",
     "criterion_of",
+    "crossed",
     "difference",
     "folded",
     "in_graph",
@@ -149,6 +152,7 @@ class Step:
     Attributes:
         contender: its name.
         attention: in the place of ``ops.grouped_attention``.
+        crossing: attend to images by ``ops.cross_attention``.
         criterion: in the place of the detector's own.
         compiled: in the place of the detector's methods of these names.
         groups_per_pass: as in OptimizationConfig.
@@ -161,6 +165,7 @@ class Step:
     batch: Batch
     contender: str = OURS
     attention: Callable[..., Tensor] | None = None
+    crossing: bool = False
     criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
     compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
     groups_per_pass: int = 0
@@ -190,7 +195,7 @@ class Step:
         return outcome.losses["loss"]
 
     def _gradients(self) -> tuple[list[dict[str, Tensor]], Tensor]:
-        with self._patched():
+        with self.patched():
             losses = self._add_gradients()
         return [losses], nn.utils.clip_grad_norm_(self.training.parameters, CONFIG.clip_norm)
 
@@ -206,7 +211,7 @@ class Step:
         training.model.eval()
         torch.manual_seed(0)  # of denoising queries
         try:
-            with self._patched():
+            with self.patched():
                 if self.groups_per_pass:
                     losses = self._add_gradients()
                     training.optimizer.zero_grad()
@@ -261,10 +266,13 @@ class Step:
         return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
 
     @contextlib.contextmanager
-    def _patched(self) -> Iterator[None]:
+    def patched(self) -> Iterator[None]:
+        """A context in which the parts stand where they belong."""
         with contextlib.ExitStack() as stack:
             if self.attention is not None:
                 stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
+            if self.crossing:
+                stack.enter_context(mock.patch.object(layers_attention, "is_preferred", is_fused))
             for name, function in self.compiled:
                 stack.enter_context(mock.patch.object(self.training.model, name, function))
             yield
@@ -321,10 +329,11 @@ class GraphedStep(Step):
 def in_graph(step: Step) -> GraphedStep:
     """The same step as a graph."""
     training, batch = step.training, step.batch
+    name = "CUDA graph" if step.contender == OURS else f"CUDA graph, {step.contender}"
 
     def add_gradients(batches: Sequence[StepInputs]) -> tuple[list[dict[str, Tensor]], Tensor]:
         (inputs,) = batches
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+        with step.patched(), torch.autocast(batch.device.type, dtype=torch.bfloat16):
             output = training.model(inputs.images, inputs.masks, inputs.targets)
         losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
         losses["loss"].backward()
@@ -333,11 +342,15 @@ def in_graph(step: Step) -> GraphedStep:
 
     sizes = GraphSizes(1, image_multiple=1, targets=(batch.packed().max_targets,))
     graphs = StepGraphs(CapturableStep(add_gradients, training.model, training.optimizer), sizes)
-    return GraphedStep(training, batch, "CUDA graph", graphs=graphs)
+    return GraphedStep(training, batch, name, graphs=graphs)
 
 
 def masked(training: Training, batch: Batch) -> Step:
     return Step(training, batch, "masked SDPA", attention=naive.masked_sdpa)
+
+
+def crossed(training: Training, batch: Batch) -> Step:
+    return Step(training, batch, "cross_attention", crossing=True)
 
 
 def folded(training: Training, batch: Batch) -> Step:

@@ -143,7 +143,7 @@ class SetCriterion(nn.Module):
         if self.class_weights is not None:
             rows = logits.gather(2, matching.queries[..., None].expand(-1, -1, -1, logits.shape[3]))
             labels = targets.labels.repeat(1, matching.positives).where(matching.matched, IGNORED)
-            losses["loss_ce"] = losses["loss_ce"] + self._weight_of_classes(rows, labels) / normalizer
+            losses = _with_class_loss(losses, self._weight_of_classes(rows, labels) / normalizer)
         return losses
 
     def _denoising_losses(self, denoising: DenoisingPredictions, targets: PackedTargets, normalizer: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class SetCriterion(nn.Module):
         )
         if self.class_weights is not None:
             weighted = self._weight_of_classes(denoising.logits, labels.where(queries.positive, IGNORED))
-            losses["loss_ce"] = losses["loss_ce"] + weighted / normalizer
+            losses = _with_class_loss(losses, weighted / normalizer)
         return losses
 
     def _weight_of_classes(self, logits: Tensor, target_class: Tensor) -> Tensor:
@@ -214,6 +214,11 @@ class SetCriterion(nn.Module):
         """L1 and generalised IoU loss of corresponding ``cxcywh`` boxes ``[..., 4]``: two of ``[...]``."""
         l1 = (predicted - expected).abs().sum(-1)
         return l1, 1 - aligned_generalized_box_iou_of_centers(predicted, expected)
+
+
+def _with_class_loss(losses: Tensor, more: Tensor) -> Tensor:
+    """Losses ``[3, layers]`` in the order of ``_KINDS``, with ``[layers]`` added to the class loss."""
+    return torch.cat((losses[:1] + more, losses[1:]))
 
 
 def checked_class_weights(weights: Sequence[float] | None) -> Tensor | None:

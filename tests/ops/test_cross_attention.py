@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdetr_fast.layers import attention as layer
 from groupdetr_fast.ops import cross_attention
-from groupdetr_fast.ops.cross_attention import cpu
+from groupdetr_fast.ops.cross_attention import cpu, is_fused, op
 from groupdetr_fast.ops.cross_attention.decomposition import attend_by_products
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
@@ -323,7 +323,7 @@ def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "preferred"),
+    ("device_type", "dtype", "fused"),
     [
         ("cuda", torch.bfloat16, True),
         ("cuda", torch.float16, True),
@@ -332,14 +332,17 @@ def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
         ("mps", torch.float16, False),
     ],
 )
-def test_preferred_on_tensor_cores(device_type, dtype, preferred):
+def test_fused_on_tensor_cores_and_preferred_where_wanted(device_type, dtype, fused, monkeypatch):
     pytest.importorskip("triton")
 
     class Query:
         device = torch.device(device_type)
 
     Query.dtype = dtype
-    assert layer.is_preferred(Query()) is preferred
+    assert is_fused(Query()) is fused
+    for wanted in (False, True):
+        monkeypatch.setattr(op, "_CHOSEN", wanted)
+        assert layer.is_preferred(Query()) is (wanted and fused)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The op ``cross_attention``: attention of many queries to the tokens of padded images."""
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._library import block_double_backward, define_op, register_autograd
+from ..._eager import EagerOp
+from ..._library import block_double_backward, define_op
 from .._triton import register_triton
 from ..grouped_attention.dropout import new_seed
 from . import cpu
@@ -15,13 +17,23 @@ from .reference import cross_attention_backward_reference, cross_attention_refer
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
+# It has not been timed against torch's attention on a GPU yet, so whoever wants it there says so.
+_CHOSEN = os.environ.get("GROUPDETR_FAST_CROSS_ATTENTION") == "1"
 
 
 def is_preferred(query: Tensor) -> bool:
-    """Whether this op is to be preferred to torch's own attention for such a query.
+    """Whether the layers take this op, and not torch's own attention, for such a query.
 
-    It is on GPUs in half precision, where every product runs on tensor cores. On CPUs the op is made of torch's own
-    kernels; without a kernel it runs on its reference, which keeps all scores.
+    They do if the environment variable ``GROUPDETR_FAST_CROSS_ATTENTION`` is 1, where :func:`is_fused`.
+    """
+    return _CHOSEN and is_fused(query)
+
+
+def is_fused(query: Tensor) -> bool:
+    """Whether a kernel serves such a query of which every product runs on tensor cores.
+
+    It does on GPUs in half precision. On CPUs the op is made of torch's own kernels; without a kernel it runs on its
+    reference, which keeps all scores.
     """
     return _HAS_GPU_KERNEL and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 
@@ -70,8 +82,7 @@ def cross_attention(
     if scale is None:
         scale = max(query.shape[3], 1) ** -0.5
     seed = new_seed(query.device) if dropout_p > 0 else None
-    out, _ = torch.ops.groupdetr_fast.cross_attention(query, key, value, padding, dropout_p, seed, scale)
-    return out
+    return _op(query, key, value, padding, float(dropout_p), seed, float(scale))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
@@ -134,14 +145,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     query, key, value, padding, out, lse, seed = ctx.saved_tensors
-    grad_query, grad_key, grad_value = torch.ops.groupdetr_fast.cross_attention_backward(
+    grad_query, grad_key, grad_value = _op_backward(
         grad_out, query, key, value, padding, out, lse, ctx.dropout_p, seed, ctx.scale
     )
     no_grad_padding = no_grad_dropout_p = no_grad_seed = no_grad_scale = None
     return grad_query, grad_key, grad_value, no_grad_padding, no_grad_dropout_p, no_grad_seed, no_grad_scale
 
 
-register_autograd("cross_attention", setup_context=_setup_context, backward=_backward)
+_op = EagerOp("cross_attention")
+_op_backward = EagerOp("cross_attention_backward")
+_op.register_autograd(setup_context=_setup_context, backward=_backward, returns_first=True)
 block_double_backward("cross_attention_backward")
 cpu.register()
 for op, launcher in (("cross_attention", "forward"), ("cross_attention_backward", "backward")):
