@@ -4,6 +4,7 @@ import torchvision
 
 from groupdetr_fast.boxes import (
     aligned_generalized_box_iou,
+    aligned_generalized_box_iou_of_centers,
     box_area,
     cxcywh_to_xyxy,
     pairwise_generalized_box_iou,
@@ -42,3 +43,22 @@ def test_empty_boxes_give_zero_and_no_nan_gradient(boxes):
 def test_generalized_iou_gradient():
     first, second = cxcywh_to_xyxy(random_boxes(5)), cxcywh_to_xyxy(random_boxes(5))
     assert torch.autograd.gradcheck(aligned_generalized_box_iou, (first.requires_grad_(), second))
+
+
+def test_generalized_iou_of_centers_is_that_of_corners_bit_for_bit():
+    """Of boxes that overlap, do not, are equal or empty; and its gradient."""
+    first, second = (torch.rand(2, 200, 4) * 0.5 for _ in range(2))
+    second[0, :20] = first[0, :20]
+    first[1, :20, 2:] = 0
+    second[1, :10, 2:] = 0
+    gradients, values = [], []
+    for run in (
+        aligned_generalized_box_iou_of_centers,
+        lambda *boxes: aligned_generalized_box_iou(*map(cxcywh_to_xyxy, boxes)),
+    ):
+        boxes = first.clone().requires_grad_()
+        values.append(run(boxes, second))
+        gradients.append(torch.autograd.grad(values[-1].sum(), boxes)[0])
+    assert torch.equal(*values)
+    torch.testing.assert_close(*gradients)
+    assert torch.isfinite(gradients[0]).all()

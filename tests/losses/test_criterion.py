@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
 from groupdetr_fast.layers.denoising import make_denoising_queries
+from groupdetr_fast.losses import GroupMatcher, SetCriterion
 from groupdetr_fast.models import DenoisingOutput, EncoderOutput
 
 LAYERS, BATCH, CLASSES = 3, 3, 7
@@ -298,3 +300,29 @@ def test_criterion_of_a_model_takes_its_weights():
         assert criterion.matcher.giou_cost == 7.0
     with pytest.raises(TypeError, match="expected a model of this package"):
         gd.build_criterion(torch.nn.Linear(1, 1))
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, but for those that only make another view of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_operators_are_few_and_of_one_number_for_all_sizes():
+    """On a GPU each is a launch or more, and where batches are small the host is the limit."""
+    for groups, sizes in ((gd.QueryGroups(1, 4), (2, 2, 2)), (gd.QueryGroups(3, 5), (2, 3, 0))):
+        out, targets = predictions(groups), random_targets(sizes)
+        criterion = SetCriterion(GroupMatcher())
+        packed = gd.PackedTargets.from_list(targets)
+        with Operators() as forward:
+            loss = criterion(out, packed)["loss"]
+        with Operators() as backward:
+            torch.autograd.grad(loss, (out.logits, out.boxes))
+        assert forward.number <= 72
+        assert backward.number <= 75
