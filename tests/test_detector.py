@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from small_sizes import SIZES
+from video_files import write_video
 
 import groupdetr_fast as gd
 from groupdetr_fast.data import DigitsConfig, digits_dataset
@@ -56,6 +57,18 @@ def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
     expected, found = (each.predict(image, score_threshold=0.0) for each in (detector, again))
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=0)
     assert found["class_names"] == expected["class_names"]
+
+
+def test_frames_of_a_video(trained, tmp_path):
+    pytest.importorskip("av", reason="PyAV (extra video) is not installed")
+    detector, *_ = trained
+    path = write_video(tmp_path / "a.mp4", frames=3)
+    found = list(detector.predict_video(path, score_threshold=0.0, frames=True, classes=["3", 4]))
+    assert [index for index, *_ in found] == [0, 1, 2]
+    for *_, detection, frame in found:
+        again = detector.predict(frame, score_threshold=0.0, classes="3,4")
+        assert set(detection["class_names"]) <= {"3", "4"}
+        torch.testing.assert_close(detection["scores"], again["scores"], rtol=1e-4, atol=1e-5)
 
 
 def test_sharing_uploads_the_file(trained, monkeypatch):
@@ -121,6 +134,7 @@ def test_what_does_not_work_ends_in_a_sentence(tmp_path, monkeypatch):
     for call in (
         lambda: detector.evaluate("data"),
         lambda: detector.predict("photo.jpg"),
+        lambda: detector.predict_video("clip.mp4"),
         lambda: detector.export("model.onnx"),
         lambda: detector.save_pretrained(tmp_path / "saved"),
     ):
