@@ -59,6 +59,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     Attributes:
         annotation_file: as given.
+        masks: whether samples have masks.
         image_ids: ids in the order of the samples.
         categories: the category entries of the file, ordered by label.
         num_objects: of all images; crowd regions and what is dropped do not count.

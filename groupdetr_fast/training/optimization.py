@@ -103,6 +103,9 @@ class OptimizationConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
+        if isinstance(self.freeze, str):
+            raise ValueError(f"freeze must hold names of parts, such as ({self.freeze!r},), got {self.freeze!r}")
+        object.__setattr__(self, "freeze", tuple(self.freeze))  # lists are what one writes in Python
         if not 0 < self.backbone_layer_decay <= 1:
             raise ValueError(f"backbone_layer_decay must be in (0, 1], got {self.backbone_layer_decay}")
         if not 0 <= self.ema_decay < 1:

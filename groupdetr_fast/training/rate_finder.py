@@ -145,7 +145,8 @@ def _loss_of_step(trainer: Trainer, batches: list[Any]) -> float:
     try:
         losses = trainer.run_step(batches)
     except ValueError as error:
-        if "nan" not in str(error):  # the losses of transformers refuse boxes that are no numbers
+        # The losses of transformers refuse boxes that are no numbers; of several processes, others may have none.
+        if trainer.accelerator.num_processes > 1 or "nan" not in str(error):
             raise
         return math.nan
     return float(mean_losses(Losses.of(losses))["loss"])

@@ -62,6 +62,12 @@ def test_patterns_that_leave_nothing_are_refused(patterns, message):
         freeze(detector(), patterns)
 
 
+def test_parts_are_given_as_several():
+    assert OptimizationConfig(freeze=["backbone"]).freeze == ("backbone",)
+    with pytest.raises(ValueError, match=r"freeze must hold names of parts, such as \('backbone',\), got 'backbone'"):
+        OptimizationConfig(freeze="backbone")
+
+
 def test_statistics_of_frozen_batch_norms_stay():
     model = detector()
     freeze(model, ["backbone.body.stages.0"])
