@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdetr_fast.layers import attention as layer
@@ -320,6 +321,16 @@ def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
     assert ["groupdetr_fast::cross_attention" in names for names in calls] == [False, True]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_are_traced_for_a_gpu(dtype):
+    pytest.importorskip("triton")
+    with FakeTensorMode():  # whose backward pass would need a GPU
+        query, key, value = (tensor.to(dtype) for tensor in make_inputs("cuda"))
+        out = layer.attend(query.requires_grad_(), key, value, make_padding("map").cuda(), 0.1)
+    assert (out.shape, out.dtype, out.device.type) == ((IMAGES, 7, 2 * 5), dtype, "cuda")
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize(
