@@ -11,8 +11,9 @@
 ``TORCH_CUDA_ARCH_LIST`` decides for which GPUs, as ``8.0;9.0+PTX``. Without it these are the GPUs of this machine, and
 ``DEFAULT_ARCHITECTURES`` where there are none.
 
-For wheels (``tools/build_wheels.py``): ``GROUPDETR_FAST_LOCAL_VERSION`` is appended to the version, as in ``0.1.0+cu130``;
-``GROUPDETR_FAST_OLD_GLIBC=1`` lets the extension run where the C library is older than here, from glibc 2.28 on.
+For wheels (``tools/build_wheels.py``): ``GROUPDETR_FAST_LOCAL_VERSION`` is appended to the version, as in
+``0.1.0+cu130``; ``GROUPDETR_FAST_OLD_GLIBC=1`` lets the extension run where the C library is older than here, from
+glibc 2.28 on.
 """
 
 import os
@@ -96,7 +97,9 @@ def capabilities_at_hand():
 def compiled_by(nvcc):
     """The compute capabilities that an nvcc compiles for, as ``(7, 5)``."""
     answer = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return sorted({(int(number[:-1]), int(number[-1])) for number in re.findall(r"^compute_(\d+)$", answer, re.MULTILINE)})
+    return sorted(
+        {(int(number[:-1]), int(number[-1])) for number in re.findall(r"^compute_(\d+)$", answer, re.MULTILINE)}
+    )
 
 
 def for_gpus(capabilities, compiled):
@@ -163,7 +166,7 @@ def build_command(cuda):
     from torch.utils import cpp_extension
 
     if cuda:
-        # Torch refuses toolkits of another CUDA than its own. The extension takes nothing from torch that depends on it.
+        # Torch refuses toolkits of another CUDA than its own; here nothing that is taken from torch depends on that.
         answer = subprocess.run([cuda, "--version"], capture_output=True, text=True, check=True).stdout
         torch.version.cuda = re.search(r"release (\d+\.\d+)", answer).group(1)
     return cpp_extension.BuildExtension

@@ -1,6 +1,6 @@
 """Which GPUs the compiled kernels and Triton's can serve, and why not, in sentences that say what to do.
 
-Nothing here is asked before a GPU is used: to ask a GPU would initialise CUDA, and a process cannot be forked after that.
+GPUs are asked when they are used, not before: that initialises CUDA, after which a process cannot be forked.
 """
 
 import functools
@@ -91,7 +91,7 @@ def why_not_triton(index: int) -> str | None:
         driver.active.get_current_device()  # builds Triton's launcher of kernels
     except Exception as error:
         return (
-            "Triton cannot build what launches its kernels (install gcc, or set CC, and Python's headers, python3-dev): "
+            "Triton cannot build what launches its kernels (install gcc or set CC, and install python3-dev): "
             f"{str(error).splitlines()[0]}"
         )
     return None

@@ -68,25 +68,6 @@ def test_impossible_builds_are_refused(environment, message):
 
 
 @pytest.fixture
-def toolkit(tmp_path):
-    """A function that makes a CUDA toolkit whose nvcc only tells its version and what it compiles for."""
-
-    def make(version, *architectures):
-        nvcc = tmp_path / f"cuda-{version}" / "bin" / "nvcc"
-        nvcc.parent.mkdir(parents=True)
-        listed = "\\n".join(f"compute_{architecture}" for architecture in architectures)
-        nvcc.write_text(
-            "#!/bin/sh\n"
-            f'case "$1" in --version) echo "release {version}, V{version}.1";; '
-            f'--list-gpu-arch) printf "{listed}\\n";; esac\n'
-        )
-        nvcc.chmod(0o755)
-        return str(nvcc.parents[1])
-
-    return make
-
-
-@pytest.fixture
 def gpus(tmp_path):
     """A function that puts an nvidia-smi on the path, which tells of GPUs of these compute capabilities."""
 
@@ -114,9 +95,9 @@ def gpus(tmp_path):
     ],
 )
 def test_kernels_are_compiled_for_the_gpus_at_hand(
-    version, known, capabilities, asked, line, toolkit, gpus, monkeypatch, capsys
+    version, known, capabilities, asked, line, made_up_toolkit, gpus, monkeypatch, capsys
 ):
-    home = toolkit(version, *known)
+    home = made_up_toolkit(version, *known)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # asked first; then nvidia-smi
     monkeypatch.setenv("PATH", gpus(*capabilities))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked or "")
@@ -137,10 +118,10 @@ def test_what_nvcc_makes():
     assert functions["codes"](["7.5", "9.0a", "12.0+PTX"]) == ["sm_75", "sm_90a", "sm_120", "compute_120"]
 
 
-def test_architectures_that_are_no_compute_capabilities_are_refused(toolkit, monkeypatch):
+def test_architectures_that_are_no_compute_capabilities_are_refused(made_up_toolkit, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Ada")
     with pytest.raises(SystemExit, match=r"capabilities with semicolons in between, as 8.0;9.0\+PTX; got 'Ada'"):
-        functions["choose_architectures"](f"{toolkit('13.0', 80)}/bin/nvcc")
+        functions["choose_architectures"](f"{made_up_toolkit('13.0', 80)}/bin/nvcc")
 
 
 def test_wheels_of_several_builds_have_versions_of_their_own():

@@ -3,9 +3,9 @@
     python tools/build_wheels.py
     python tools/build_wheels.py --toolkit /usr/local/cuda-13.0 --toolkit /usr/local/cuda-12.9 --output dist
 
-Toolkits are by default that of the nvcc on the path (or of ``CUDA_HOME``) and ``CUDA12_HOME``. The wheels' versions tell
-them apart, as torch's do: ``0.1.0+cpu``, ``0.1.0+cu130``. auditwheel checks that they fit manylinux_2_28, as torch's
-wheels do. No GPU is needed.
+Toolkits are by default that of the nvcc on the path (or of ``CUDA_HOME``) and ``CUDA12_HOME``. The wheels' versions
+tell them apart, as torch's do: ``0.1.0+cpu``, ``0.1.0+cu130``. auditwheel checks that they fit manylinux_2_28, as
+torch's wheels do. No GPU is needed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FROM_TORCH = ("libc10.so", "libtorch.so", "libtorch_cpu.so")
 
 
 class Variant(NamedTuple):
-    """A wheel: its local version, and the toolkit that compiles it with what it compiles for, if it has CUDA kernels."""
+    """A wheel: its local version; with CUDA kernels, the toolkit that compiles them, and what for."""
 
     label: str
     toolkit: Path | None = None
@@ -104,7 +104,17 @@ def build(variant: Variant, folder: Path, output: Path) -> Wheel:
     subprocess.run([*auditwheel, "show", str(made)], env=environment, check=True)
     excluded = [argument for name in FROM_TORCH for argument in ("--exclude", name)]
     subprocess.run(
-        [*auditwheel, "repair", "--strip", "--plat", PLATFORM, *excluded, "--wheel-dir", str(folder / "made"), str(made)],
+        [
+            *auditwheel,
+            "repair",
+            "--strip",
+            "--plat",
+            PLATFORM,
+            *excluded,
+            "--wheel-dir",
+            str(folder / "made"),
+            str(made),
+        ],
         env=environment,
         check=True,
     )
@@ -146,7 +156,9 @@ def check_import(wheel: Path, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toolkit", type=Path, action="append", help="a CUDA toolkit to build a wheel with; repeatable")
+    parser.add_argument(
+        "--toolkit", type=Path, action="append", help="a CUDA toolkit to build a wheel with; repeatable"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="where the wheels go")
     parser.add_argument("--objects", type=Path, default=ROOT / "build" / "wheels", help="where objects are kept")
     arguments = parser.parse_args()

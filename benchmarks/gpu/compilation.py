@@ -31,8 +31,8 @@ from harness.places import RESULTS, ROOT
 TABLE = RESULTS / "compile_gpu.csv"
 
 # Shared memory that a block may have, in bytes, by architecture (CUDA programming guide, technical specifications per
-# compute capability): V100, T4, A100, H100, B200, RTX 50.
-SHARED_MEMORY = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# compute capability): T4, A100, H100, B200, RTX 50.
+SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 64 << 10  # of a multiprocessor, in all of them
 BLOCKS = 2  # that should fit a multiprocessor, so that one computes while another one waits for memory
 
@@ -102,7 +102,7 @@ def find_nvcc() -> str | None:
 
 
 def knows(nvcc: str, architecture: int) -> bool:
-    """Whether an nvcc compiles for an architecture; that of CUDA 13 does not for sm_70."""
+    """Whether an nvcc compiles for an architecture; that of CUDA 12.4 does not for sm_120."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     return f"compute_{architecture}" in known.split()
 

@@ -71,7 +71,15 @@ def test_which_gpus_have_tensor_cores_for_triton(monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "dim", "architecture"),
-    [("fma", 3, 75), ("fma", 40, 75), ("half", 3, 90), ("half", 72, 80), ("tf32x3", 16, 90), ("tf32", 24, 80), ("ieee", 72, 120)],
+    [
+        ("fma", 3, 75),
+        ("fma", 40, 75),
+        ("half", 3, 90),
+        ("half", 72, 80),
+        ("tf32x3", 16, 90),
+        ("tf32", 24, 80),
+        ("ieee", 72, 120),
+    ],
 )
 def test_compiles_for_unusual_arguments(precision, dim, architecture):
     """Heads that fill no block, channels that are not adjacent, rows that are, and a threshold beyond 32 bits."""
