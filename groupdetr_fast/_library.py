@@ -131,10 +131,11 @@ def backends(*, ask_gpu: bool = True) -> dict[str, dict[str, str]]:
 def missing_kernels() -> list[str]:
     """Why ops have no kernel and what they run on instead: a sentence for each reason and device of this machine.
 
-    Without a GPU, what would be missing on one is told too, as far as no GPU need be asked. Asking GPUs initialises
-    CUDA.
+    Without a GPU, but in a torch with CUDA, what would be missing on any GPU is told too. Asking GPUs initialises CUDA.
     """
-    indices: list[int | None] = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else [None]
+    indices: list[int | None] = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    if not indices and torch.version.cuda is not None:
+        indices = [None]
     found: dict[tuple[str, str, str], list[str]] = {}
     for op in _public_ops:
         if _kernel_kind(op, "CPU") == "reference":

@@ -172,6 +172,21 @@ def test_missing_kernels_are_told_by_device_and_reason(machine):
     assert ops.missing_kernels() == []
 
 
+@compiled
+def test_without_a_gpu_only_a_torch_with_cuda_is_told_of_gpus(machine, monkeypatch):
+    monkeypatch.setattr(library, "_kernel_kind", lambda op, key: "reference" if key == "CUDA" else "C++")
+    machine(extension=made_up_extension("", cuda=0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert any(
+        sentence.startswith(
+            "on GPUs linear_assignment runs on the CPU, which is slow: groupdetr_fast was built without"
+        )
+        for sentence in ops.missing_kernels()
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert ops.missing_kernels() == []
+
+
 def test_the_command_explains_what_is_missing(machine, capsys):
     machine(V100, extension=made_up_extension("sm_75 sm_80", cuda=12080), triton=lambda index: "no Triton")
     cli.main(["env"])
