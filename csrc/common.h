@@ -3,8 +3,11 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
+#include <array>
 #include <cstdint>
 
 namespace groupdetr {
@@ -17,6 +20,14 @@ inline int64_t leading_offset(int64_t index, int64_t dims, const int64_t* sizes,
     index /= sizes[dim];
   }
   return offset;
+}
+
+// Calls the reference of an op, which is an op of its own; the results stay in the stack that is returned.
+template <typename... Arguments>
+auto call_reference(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack = {torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
 }
 
 }  // namespace groupdetr

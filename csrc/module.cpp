@@ -1,10 +1,55 @@
-// The Python module `groupdetr_fast._C`. It has no functions of its own: importing it runs the static initialisers of
-// the other files, which register their kernels with torch's dispatcher.
+// The Python module `groupdetr_fast._C`. Importing it runs the static initialisers of the other files, which register
+// their kernels with torch's dispatcher. Besides, it tells which GPUs the CUDA kernels were compiled for.
 
 #include <Python.h>
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "architectures.h"
+
+namespace {
+
+PyObject* has_code(PyObject*, PyObject* arguments) {
+  const char* architectures = nullptr;
+  int capability = 0;
+  if (!PyArg_ParseTuple(arguments, "si", &architectures, &capability)) return nullptr;
+  return PyBool_FromLong(groupdetr::has_code(architectures, capability));
+}
+
+PyObject* cuda_driver_version(PyObject*, PyObject*) {
+  int version = 0;
+#ifdef USE_CUDA
+  if (cudaDriverGetVersion(&version) != cudaSuccess) version = 0;
+#endif
+  return PyLong_FromLong(version);
+}
+
+PyMethodDef methods[] = {
+    {"has_code", has_code, METH_VARARGS,
+     "has_code(architectures: str, capability: int) -> bool: whether code for one of them runs on such a GPU (75: "
+     "7.5)"},
+    {"cuda_driver_version", cuda_driver_version, METH_NOARGS,
+     "The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver, or if built without CUDA"},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static struct PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "Kernels of groupdetr_fast, registered by importing this module.", -1, nullptr};
-  return PyModule_Create(&definition);
+      PyModuleDef_HEAD_INIT, "_C", "Kernels of groupdetr_fast, registered by importing this module.", -1, methods};
+  PyObject* const module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+#ifdef USE_CUDA
+  constexpr long kCudaVersion = CUDART_VERSION;
+#else
+  constexpr long kCudaVersion = 0;
+#endif
+  // The architectures of the CUDA kernels, empty without any, and the version of CUDA that compiled them.
+  if (PyModule_AddStringConstant(module, "architectures", groupdetr::kArchitectures) < 0 ||
+      PyModule_AddIntConstant(module, "cuda_version", kCudaVersion) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -41,3 +41,22 @@ def shared_data():
         return folder
 
     return find
+
+
+@pytest.fixture
+def made_up_toolkit(tmp_path):
+    """A function that makes a CUDA toolkit whose nvcc only tells its version and what it compiles for."""
+
+    def make(version, *architectures):
+        nvcc = tmp_path / f"cuda-{version}" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        listed = "\\n".join(f"compute_{architecture}" for architecture in architectures)
+        nvcc.write_text(
+            "#!/bin/sh\n"
+            f'case "$1" in --version) echo "release {version}, V{version}.1";; '
+            f'--list-gpu-arch) printf "{listed}\\n";; esac\n'
+        )
+        nvcc.chmod(0o755)
+        return str(nvcc.parents[1])
+
+    return make

@@ -31,8 +31,8 @@ from harness.places import RESULTS, ROOT
 TABLE = RESULTS / "compile_gpu.csv"
 
 # Shared memory that a block may have, in bytes, by architecture (CUDA programming guide, technical specifications per
-# compute capability): A100, H100, B200, RTX 50.
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# compute capability): T4, A100, H100, B200, RTX 50.
+SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 64 << 10  # of a multiprocessor, in all of them
 BLOCKS = 2  # that should fit a multiprocessor, so that one computes while another one waits for memory
 
@@ -60,15 +60,16 @@ class Usage(NamedTuple):
         return [f"{self.kernel} for sm_{self.architecture} {problem}" for problem in found]
 
 
-def triton_cases() -> list[CompileCase]:
-    """The configurations of all Triton kernels.
+def triton_cases(architecture: int | None = None) -> list[CompileCase]:
+    """The configurations of all Triton kernels, or those that serve an architecture.
 
     Raises:
         ImportError: if Triton is not installed.
     """
     files = sorted(ROOT.glob("groupdetr_fast/ops/*/triton_cases.py"))
     modules = (importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in files)
-    return [case for module in modules for case in module.compile_cases()]
+    cases = [case for module in modules for case in module.compile_cases()]
+    return [case for case in cases if architecture is None or case.oldest <= architecture <= case.newest]
 
 
 def compile_triton(case: CompileCase, architecture: int) -> Usage:
@@ -98,6 +99,12 @@ def find_nvcc() -> str | None:
     """The nvcc of ``CUDA_HOME``, or else the one on the path."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def knows(nvcc: str, architecture: int) -> bool:
+    """Whether an nvcc compiles for an architecture; that of CUDA 12.4 does not for sm_120."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return f"compute_{architecture}" in known.split()
 
 
 def compile_cuda(source: Path, architecture: int) -> list[Usage]:
@@ -171,17 +178,15 @@ class Task(NamedTuple):
 
 
 def tasks(only: str, architectures: Iterable[int]) -> list[Task]:
-    """What there is to compile, of kernels whose name has ``only`` in it."""
-    cases = [case.name for case in triton_cases() if only in case.name]
+    """What there is to compile, of kernels whose name has ``only`` in it; CUDA sources for what nvcc knows."""
+    nvcc = find_nvcc()
     sources = [source for source in cuda_sources() if only in source.stem]
-    return [
-        task
-        for architecture in architectures
-        for task in (
-            *(Task(architecture, case=case) for case in cases),
-            *(Task(architecture, source=source) for source in sources),
-        )
-    ]
+    found = []
+    for architecture in architectures:
+        found += [Task(architecture, case=case.name) for case in triton_cases(architecture) if only in case.name]
+        if nvcc is None or knows(nvcc, architecture):
+            found += [Task(architecture, source=source) for source in sources]
+    return found
 
 
 def write(usages: Sequence[Usage], path: Path) -> None:

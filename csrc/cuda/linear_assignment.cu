@@ -26,6 +26,11 @@ void launch(const AssignmentBatch& batch, const Tensor& cost, const Tensor& num_
 }
 
 Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_argument) {
+  if (!is_served(cost_argument.get_device_index())) {
+    const auto stack =
+        call_reference("groupdetr_fast::linear_assignment_reference", cost_argument, num_targets_argument);
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   Tensor cost = cost_argument, num_targets = num_targets_argument;
   const AssignmentSizes sizes = check_assignment(cost, num_targets);
   STD_TORCH_CHECK(sizes.problems <= INT32_MAX, "linear_assignment: there are too many problems");

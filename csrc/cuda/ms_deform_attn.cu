@@ -97,6 +97,11 @@ T* mutable_data(const Tensor& tensor) {
 
 Tensor ms_deform_attn(const Tensor& value, std::vector<int64_t> spatial_shapes, const Tensor& locations,
                       const Tensor& weights) {
+  if (!is_served(value.get_device_index())) {
+    const auto stack =
+        call_reference("groupdetr_fast::ms_deform_attn_reference", value, spatial_shapes, locations, weights);
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   const DeformProblem p = check_inputs(value, spatial_shapes, locations, weights);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const std::array<int64_t, 3> shape = {p.images, p.queries, static_cast<int64_t>(p.heads) * p.channels};
@@ -154,6 +159,12 @@ struct Scratch {
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_out, const Tensor& value,
                                                            std::vector<int64_t> spatial_shapes, const Tensor& locations,
                                                            const Tensor& weights, bool deterministic) {
+  if (!is_served(value.get_device_index())) {
+    const auto stack = call_reference("groupdetr_fast::ms_deform_attn_backward_reference", grad_out, value,
+                                      spatial_shapes, locations, weights, deterministic);
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+            torch::stable::detail::to<Tensor>(stack[2])};
+  }
   const DeformProblem p = check_inputs(value, spatial_shapes, locations, weights);
   STD_TORCH_CHECK(grad_out.is_cuda() && grad_out.get_device_index() == value.get_device_index() &&
                       grad_out.dim() == 3 && grad_out.size(0) == p.images && grad_out.size(1) == p.queries &&

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__, ops
+from .._gpus import built_for
 
 __all__ = ["EnvCommand"]
 
 
 @dataclass(frozen=True)
 class EnvCommand:
-    """Show versions, devices, and which kernel serves which op."""
+    """Show versions, devices, which kernel serves which op, and why where none does."""
 
     def __call__(self) -> None:
         print(f"groupdetr_fast  {__version__}")
@@ -22,10 +23,14 @@ class EnvCommand:
         for package in ("torchvision", "triton", "accelerate"):
             print(f"{package:14}  {_version(package)}")
         print(f"CUDA            {torch.version.cuda or 'torch was built without'}")
+        print(f"built for       {built_for()}")
         for index in range(torch.cuda.device_count()):
-            print(f"GPU {index}           {torch.cuda.get_device_name(index)}")
+            major, minor = torch.cuda.get_device_capability(index)
+            print(f"GPU {index}           {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
         for op, kernels in ops.backends().items():
             print(f"{op:18}  " + ", ".join(f"{device}: {kind}" for device, kind in kernels.items()))
+        for sentence in ops.missing_kernels():
+            print(f"{sentence[0].upper()}{sentence[1:]}.")
 
 
 def _version(package: str) -> str:

@@ -13,9 +13,12 @@ from .. import ops
 
 __all__ = ["DEVICES", "Shapes", "attend", "can_serve", "serves_everywhere"]
 
-# Types of devices for which ops.ms_deform_attn has a kernel; elsewhere it would run its reference.
+# Types of devices for which ops.ms_deform_attn has a kernel; elsewhere it would run its reference. No GPU is asked, as
+# importing must not initialise CUDA.
 DEVICES = frozenset(
-    device for device, kind in ops.backends()["ms_deform_attn"].items() if kind not in ("reference", "PyTorch")
+    device
+    for device, kind in ops.backends(ask_gpu=False)["ms_deform_attn"].items()
+    if kind not in ("reference", "PyTorch")
 )
 
 Shapes = Sequence[tuple[int, int]]

@@ -1,10 +1,10 @@
 """The ops of the package, as functions on tensors; see each function's docstring.
 
 Every op has a PyTorch reference in its folder (``reference.py``), which is its meaning and its fallback; ``backends()``
-tells what runs where.
+tells what runs where, and ``missing_kernels()`` why where it is the reference.
 """
 
-from .._library import backends, load_extension
+from .._library import backends, load_extension, missing_kernels
 from .cross_attention import cross_attention
 from .grouped_attention import grouped_attention
 from .linear_assignment import linear_assignment
@@ -22,6 +22,7 @@ __all__ = [
     "grouped_attention",
     "linear_assignment",
     "matching_cost",
+    "missing_kernels",
     "ms_deform_attn",
     "sigmoid_focal_loss",
 ]

@@ -40,15 +40,29 @@ def test_every_kernel_has_cases_of_its_own_names(cases):
         assert constants == set(case.constexprs)
 
 
-def test_triton_kernels(cases):
-    """One configuration of each for one architecture; all of them are slow."""
-    assert_no_problems([compilation.compile_triton(case, 90) for case in first_of_each_kernel(cases)])
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_triton_kernels(cases, architecture):
+    """One configuration of each, with tensor cores and without; all of them are slow."""
+    some = first_of_each_kernel(compilation.triton_cases(architecture))
+    assert len(some) == len(first_of_each_kernel(cases))
+    assert_no_problems([compilation.compile_triton(case, architecture) for case in some])
+
+
+def test_what_an_architecture_has_no_use_for_is_not_compiled(cases):
+    """Tiles for tensor cores are those of compute capability 8.0 and later, and the others have their own."""
+    old, new = ({case.name for case in compilation.triton_cases(architecture)} for architecture in (75, 80))
+    assert {name.split("/")[2].split("-")[0] for name in old - new} == {"fma"}
+    assert {name.split("/")[2].split("-")[0] for name in new - old} == {"half", "tf32", "tf32x3", "ieee"}
+    assert old | new == {case.name for case in cases}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_all_triton_kernels(cases, architecture):
-    assert_no_problems([compilation.compile_triton(case, architecture) for case in cases])
+def test_all_triton_kernels(architecture):
+    pytest.importorskip("triton")
+    assert_no_problems(
+        [compilation.compile_triton(case, architecture) for case in compilation.triton_cases(architecture)]
+    )
 
 
 @pytest.mark.slow
@@ -57,6 +71,8 @@ def test_all_triton_kernels(cases, architecture):
 def test_cuda_kernels(source, architecture):
     if compilation.find_nvcc() is None:
         pytest.skip("nvcc was not found (set CUDA_HOME)")
+    if not compilation.knows(compilation.find_nvcc(), architecture):
+        pytest.skip(f"this nvcc does not compile for sm_{architecture}")
     usages = compilation.compile_cuda(source, architecture)
     assert usages
     assert_no_problems(usages)
@@ -64,7 +80,8 @@ def test_cuda_kernels(source, architecture):
 
 def test_tasks_are_all_configurations_and_sources(cases):
     found = compilation.tasks("", [80, 90])
-    assert len(found) == len(set(found)) == 2 * (len(cases) + len(compilation.cuda_sources()))
+    of_each = len(compilation.triton_cases(80)) + len(compilation.cuda_sources())
+    assert len(found) == len(set(found)) == 2 * of_each
     (task,) = compilation.tasks("ms_deform_attn", [80])
     assert task.architecture == 80
     assert task.source.name == "ms_deform_attn.cu"

@@ -258,7 +258,9 @@ def test_reference_runs_what_the_kernels_do_not_cover(dims, dtype, scale):
     assert all(torch.equal(actual, expected) for actual, expected in zip(grads, references, strict=True))
 
 
-@pytest.mark.parametrize(("precision", "dim"), [("tf32", 32), ("tf32", 64), ("tf32", 128), ("ieee", 128)])
+@pytest.mark.parametrize(
+    ("precision", "dim"), [("tf32", 32), ("tf32", 64), ("tf32", 128), ("ieee", 128), ("fma", 32), ("fma", 64)]
+)
 def test_tiles_of_other_precisions(precision, dim, monkeypatch):
     """The interpreter computes products in float32 whatever the precision."""
     monkeypatch.setattr(triton_launch, "_precision", lambda *_: precision)

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from interpreted_grouped_attention import LAYOUTS, check, make_inputs, settings
 
 from groupdetr_fast import QueryGroups
+from groupdetr_fast.ops import _triton
 from groupdetr_fast.ops.grouped_attention import triton_cases, triton_launch
 
 OP = torch.ops.groupdetr_fast.grouped_attention
@@ -43,9 +44,42 @@ def test_every_size_has_a_tile_with_tf32(tf32_allowed):
     assert {tile.block for tile in tiles_of_all_sizes()} == {16, 32, 64}
 
 
+def test_every_size_has_a_tile_without_tensor_cores():
+    for kernel in triton_launch._TILES:
+        for dtype in DTYPES:
+            for dims in ((1, 64), (16, 8), (33, 1), (32, 32)):
+                precision = triton_launch._precision(dtype, *dims, tensor_cores=False)
+                for queries in (1, 300):
+                    assert triton_launch._tile(kernel, precision, *dims, queries).num_warps == 4
+
+
+def test_wide_heads_run_on_the_reference_without_tensor_cores(monkeypatch):
+    narrow, wide = (torch.zeros(1, 4, 1, channels) for channels in (64, 65))
+    assert triton_launch._is_covered(wide, wide, 1.0)
+    monkeypatch.setattr(triton_launch, "has_tensor_cores", lambda device: False)
+    assert triton_launch._is_covered(narrow, narrow, 1.0)
+    assert not triton_launch._is_covered(narrow, wide, 1.0)
+
+
+def test_which_gpus_have_tensor_cores_for_triton(monkeypatch):
+    capabilities = {0: (7, 5), 1: (8, 0), 2: (12, 0)}
+    monkeypatch.setattr(_triton.gpus, "capability", capabilities.get)
+    found = [_triton.has_tensor_cores(torch.device("cuda", index)) for index in capabilities]
+    assert found == [False, True, True]
+    assert _triton.has_tensor_cores(torch.device("cpu"))  # in the interpreter
+
+
 @pytest.mark.parametrize(
     ("precision", "dim", "architecture"),
-    [("half", 3, 90), ("half", 72, 80), ("tf32x3", 16, 90), ("tf32", 24, 80), ("ieee", 72, 120)],
+    [
+        ("fma", 3, 75),
+        ("fma", 40, 75),
+        ("half", 3, 90),
+        ("half", 72, 80),
+        ("tf32x3", 16, 90),
+        ("tf32", 24, 80),
+        ("ieee", 72, 120),
+    ],
 )
 def test_compiles_for_unusual_arguments(precision, dim, architecture):
     """Heads that fill no block, channels that are not adjacent, rows that are, and a threshold beyond 32 bits."""

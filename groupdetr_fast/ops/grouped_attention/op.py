@@ -28,7 +28,7 @@ def grouped_attention(
     """Softmax attention in which every query sees its own group only (Group DETR, section 3.2).
 
     With one group this is ``scaled_dot_product_attention``. No array of size L x L is ever allocated, but on GPUs with
-    float64 or heads of more than 128 channels, which run on the reference.
+    float64 or heads of more than 128 channels (64 before compute capability 8.0), which run on the reference.
 
     Args:
         query: ``[B, L, H, D]``: images, queries, heads, channels.

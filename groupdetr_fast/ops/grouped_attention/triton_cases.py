@@ -18,14 +18,17 @@ def compile_cases() -> Iterator[CompileCase]:
                 tiles = (_tile(kernel, precision, dim, dim, queries) for queries in (_SMALL_GROUP, _SMALL_GROUP + 1))
                 for tile in dict.fromkeys(tiles):
                     for dropout in (False, True):
-                        yield compile_case(kernel, precision, dim, tile, dropout)
+                        for dtype in ("fp32", "fp16", "bf16") if precision == "fma" else (None,):
+                            yield compile_case(kernel, precision, dim, tile, dropout, dtype)
 
 
-def compile_case(kernel: triton.JITFunction, precision: str, dim: int, tile: _Tile, dropout: bool) -> CompileCase:
-    """One tile of a kernel, for heads of ``dim`` channels."""
+def compile_case(
+    kernel: triton.JITFunction, precision: str, dim: int, tile: _Tile, dropout: bool, dtype: str | None = None
+) -> CompileCase:
+    """One tile of a kernel, for heads of ``dim`` channels, in ``dtype`` or else in one that has this precision."""
     of_channels = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
     of_dropout = {"seed": "*i64", "row_words": "*i32"}
-    types = dict.fromkeys(of_channels, "*bf16" if precision == "half" else "*fp32")
+    types = dict.fromkeys(of_channels, f"*{dtype or ('bf16' if precision == 'half' else 'fp32')}")
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     types |= of_dropout if dropout else {}
     constexprs = _constexprs(precision, dim, dim, tile) | ({} if dropout else dict.fromkeys(of_dropout))
@@ -34,7 +37,8 @@ def compile_case(kernel: triton.JITFunction, precision: str, dim: int, tile: _Ti
     signature = kernel_signature(kernel, types, constexprs)
     kind = kernel.__name__.removeprefix("_grouped_attention_").removesuffix("_kernel")
     return CompileCase(
-        f"grouped_attention/{kind}/{precision}-{dim}-{tile.block}x{tile.step}{'-dropout' if dropout else ''}",
+        f"grouped_attention/{kind}/{precision}{f'-{dtype}' if dtype else ''}-{dim}-{tile.block}x{tile.step}"
+        f"{'-dropout' if dropout else ''}",
         kernel,
         signature,
         constexprs,
@@ -45,4 +49,5 @@ def compile_case(kernel: triton.JITFunction, precision: str, dim: int, tile: _Ti
             for name, type_ in signature.items()
             if type_[0] == "*" or (type_ == "i32" and name.startswith("stride_"))
         ),
+        **({"newest": 79} if precision == "fma" else {"oldest": 80}),
     )

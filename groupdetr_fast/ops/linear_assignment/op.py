@@ -66,14 +66,23 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in zip(shape, own, strict=True))
 
 
+def _without_kernel(cost: Tensor, num_targets: Tensor) -> Tensor:
+    """On a device without a kernel: the CPU's, as the reference would take a loop of many steps for every target."""
+    if cost.device.type == "cpu":
+        return linear_assignment_reference(cost, num_targets)
+    return torch.ops.groupdetr_fast.linear_assignment(cost.cpu(), num_targets.cpu()).to(cost.device)
+
+
 def _fake(cost: Tensor, num_targets: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
 
 
 define_op(
     "linear_assignment(Tensor cost, Tensor num_targets) -> Tensor",
-    reference=linear_assignment_reference,
+    reference=_without_kernel,
     fake=_fake,
     public=True,
+    called_by_kernels=True,
+    way="on the CPU",
 )
 _op = torch.ops.groupdetr_fast.linear_assignment.default

@@ -105,12 +105,14 @@ define_op(
     reference=ms_deform_attn_reference,
     fake=_fake,
     public=True,
+    called_by_kernels=True,
 )
 define_op(
     "ms_deform_attn_backward(Tensor grad_out, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
     "Tensor attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
     reference=ms_deform_attn_backward_reference,
     fake=_fake_backward,
+    called_by_kernels=True,
 )
 
 
