@@ -33,21 +33,24 @@ class _Compiled(NamedTuple):
 class Launch:
     """A launch of a kernel whose numbers are settled: called with tensors, it runs on the current device and stream.
 
-    It does what ``kernel[(blocks,)](*tensors, *numbers, **settings)`` does. What Triton compiled is looked up by the
+    It does what ``kernel[grid](*tensors, *numbers, **settings)`` does. What Triton compiled is looked up by the
     device and by the dtypes and alignment of the tensors; numbers and settings cannot change. Where a hook wants to see
     launches or compilations, or Triton is of a version that is not known here, Triton launches.
 
     Args:
         kernel: under ``triton.jit``; its parameters are tensors, numbers and settings, in this order.
-        blocks: programs, in one dimension.
+        grid: numbers of programs in up to three dimensions, or the number in one.
         numbers: integers and floating point numbers.
         settings: values of the parameters that are ``constexpr``, and options such as ``num_warps``.
     """
 
-    def __init__(self, kernel: Any, blocks: int, numbers: tuple[float, ...], settings: Mapping[str, Any]):
+    def __init__(
+        self, kernel: Any, grid: int | tuple[int, ...], numbers: tuple[float, ...], settings: Mapping[str, Any]
+    ):
         self._kernel = kernel
         self._is_compiled = isinstance(kernel, JITFunction)  # and not interpreted
-        self._blocks = blocks
+        sizes = (grid,) if isinstance(grid, int) else grid
+        self._grid = (*sizes, *[1] * (3 - len(sizes)))
         self._numbers = numbers
         self._settings = dict(settings)
         constants = (name for name in kernel.arg_names if name in self._settings)
@@ -61,7 +64,7 @@ class Launch:
             tensors: on the current device, or None where the kernel is compiled without one.
         """
         if not (self._is_compiled and DIRECT):
-            self._kernel[(self._blocks,)](*tensors, *self._numbers, **self._settings)
+            self._kernel[self._grid](*tensors, *self._numbers, **self._settings)
             return
         active = driver.active
         device = active.get_current_device()
@@ -80,11 +83,11 @@ class Launch:
             self._launch_by_triton(tuple(key), tensors)
             return
         stream = active.get_current_stream(device)
-        grid, no_hooks = (self._blocks, 1, 1), (None, None, None)  # metadata for hooks, and two hooks
-        found.run(*grid, stream, found.function, found.metadata, *no_hooks, *tensors, *self._last_arguments)
+        no_hooks = None, None, None  # metadata for hooks, and two hooks
+        found.run(*self._grid, stream, found.function, found.metadata, *no_hooks, *tensors, *self._last_arguments)
 
     def _launch_by_triton(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
-        compiled = self._kernel[(self._blocks,)](*tensors, *self._numbers, **self._settings)
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._settings)
         if compiled is not None and not _is_watched(self._kernel):
             self._compiled[key] = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata)
 

@@ -130,6 +130,17 @@ def test_launches_what_triton_would(recorder, monkeypatch, case):
     assert recorder.compilations == 1
 
 
+@pytest.mark.parametrize("grid", [(5,), (5, 3), (5, 3, 2)])
+def test_grids_of_several_dimensions(recorder, grid):
+    tensors, numbers, settings = (X, X, X), (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2}
+    _kernel[grid](*tensors, *numbers, **settings)
+    launch = Launch(_kernel, grid, numbers, settings)
+    launch(*tensors)
+    launch(*tensors)
+    expected, first, second = recorder.launches
+    assert first == second == expected
+
+
 def test_one_launch_takes_tensors_of_every_kind(recorder):
     """In any order, and each time as Triton does."""
     numbers, settings = (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2}
