@@ -1,5 +1,6 @@
 """Which GPUs the kernels serve, what serves instead, and what users are told. No GPU is needed: they are made up."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -271,9 +272,8 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 import groupdetr_fast
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True)
     message = done.stderr.decode().splitlines()[-1]
     assert done.returncode != 0
     assert message.startswith(
