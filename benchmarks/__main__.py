@@ -11,6 +11,7 @@ COMMANDS = {
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
     "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
+    "inner_loops": ("gpu.inner_loops", "instructions of the inner loops of Triton kernels, without a GPU"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
     "roofline": ("paper.roofline", "floors of the kernels on an H100, on paper"),

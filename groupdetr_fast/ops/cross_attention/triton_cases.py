@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import triton
 
 from .._triton import CompileCase, kernel_signature
-from .triton_blocks import _cross_attention_order_kernel, _cross_attention_sum_kernel
+from .triton_kernels import _cross_attention_order_kernel, _cross_attention_sum_kernel
 from .triton_launch import _ORDER_LAUNCH, _SUM_LAUNCH, _TILES, _constexprs, _Tile
 
 __all__ = ["compile_case", "compile_cases"]

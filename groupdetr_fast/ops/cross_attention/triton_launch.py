@@ -8,11 +8,12 @@ import triton
 from torch import Tensor
 
 from .reference import cross_attention_backward_reference, cross_attention_reference
-from .triton_blocks import _cross_attention_order_kernel, _cross_attention_sum_kernel
 from .triton_kernels import (
     _cross_attention_bwd_key_value_kernel,
     _cross_attention_bwd_query_kernel,
     _cross_attention_fwd_kernel,
+    _cross_attention_order_kernel,
+    _cross_attention_sum_kernel,
 )
 
 
