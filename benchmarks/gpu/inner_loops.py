@@ -64,9 +64,10 @@ class Loop(NamedTuple):
 
 
 def inner_loop(assembly: str) -> list[str]:
-    """The opcodes of the longest loop that multiplies and has no other such loop in it, of a kernel as nvdisasm prints it.
+    """The opcodes of a kernel's inner loop; ``assembly`` is what nvdisasm prints of the kernel.
 
-    Of a kernel without products, it is the longest loop that has no other one in it; the list is empty without any loop.
+    It is the longest loop that multiplies and has no other such loop in it. Of a kernel without products, it is the
+    longest one that has no other in it; without any loop, the list is empty.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
