@@ -48,6 +48,7 @@ from .training_step import (
     in_graph,
     in_passes,
     masked,
+    with_sdpa_to_images,
 )
 
 __all__ = ["run"]
@@ -330,6 +331,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
     training = many.training
     contenders, passes, theirs = [masked(training, batch), folded(training, batch)], [], []
     if training.name == CONDITIONAL:
+        contenders.append(with_sdpa_to_images(training, batch))
         passes = [in_passes(training, batch)]
         theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
     walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
@@ -365,7 +367,9 @@ def measure_graphs(recorder: Recorder, trainings: Sequence[Training], batch: Bat
 def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
     """The same for many images, where the host matters less: times and memory."""
     one, many = (Step(training, batch) for training in trainings)
-    contenders = (masked(many.training, batch), folded(many.training, batch))
+    contenders = [masked(many.training, batch), folded(many.training, batch)]
+    if many.training.name == CONDITIONAL:
+        contenders.append(with_sdpa_to_images(many.training, batch))
     seconds = 10 if many.training.name == CONDITIONAL else 20
     attempt(recorder, "step", seconds, (one, many), time_steps)
     measure_graphs(recorder, trainings, batch)

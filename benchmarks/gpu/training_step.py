@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
+from groupdetr_fast.layers import attention as image_attention
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
 from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
@@ -42,6 +43,7 @@ __all__ = [
     "in_graph",
     "in_passes",
     "masked",
+    "with_sdpa_to_images",
 ]
 
 CONFIG = OptimizationConfig(precision="bf16")
@@ -149,6 +151,7 @@ class Step:
     Attributes:
         contender: its name.
         attention: in the place of ``ops.grouped_attention``.
+        sdpa_to_images: whether torch's attention takes the place of ``ops.cross_attention``.
         criterion: in the place of the detector's own.
         compiled: in the place of the detector's methods of these names.
         groups_per_pass: as in OptimizationConfig.
@@ -161,6 +164,7 @@ class Step:
     batch: Batch
     contender: str = OURS
     attention: Callable[..., Tensor] | None = None
+    sdpa_to_images: bool = False
     criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
     compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
     groups_per_pass: int = 0
@@ -265,6 +269,8 @@ class Step:
         with contextlib.ExitStack() as stack:
             if self.attention is not None:
                 stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
+            if self.sdpa_to_images:
+                stack.enter_context(mock.patch.object(image_attention, "is_preferred", return_value=False))
             for name, function in self.compiled:
                 stack.enter_context(mock.patch.object(self.training.model, name, function))
             yield
@@ -342,6 +348,10 @@ def masked(training: Training, batch: Batch) -> Step:
 
 def folded(training: Training, batch: Batch) -> Step:
     return Step(training, batch, "folded SDPA", attention=naive.folded_sdpa)
+
+
+def with_sdpa_to_images(training: Training, batch: Batch) -> Step:
+    return Step(training, batch, "SDPA to images", sdpa_to_images=True)
 
 
 def criterion_of(contender: str, training: Training, batch: Batch) -> Step:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def test_times_of_groups_and_of_masks(recorder, conditional):
     assert all(row["ratio"] > 0 and row["ratio_to"] == f"{OURS}, K = 1" for row in rows[1:])
     assert 0 < rows[2]["difference"] < training_step.TOLERANCE
     assert walls == {1: rows[0]["wall"], 11: rows[1]["wall"]}
+
+
+def test_a_step_attends_to_images_as_torch_does(conditional, monkeypatch):
+    """Where it would use this package's op, as on a GPU; asked not to, it does not."""
+    many = conditional[1]
+    monkeypatch.setattr(training_step.image_attention, "is_preferred", lambda query: True)
+    calls = mock.Mock(wraps=training_step.ops.cross_attention)
+    monkeypatch.setattr(training_step.ops, "cross_attention", calls)
+    assert training_step.difference(step.with_sdpa_to_images(many.training, many.batch)) < training_step.TOLERANCE
+    count = calls.call_count
+    assert count > 0  # of the step that it is compared with
+    step.with_sdpa_to_images(many.training, many.batch).losses()
+    assert calls.call_count == count
 
 
 def test_a_step_trains(conditional):
@@ -216,7 +230,13 @@ def test_the_whole_stage(recorder):
             assert {(model, number, batch, OURS) for number in groups} <= found
             assert (model, groups[-1], batch, "masked SDPA") in found
         assert {(model, number, 2, "without the check") for number in groups} <= found
-    for contender in ("folded SDPA", "groups_per_pass=1", "torch.compile of the decoder", "torch.compile"):
+    for contender in (
+        "folded SDPA",
+        "SDPA to images",
+        "groups_per_pass=1",
+        "torch.compile of the decoder",
+        "torch.compile",
+    ):
         assert (step.CONDITIONAL, 11, 2, contender) in found
     missing = {(row["model"], row["contender"]): row["note"] for row in rows if row["status"] == "missing"}
     assert "denoising" in missing.pop((step.DINO, "folded SDPA"))
