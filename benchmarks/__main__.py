@@ -13,6 +13,7 @@ COMMANDS = {
     "op_host": ("cpu.op_host", "what an eager call of an op costs the host, without a GPU"),
     "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
+    "inner_loops": ("gpu.inner_loops", "instructions of the inner loops of Triton kernels, without a GPU"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
     "speed": ("paper.speed", "the picture of the first page: how many times as fast as what else there is"),

@@ -378,7 +378,9 @@ def measure_crossing(recorder: Recorder, step: Step) -> None:
 def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> None:
     """The same for many images, where the host matters less: times and memory."""
     one, many = (Step(training, batch) for training in trainings)
-    contenders = (masked(many.training, batch), folded(many.training, batch))
+    contenders = [masked(many.training, batch), folded(many.training, batch)]
+    if many.training.name == CONDITIONAL:
+        contenders.append(crossed(many.training, batch))
     seconds = 10 if many.training.name == CONDITIONAL else 20
     attempt(recorder, "step", seconds, (one, many), time_steps)
     measure_graphs(recorder, trainings, batch)

@@ -350,6 +350,7 @@ def masked(training: Training, batch: Batch) -> Step:
 
 
 def crossed(training: Training, batch: Batch) -> Step:
+    """On CPUs it is as it was, since torch's attention serves them."""
     return Step(training, batch, "cross_attention", crossing=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def test_times_of_groups_and_of_masks(recorder, conditional):
     assert all(row["ratio"] > 0 and row["ratio_to"] == f"{OURS}, K = 1" for row in rows[1:])
     assert 0 < rows[2]["difference"] < training_step.TOLERANCE
     assert walls == {1: rows[0]["wall"], 11: rows[1]["wall"]}
+
+
+def test_a_step_attends_to_images_by_the_op_if_asked_to(conditional, monkeypatch):
+    """As on a GPU, where a kernel serves it."""
+    many = conditional[1]
+    monkeypatch.setattr(training_step, "is_fused", lambda query: True)
+    calls = mock.Mock(wraps=training_step.ops.cross_attention)
+    monkeypatch.setattr(training_step.ops, "cross_attention", calls)
+    step.crossed(many.training, many.batch).losses()
+    count = calls.call_count
+    assert count > 0
+    assert training_step.difference(step.crossed(many.training, many.batch)) < training_step.TOLERANCE
+    assert calls.call_count == 2 * count  # the step that it is compared with takes torch's attention
 
 
 def test_a_step_trains(conditional):
@@ -216,7 +230,13 @@ def test_the_whole_stage(recorder):
             assert {(model, number, batch, OURS) for number in groups} <= found
             assert (model, groups[-1], batch, "masked SDPA") in found
         assert {(model, number, 2, "without the check") for number in groups} <= found
-    for contender in ("folded SDPA", "groups_per_pass=1", "torch.compile of the decoder", "torch.compile"):
+    for contender in (
+        "folded SDPA",
+        "cross_attention",
+        "groups_per_pass=1",
+        "torch.compile of the decoder",
+        "torch.compile",
+    ):
         assert (step.CONDITIONAL, 11, 2, contender) in found
     missing = {(row["model"], row["contender"]): row["note"] for row in rows if row["status"] == "missing"}
     assert "denoising" in missing.pop((step.DINO, "folded SDPA"))

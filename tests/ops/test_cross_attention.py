@@ -350,6 +350,7 @@ def test_fused_on_tensor_cores_and_preferred_where_wanted(device_type, dtype, fu
         device = torch.device(device_type)
 
     Query.dtype = dtype
+    monkeypatch.setattr(op, "has_tensor_cores", lambda device: True)
     assert is_fused(Query()) is fused
     for wanted in (False, True):
         monkeypatch.setattr(op, "_CHOSEN", wanted)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
-from .._triton import register_triton
+from .._triton import has_tensor_cores, register_triton
 from ..grouped_attention.dropout import new_seed
 from . import cpu
 from .reference import cross_attention_backward_reference, cross_attention_reference
@@ -35,7 +35,8 @@ def is_fused(query: Tensor) -> bool:
     It does on GPUs in half precision. On CPUs the op is made of torch's own kernels; without a kernel it runs on its
     reference, which keeps all scores.
     """
-    return _HAS_GPU_KERNEL and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return _HAS_GPU_KERNEL and query.device.type == "cuda" and is_half and has_tensor_cores(query.device)
 
 
 def cross_attention(

@@ -31,6 +31,32 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _NOT_SPECIALIZED = ["num_heads", "queries", "keys", "queries_per_chunk", "threshold"]
 
 
+@triton.jit(do_not_specialize=["keys"])
+def _cross_attention_order_kernel(
+    order,  # [B, S], contiguous: keys that are not padding, then those that are
+    counts,  # [B]: how many are not padding
+    padding,
+    stride_pb,
+    stride_ps,
+    keys,
+    BLOCK: tl.constexpr,
+):
+    """The list of the keys of one image: see triton_blocks.py."""
+    image = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in range(0, keys, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        is_key = columns < keys
+        address = padding + image * stride_pb + columns.to(tl.int64) * stride_ps
+        visible = (tl.load(address, mask=is_key, other=1) == 0).to(tl.int32)
+        visible_before = count + tl.cumsum(visible, 0) - visible
+        # The first key that is padding comes last.
+        place = tl.where(visible != 0, visible_before, keys - 1 - (columns - visible_before))
+        tl.store(order + image * keys + place, columns, mask=is_key)
+        count += tl.sum(visible, 0)
+    tl.store(counts + image, count)
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _cross_attention_fwd_kernel(
     out,  # [B, L, H, Dv], contiguous
@@ -38,7 +64,7 @@ def _cross_attention_fwd_kernel(
     query,
     key,
     value,
-    order,  # [B, S], contiguous, and counts [B]: see triton_blocks.py; None without padding
+    order,  # [B, S], contiguous, and counts [B]: see above; None without padding
     counts,
     seed,  # [1], None without dropout
     stride_qb,
@@ -317,3 +343,15 @@ def _cross_attention_bwd_key_value_kernel(
     value_result = tl.where(visible, value_result * keep_scale, 0.0)
     scatter_rows(grad_key, key_result, there, places < keys, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
     scatter_rows(grad_value, value_result, there, places < keys, num_heads * VALUE_DIM, VALUE_DIM, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _cross_attention_sum_kernel(total, parts, size, num_parts, BLOCK: tl.constexpr):
+    """``total[i]`` as the sum of ``parts[0, i]``, ``parts[1, i]`` and so on, in this order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    parts += place
+    result = tl.zeros([BLOCK], tl.float32)
+    for _ in range(num_parts):
+        result += tl.load(parts, mask=place < size, other=0.0)
+        parts += size
+    tl.store(total + place, result.to(total.dtype.element_ty), mask=place < size)

@@ -7,12 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
+from .._triton import has_tensor_cores
 from .reference import cross_attention_backward_reference, cross_attention_reference
-from .triton_blocks import _cross_attention_order_kernel, _cross_attention_sum_kernel
 from .triton_kernels import (
     _cross_attention_bwd_key_value_kernel,
     _cross_attention_bwd_query_kernel,
     _cross_attention_fwd_kernel,
+    _cross_attention_order_kernel,
+    _cross_attention_sum_kernel,
 )
 
 
@@ -119,7 +121,8 @@ def backward(
 def _is_covered(query: Tensor, value: Tensor, scale: float) -> bool:
     """Whether the kernels can do it. They find the largest score before scaling; hence the condition on ``scale``."""
     dims = query.shape[3], value.shape[3]
-    return query.dtype in _DTYPES and all(1 <= dim <= _MAX_DIM for dim in dims) and scale > 0
+    fits = query.dtype in _DTYPES and all(1 <= dim <= _MAX_DIM for dim in dims)
+    return fits and scale > 0 and has_tensor_cores(query.device)
 
 
 def _order(padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
