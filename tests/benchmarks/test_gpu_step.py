@@ -92,13 +92,16 @@ def test_steps_as_graphs(recorder, conditional):
         (11, graph, f"{graph}, K = 1", "ok"),
         (1, f"{graph} without the check", None, "ok"),
         (11, f"{graph} without the check", f"{graph} without the check, K = 1", "ok"),
+        (11, graph, None, "ok"),
+        (11, f"{graph}, cross_attention", f"{graph}, K = 11", "ok"),
     ]
     kernels = rows_of(recorder, "kernels")
     assert [(row["groups"], row["contender"], row["status"]) for row in kernels] == [
         (11, graph, "ok"),
         (1, graph, "ok"),
+        (11, f"{graph}, cross_attention", "ok"),
     ]
-    assert all(row["gpu_busy_unprofiled"] > 0 for row in kernels)
+    assert all(row["gpu_busy_unprofiled"] > 0 for row in kernels[:2])
 
 
 def test_a_graph_with_another_loss_is_wrong(recorder, conditional):

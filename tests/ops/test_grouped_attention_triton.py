@@ -55,10 +55,14 @@ def test_every_size_has_a_tile_without_tensor_cores():
 
 def test_wide_heads_run_on_the_reference_without_tensor_cores(monkeypatch):
     narrow, wide = (torch.zeros(1, 4, 1, channels) for channels in (64, 65))
-    assert triton_launch._is_covered(wide, wide, 1.0)
+
+    def is_covered(query, value):
+        return triton_launch._call(query, value, [1, 4], 0.0, 1.0).is_covered()
+
+    assert is_covered(wide, wide)
     monkeypatch.setattr(triton_launch, "has_tensor_cores", lambda device: False)
-    assert triton_launch._is_covered(narrow, narrow, 1.0)
-    assert not triton_launch._is_covered(narrow, wide, 1.0)
+    assert is_covered(narrow, narrow)
+    assert not is_covered(narrow, wide)
 
 
 def test_which_gpus_have_tensor_cores_for_triton(monkeypatch):

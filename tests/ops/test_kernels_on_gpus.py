@@ -157,6 +157,7 @@ def test_missing_kernels_are_told_by_device_and_reason(machine):
         f"on GPU 0 (Tesla T4, compute capability 7.5) ms_deform_attn runs in plain PyTorch, {why}",
     ]
     assert {op: kinds["cuda"] for op, kinds in ops.backends().items()} == {
+        "cross_attention": "Triton",
         "grouped_attention": "Triton",
         "linear_assignment": "reference",
         "matching_cost": "Triton",
@@ -166,8 +167,8 @@ def test_missing_kernels_are_told_by_device_and_reason(machine):
     assert ops.backends(ask_gpu=False)["ms_deform_attn"]["cuda"] == "CUDA"
     machine(A100, extension=made_up_extension(), triton=lambda index: "Triton is not there")
     assert ops.missing_kernels() == [
-        "on GPU 0 (A100, compute capability 8.0) grouped_attention, matching_cost and sigmoid_focal_loss run in plain "
-        "PyTorch, which is slow: Triton is not there"
+        "on GPU 0 (A100, compute capability 8.0) grouped_attention, cross_attention, matching_cost and "
+        "sigmoid_focal_loss run in plain PyTorch, which is slow: Triton is not there"
     ]
     machine(A100, extension=made_up_extension(), triton=lambda index: None)
     assert ops.missing_kernels() == []
@@ -211,7 +212,7 @@ assert not torch.cuda.is_initialized()
 def test_a_triton_op_runs_on_its_reference_where_triton_cannot_serve(machine, monkeypatch):
     kernels = {}
     monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_triton.LIB, "impl", lambda op, kernel, key: kernels.update({(op, key): kernel}))
+    monkeypatch.setattr(_triton, "register_kernel", lambda op, kernel, key: kernels.update({(op, key): kernel}))
     _triton.register_triton("sigmoid_focal_loss", "no.such.module", "forward")
     machine(T4, triton=lambda index: "it is not there")
     monkeypatch.setattr(gpus, "name", lambda index: "GPU 0 (Tesla T4)")
