@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
-from groupdetr_fast import _eager, _library, ops
+from groupdetr_fast import _eager, _gpus, _library, ops
 from groupdetr_fast.losses import GroupMatcher, SetCriterion
 from harness.documents import PERFORMANCE, significant, table, write_section
 from harness.no_device import idle_driver
@@ -156,6 +156,7 @@ def on_idle_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(idle_driver())
         stack.enter_context(mock.patch("torch.cuda.current_device", index_of_a_cpu))
+        stack.enter_context(mock.patch.object(_gpus, "why_not_triton", served))
         of_cpu = {(name, False): kernel for name, kernel in kernels.items()}
         stack.enter_context(mock.patch.dict(_library._python_kernels, of_cpu))
         stack.callback(library._destroy)
@@ -166,6 +167,11 @@ def on_idle_gpu() -> Iterator[None]:
 
 def index_of_a_cpu() -> None:
     """In place of that of the current GPU; a function, since calls of a Mock take longer than a launch."""
+    return
+
+
+def served(index: int | None) -> None:
+    """In place of the reason why a GPU cannot run Triton's kernels."""
     return
 
 

@@ -21,6 +21,10 @@ def first_of_each_kernel(cases):
     return list({case.kernel.__name__: case for case in reversed(cases)}.values())
 
 
+def is_for_tensor_cores_alone(case):
+    return case.name.startswith("cross_attention/")
+
+
 def assert_no_problems(usages):
     problems = [problem for usage in usages for problem in usage.problems()]
     assert not problems, "\n".join(problems)
@@ -44,15 +48,18 @@ def test_every_kernel_has_cases_of_its_own_names(cases):
 def test_triton_kernels(cases, architecture):
     """One configuration of each, with tensor cores and without; all of them are slow."""
     some = first_of_each_kernel(compilation.triton_cases(architecture))
-    assert len(some) == len(first_of_each_kernel(cases))
+    kernels = {case.kernel.__name__ for case in cases if architecture >= 80 or not is_for_tensor_cores_alone(case)}
+    assert {case.kernel.__name__ for case in some} == kernels
     assert_no_problems([compilation.compile_triton(case, architecture) for case in some])
 
 
 def test_what_an_architecture_has_no_use_for_is_not_compiled(cases):
     """Tiles for tensor cores are those of compute capability 8.0 and later, and the others have their own."""
     old, new = ({case.name for case in compilation.triton_cases(architecture)} for architecture in (75, 80))
+    alone = {case.name for case in cases if is_for_tensor_cores_alone(case)}
+    assert alone <= new - old
     assert {name.split("/")[2].split("-")[0] for name in old - new} == {"fma"}
-    assert {name.split("/")[2].split("-")[0] for name in new - old} == {"half", "tf32", "tf32x3", "ieee"}
+    assert {name.split("/")[2].split("-")[0] for name in new - old - alone} == {"half", "tf32", "tf32x3", "ieee"}
     assert old | new == {case.name for case in cases}
 
 

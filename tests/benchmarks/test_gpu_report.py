@@ -78,7 +78,8 @@ def test_every_operator_is_right_in_every_precision(recorder):
     assert all(row["status"] == "ok" for row in rows)
     defined = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("groupdetr_fast::")}
     for precision in ("bfloat16", "float32", "float16"):
-        assert {row["operator"] for row in rows if row["precision"] == precision} == defined - {"attention_dropout"}
+        checked = {row["operator"] for row in rows if row["precision"] == precision}
+        assert checked == {op for op in defined if not op.endswith("_reference")} - {"attention_dropout"}
     assert all(0 <= max(row["error_over_allowed"].values()) <= 1 for row in rows)
 
 
