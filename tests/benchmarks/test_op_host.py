@@ -1,4 +1,4 @@
-"""The tests of on_idle_gpu.py, in processes of their own: the driver that does nothing stays loaded until a process ends."""
+"""The tests of on_idle_gpu.py, in a process of their own: the driver that does nothing stays loaded until it ends."""
 
 import subprocess
 import sys
