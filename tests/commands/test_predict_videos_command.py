@@ -26,6 +26,14 @@ CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "green"}, {"id": 8, "n
 
 
 @pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, though the tests may run where it is ignored, as it is of what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs the command with the detector of known answers; returns the folder of results."""
     command = importlib.import_module("groupdetr_fast.commands.predict.command")
@@ -139,7 +147,7 @@ def test_what_is_damaged_is_said_and_the_rest_done(run, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "coco"])
-def test_ctrl_c_leaves_whole_files(run, tmp_path, monkeypatch, form):
+def test_ctrl_c_leaves_whole_files(run, interruptible, tmp_path, monkeypatch, form):
     videos = importlib.import_module("groupdetr_fast.commands.predict.videos")
     path, drawn, draw_frame = write_video(tmp_path / "clip.mp4", frames=40), [], videos.draw_frame
 
@@ -166,7 +174,7 @@ def test_ctrl_c_leaves_whole_files(run, tmp_path, monkeypatch, form):
         assert video.damage is None
 
 
-def test_ctrl_c_among_images_keeps_those_that_are_done(run, tmp_path, monkeypatch):
+def test_ctrl_c_among_images_keeps_those_that_are_done(run, interruptible, tmp_path, monkeypatch):
     images = importlib.import_module("groupdetr_fast.commands.predict.images")
     folder = tmp_path / "in"
     folder.mkdir()
