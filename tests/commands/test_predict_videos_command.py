@@ -27,7 +27,7 @@ CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "green"}, {"id": 8, "n
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C interrupts, though the tests may run where it is ignored, as it is of what a shell runs in the background."""
+    """Ctrl-C interrupts, though the tests may run in the background, where shells have it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
