@@ -185,7 +185,7 @@ def with_tile(problem: Problem, tile: Tile) -> Iterator[None]:
     """Inside, the launcher of the problem's kernel uses this tile."""
     module = attention if problem.kernel in ATTENTION else OTHERS[problem.kernel]
     if problem.kernel in ATTENTION:
-        chosen = attention._Tile(tile["block"], tile["step"], tile["warps"], tile["stages"])
+        chosen = attention.Tile(tile["block"], tile["step"], tile["warps"], tile["stages"])
         changes = {"_tile": lambda *_: chosen}
     else:
         changes = {"_LAUNCH": {"num_warps": tile["warps"], "num_stages": tile["stages"]}}

@@ -234,7 +234,7 @@ def test_reference_runs_what_the_kernels_do_not_cover(dims, dtype, scale):
 @pytest.mark.parametrize(("precision", "dim"), [("tf32", 32), ("tf32", 64), ("tf32", 128), ("ieee", 128)])
 def test_tiles_of_other_precisions(precision, dim, monkeypatch):
     """The interpreter computes products in float32 whatever the precision."""
-    monkeypatch.setattr(triton_launch, "_precision", lambda *_: precision)
+    monkeypatch.setattr(triton_launch, "precision_of", lambda *_: precision)
     check(make_inputs(70, 50, dim), make_padding(1, 50, 8), settings())
 
 

@@ -263,6 +263,6 @@ def test_reference_runs_what_the_kernels_do_not_cover(dims, dtype, scale):
 )
 def test_tiles_of_other_precisions(precision, dim, monkeypatch):
     """The interpreter computes products in float32 whatever the precision."""
-    monkeypatch.setattr(triton_launch, "_precision", lambda *_: precision)
+    monkeypatch.setattr(triton_launch, "precision_of", lambda *_: precision)
     groups = QueryGroups(1, 50, 1, 20)
     check(make_inputs(groups, dim), settings(groups))

@@ -27,7 +27,7 @@ def precisions():
             torch.set_float32_matmul_precision(allowed)
             for dtype in DTYPES:
                 for dims in ((1, 128), (16, 8), (64, 32), (24, 32), (33, 1), (128, 100)):
-                    found.setdefault(triton_launch._precision(dtype, *dims), set()).add(dims)
+                    found.setdefault(triton_launch.precision_of(dtype, *dims), set()).add(dims)
     finally:
         torch.set_float32_matmul_precision(before)
     return found
@@ -48,7 +48,7 @@ def test_chunks_cover_all_queries(batch, queries, keys, chunks):
     """Few programs become more, but none has next to nothing to do."""
     query = torch.empty(batch, queries, 8, 64, dtype=torch.float16, device="meta")
     key = torch.empty(batch, keys, 8, 64, device="meta")
-    found, in_each = triton_launch._chunks(query, key, key[..., :32])
+    found, in_each = triton_launch._chunks(triton_launch._call(query, key, key[..., :32], 0.0, 1.0))
     assert found == chunks
     assert (found - 1) * in_each < max(queries, 1) <= max(found * in_each, 1)
 

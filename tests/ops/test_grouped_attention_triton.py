@@ -32,7 +32,7 @@ def tiles_of_all_sizes():
         for dtype in DTYPES:
             for dims in ((1, 128), (16, 8), (24, 32), (33, 1), (128, 100)):
                 for queries in (1, 300):
-                    yield triton_launch._tile(kernel, triton_launch._precision(dtype, *dims), *dims, queries)
+                    yield triton_launch._tile(kernel, triton_launch.precision_of(dtype, *dims), *dims, queries)
 
 
 def test_every_size_has_a_tile():
@@ -40,7 +40,7 @@ def test_every_size_has_a_tile():
 
 
 def test_every_size_has_a_tile_with_tf32(tf32_allowed):
-    assert triton_launch._precision(torch.float32, 128, 128) == "tf32"
+    assert triton_launch.precision_of(torch.float32, 128, 128) == "tf32"
     assert {tile.block for tile in tiles_of_all_sizes()} == {16, 32, 64}
 
 
@@ -48,7 +48,7 @@ def test_every_size_has_a_tile_without_tensor_cores():
     for kernel in triton_launch._TILES:
         for dtype in DTYPES:
             for dims in ((1, 64), (16, 8), (33, 1), (32, 32)):
-                precision = triton_launch._precision(dtype, *dims, tensor_cores=False)
+                precision = triton_launch.precision_of(dtype, *dims, tensor_cores=False)
                 for queries in (1, 300):
                     assert triton_launch._tile(kernel, precision, *dims, queries).num_warps == 4
 

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from groupdetr_fast import QueryGroups
 from groupdetr_fast.ops import _triton_launch
 from groupdetr_fast.ops._triton_launch import Launch
+from groupdetr_fast.ops.cross_attention import triton_launch as crossing
 from groupdetr_fast.ops.grouped_attention import triton_launch as attention
 from groupdetr_fast.ops.matching_cost import triton_kernels as matching
 from groupdetr_fast.ops.sigmoid_focal_loss import triton_kernels as focal
@@ -224,6 +225,15 @@ def attention_calls(groups, dropout_p, dtype=torch.float16, place=lambda tensor:
     attention.backward(out, query, key, value, out, lse, *settings)
 
 
+def crossing_calls(queries, dropout_p, padded=True, place=lambda tensor: tensor):
+    query = place(torch.randn(2, queries, 2, 16, dtype=torch.float16))
+    key, value = (place(torch.randn(2, 9, 2, dim, dtype=torch.float16)) for dim in (16, 8))
+    padding = torch.arange(9).expand(2, 9) > 6 if padded else None
+    settings = dropout_p, torch.tensor([3]) if dropout_p else None, 0.25
+    out, lse = crossing.forward(query, key, value, padding, *settings)
+    crossing.backward(out, query, key, value, padding, out, lse, *settings)
+
+
 def by_head(tensor):
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -248,6 +258,11 @@ OPS = {
     "attention of unaligned tensors": lambda: attention_calls(QueryGroups(3, 7), 0.0, place=unaligned),
     "attention of transposed tensors": lambda: attention_calls(QueryGroups(3, 7), 0.0, place=by_head),
     "attention of one channel": lambda: attention_calls(QueryGroups(2, 3), 0.0, torch.float32, dim=1),
+    "attention to images": lambda: crossing_calls(40, 0.1),
+    "attention to images in chunks": lambda: crossing_calls(1100, 0.0),
+    "attention to images without padding": lambda: crossing_calls(40, 0.0, padded=False),
+    "attention to images, unaligned": lambda: crossing_calls(7, 0.0, place=unaligned),
+    "attention to images, transposed": lambda: crossing_calls(7, 0.0, place=by_head),
     "loss": lambda: loss_calls((3, 2, 5, 91)),
     "loss of one class": lambda: loss_calls((3, 2, 5, 1)),
     "loss of a half type": lambda: loss_calls((3, 2, 5, 16), dtype=torch.bfloat16, gamma=1.5),

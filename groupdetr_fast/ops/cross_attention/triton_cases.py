@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import triton
 
 from .._triton import CompileCase, kernel_signature
+from .._triton_attention import Tile, constexprs_of
 from .triton_kernels import _cross_attention_order_kernel, _cross_attention_sum_kernel
-from .triton_launch import _ORDER_LAUNCH, _SUM_LAUNCH, _TILES, _constexprs, _Tile
+from .triton_launch import _TILES, _WALK
 
 __all__ = ["compile_case", "compile_cases"]
 
@@ -39,7 +40,7 @@ def compile_case(
     kernel: triton.JITFunction,
     precision: str,
     dims: tuple[int, int],
-    tile: _Tile,
+    tile: Tile,
     *,
     dropout: bool,
     padding: bool = True,
@@ -54,7 +55,7 @@ def compile_case(
     types |= {"scale": "fp32", "keep_scale": "fp32"}
     absent = ([] if dropout else list(of_dropout)) + ([] if padding else list(of_padding))
     types |= {name: type_ for name, type_ in (of_dropout | of_padding).items() if name not in absent}
-    constexprs = _constexprs(precision, *dims, tile) | dict.fromkeys(absent)
+    constexprs = constexprs_of(precision, *dims, tile) | dict.fromkeys(absent)
     constexprs |= {f"stride_{letter}d": 1 for letter in "gqkv"}  # Triton makes a constant of a stride of 1
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = kernel_signature(kernel, types, constexprs)
@@ -73,7 +74,7 @@ def compile_case(
 
 
 def _of_lists() -> CompileCase:
-    kernel, launch = _cross_attention_order_kernel, dict(_ORDER_LAUNCH)
+    kernel, launch = _cross_attention_order_kernel, _WALK
     constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"], "stride_ps": 1}
     signature = kernel_signature(kernel, {"order": "*i32", "counts": "*i32", "padding": "*u8"}, constexprs)
     name = f"cross_attention/order/{launch['BLOCK']}"
@@ -81,7 +82,7 @@ def _of_lists() -> CompileCase:
 
 
 def _of_sums(dtype: str) -> CompileCase:
-    kernel, launch = _cross_attention_sum_kernel, dict(_SUM_LAUNCH)
+    kernel, launch = _cross_attention_sum_kernel, _WALK
     constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"]}
     signature = kernel_signature(kernel, {"total": f"*{dtype}", "parts": "*fp32"}, constexprs)
     name = f"cross_attention/sum/{dtype}-{launch['BLOCK']}"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import triton
 
 from .._triton import CompileCase, kernel_signature
-from .triton_launch import _SMALL_GROUP, _TILES, _constexprs, _Tile, _tile
+from .._triton_attention import Tile, constexprs_of
+from .triton_launch import _SMALL_GROUP, _TILES, _tile
 
 __all__ = ["compile_case", "compile_cases"]
 
@@ -23,7 +24,7 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def compile_case(
-    kernel: triton.JITFunction, precision: str, dim: int, tile: _Tile, dropout: bool, dtype: str | None = None
+    kernel: triton.JITFunction, precision: str, dim: int, tile: Tile, dropout: bool, dtype: str | None = None
 ) -> CompileCase:
     """One tile of a kernel, for heads of ``dim`` channels, in ``dtype`` or else in one that has this precision."""
     of_channels = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
@@ -31,7 +32,7 @@ def compile_case(
     types = dict.fromkeys(of_channels, f"*{dtype or ('bf16' if precision == 'half' else 'fp32')}")
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     types |= of_dropout if dropout else {}
-    constexprs = _constexprs(precision, dim, dim, tile) | ({} if dropout else dict.fromkeys(of_dropout))
+    constexprs = constexprs_of(precision, dim, dim, tile) | ({} if dropout else dict.fromkeys(of_dropout))
     constexprs |= {f"stride_{letter}d": 1 for letter in "gqkv"}  # Triton makes a constant of a stride of 1
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = kernel_signature(kernel, types, constexprs)

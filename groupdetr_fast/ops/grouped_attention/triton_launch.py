@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...groups import QueryGroups
 from .._triton import has_tensor_cores
+from .._triton_attention import DTYPES, MAX_DIM, Tile, constexprs_of, precision_of, width_of
 from .._triton_launch import Launch, empty_as
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
 from .triton_kernels import (
@@ -18,49 +19,37 @@ from .triton_kernels import (
     _grouped_attention_fwd_kernel,
 )
 
-
-class _Tile(NamedTuple):
-    """Rows that a program owns, rows that it meets at a time, warps of a program, and stages of its loads."""
-
-    block: int
-    step: int
-    num_warps: int
-    num_stages: int = 2
-
-
 # Tiles by precision and by the widest head, such that nothing spills and 99 KB of shared memory are enough, on every
 # GPU since Ampere; those of "fma" serve older ones, with 64 KB. Those of half types and heads of 32 channels were the
 # fastest of 48 on an H200, for groups of 300. Measuring them at run time instead would stall the first steps of a
 # training and could not be done while a CUDA graph is captured; blocks of 64 waste little on groups of 100, 300 or 900.
 _TILES = {
     _grouped_attention_fwd_kernel: {
-        "half": {32: _Tile(64, 64, 4, 3), 64: _Tile(64, 64, 4), 128: _Tile(64, 64, 4)},
-        "tf32": {32: _Tile(64, 64, 4), 64: _Tile(64, 32, 4), 128: _Tile(64, 16, 4)},
-        "tf32x3": {32: _Tile(64, 32, 4)},
-        "ieee": {64: _Tile(32, 32, 4), 128: _Tile(32, 32, 8)},
-        "fma": {32: _Tile(64, 32, 4), 64: _Tile(32, 32, 4)},
+        "half": {32: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4), 128: Tile(64, 64, 4)},
+        "tf32": {32: Tile(64, 64, 4), 64: Tile(64, 32, 4), 128: Tile(64, 16, 4)},
+        "tf32x3": {32: Tile(64, 32, 4)},
+        "ieee": {64: Tile(32, 32, 4), 128: Tile(32, 32, 8)},
+        "fma": {32: Tile(64, 32, 4), 64: Tile(32, 32, 4)},
     },
     _grouped_attention_bwd_query_kernel: {
-        "half": {32: _Tile(64, 32, 4, 3), 64: _Tile(64, 64, 4), 128: _Tile(64, 32, 4)},
-        "tf32": {32: _Tile(64, 64, 4), 64: _Tile(64, 16, 4), 128: _Tile(32, 32, 8)},
-        "tf32x3": {32: _Tile(64, 32, 4)},
-        "ieee": {64: _Tile(32, 16, 4), 128: _Tile(32, 16, 8)},
-        "fma": {32: _Tile(64, 32, 4), 64: _Tile(32, 16, 4)},
+        "half": {32: Tile(64, 32, 4, 3), 64: Tile(64, 64, 4), 128: Tile(64, 32, 4)},
+        "tf32": {32: Tile(64, 64, 4), 64: Tile(64, 16, 4), 128: Tile(32, 32, 8)},
+        "tf32x3": {32: Tile(64, 32, 4)},
+        "ieee": {64: Tile(32, 16, 4), 128: Tile(32, 16, 8)},
+        "fma": {32: Tile(64, 32, 4), 64: Tile(32, 16, 4)},
     },
     _grouped_attention_bwd_key_value_kernel: {
-        "half": {32: _Tile(64, 32, 4, 3), 64: _Tile(64, 32, 4), 128: _Tile(64, 32, 4)},
-        "tf32": {32: _Tile(64, 16, 4), 64: _Tile(64, 16, 4), 128: _Tile(32, 32, 4)},
-        "tf32x3": {32: _Tile(64, 16, 4)},
-        "ieee": {64: _Tile(32, 16, 4), 128: _Tile(32, 16, 8)},
-        "fma": {32: _Tile(64, 32, 4), 64: _Tile(32, 16, 4)},
+        "half": {32: Tile(64, 32, 4, 3), 64: Tile(64, 32, 4), 128: Tile(64, 32, 4)},
+        "tf32": {32: Tile(64, 16, 4), 64: Tile(64, 16, 4), 128: Tile(32, 32, 4)},
+        "tf32x3": {32: Tile(64, 16, 4)},
+        "ieee": {64: Tile(32, 16, 4), 128: Tile(32, 16, 8)},
+        "fma": {32: Tile(64, 32, 4), 64: Tile(32, 16, 4)},
     },
 }
 # For groups of at most so many queries, which would leave most of a larger tile empty.
 _SMALL_GROUP = 32
-_SMALL_TILE = _Tile(16, 16, 2)
-_MAX_DIM = 128
+_SMALL_TILE = Tile(16, 16, 2)
 _MAX_DIM_WITHOUT_TENSOR_CORES = 64
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def forward(
@@ -121,13 +110,13 @@ class _Call(NamedTuple):
     def is_covered(self) -> bool:
         """Whether the kernels can do it. They find the largest score before scaling, hence the condition on scale."""
         dims = self.query_shape[3], self.value_shape[3]
-        max_dim = _MAX_DIM if self.tensor_cores else _MAX_DIM_WITHOUT_TENSOR_CORES
-        return self.dtype in _DTYPES and all(1 <= dim <= max_dim for dim in dims) and self.scale > 0
+        max_dim = MAX_DIM if self.tensor_cores else _MAX_DIM_WITHOUT_TENSOR_CORES
+        return self.dtype in DTYPES and all(1 <= dim <= max_dim for dim in dims) and self.scale > 0
 
 
 def _call(query: Tensor, value: Tensor, layout: Sequence[int], dropout_p: float, scale: float) -> _Call:
     shape, value_shape, tensor_cores = query.shape, value.shape, has_tensor_cores(query.device)
-    precision = _precision(query.dtype, shape[3], value_shape[3], tensor_cores)
+    precision = precision_of(query.dtype, shape[3], value_shape[3], tensor_cores)
     return _Call(precision, query.dtype, shape, value_shape, tuple(layout), dropout_p, scale, tensor_cores)
 
 
@@ -172,45 +161,11 @@ def _launch(kernel: triton.JITFunction, strides: _Strides, call: _Call) -> Launc
         int(call.dropout_p * 2**32),
         1 / (1 - call.dropout_p),
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    constexprs = _constexprs(call.precision, head_dim, value_dim, tile)
-    return Launch(kernel, batch * heads * blocks, numbers, constexprs | options)
+    settings = constexprs_of(call.precision, head_dim, value_dim, tile) | tile.options()
+    return Launch(kernel, batch * heads * blocks, numbers, settings)
 
 
-def _precision(dtype: torch.dtype, head_dim: int, value_dim: int, tensor_cores: bool = True) -> str:
-    """How products are computed: the first key of ``_TILES``.
-
-    Products of float32 are those of TF32 where torch may use that for matrices. Otherwise three products of TF32 stand
-    for one: nearly as precise, and on tensor cores. They split each factor in two, which with wide heads does not fit
-    the registers; there, products are those of float32. So are all products, of half types too, on GPUs whose tensor
-    cores Triton does not use.
-    """
-    if not tensor_cores:
-        return "fma"
-    if dtype != torch.float32:
-        return "half"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3" if max(head_dim, value_dim) <= 32 else "ieee"
-
-
-def _tile(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, queries_per_group: int) -> _Tile:
+def _tile(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, queries_per_group: int) -> Tile:
     if queries_per_group <= _SMALL_GROUP and precision not in ("ieee", "fma"):
         return _SMALL_TILE
-    return _TILES[kernel][precision][max(32, _block_dim(head_dim), _block_dim(value_dim))]
-
-
-def _block_dim(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))  # 16: the least that tensor cores multiply
-
-
-def _constexprs(precision: str, head_dim: int, value_dim: int, tile: _Tile) -> dict[str, int | str]:
-    return {
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_D": _block_dim(head_dim),
-        "BLOCK_DV": _block_dim(value_dim),
-        "BLOCK": tile.block,
-        "STEP": tile.step,
-        "PRECISION": precision if precision.startswith("tf32") else "ieee",  # of no meaning to half types
-    }
+    return _TILES[kernel][precision][width_of(head_dim, value_dim)]
