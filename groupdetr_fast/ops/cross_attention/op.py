@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
+from .._attention import check_kinds, fake, fake_backward, settled
 from .._triton import has_tensor_cores, register_triton
 from ..grouped_attention.dropout import new_seed
 from . import cpu
 from .reference import cross_attention_backward_reference, cross_attention_reference
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
 # It has not been timed against torch's attention on a GPU yet, so whoever wants it there says so.
@@ -78,22 +77,13 @@ def cross_attention(
         ValueError: if a shape, a device or dropout_p does not fit.
     """
     _check(query, key, value, padding)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is None:
-        scale = max(query.shape[3], 1) ** -0.5
+    dropout_p, scale = settled(query, dropout_p, scale)
     seed = new_seed(query.device) if dropout_p > 0 else None
-    return _op(query, key, value, padding, float(dropout_p), seed, float(scale))
+    return _op(query, key, value, padding, dropout_p, seed, scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
-    if query.dim() != 4:
-        raise ValueError(f"query must have shape [B, L, H, D], got {list(query.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+    check_kinds(query, key, value)
     batch, _, heads, dim = query.shape
     if key.dim() != 4 or key.shape[0] != batch or key.shape[2:] != query.shape[2:]:
         raise ValueError(f"key must have shape [{batch}, S, {heads}, {dim}], got {list(key.shape)}")
@@ -104,36 +94,22 @@ def _check(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) ->
             raise TypeError(f"padding must be bool, True on padding, got {padding.dtype}")
         if padding.shape != key.shape[:2]:
             raise ValueError(f"padding must have shape [{batch}, {key.shape[1]}], got {list(padding.shape)}")
-    for name, other in (("key", key), ("value", value), ("padding", padding)):
-        if other is not None and other.device != query.device:
-            raise ValueError(f"{name} must lie on the device of query, {query.device}, got {other.device}")
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_empty(batch, length, heads, value.shape[3])
-    return out, query.new_empty(batch, heads, length, dtype=dtype)
-
-
-def _fake_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        if padding.device != query.device:
+            raise ValueError(f"padding must lie on the device of query, {query.device}, got {padding.device}")
 
 
 define_op(
     "cross_attention(Tensor query, Tensor key, Tensor value, Tensor? padding, float dropout_p, Tensor? seed, "
     "float scale) -> (Tensor out, Tensor lse)",
     reference=cross_attention_reference,
-    fake=_fake,
+    fake=fake,
     public=True,
 )
 define_op(
     "cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor out, "
     "Tensor lse, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
     reference=cross_attention_backward_reference,
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 
 

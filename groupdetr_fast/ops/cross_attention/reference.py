@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._reference import gradients
 from ..grouped_attention.dropout import keep_mask
 
 
@@ -61,11 +62,9 @@ def cross_attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; kernels use ``out`` and ``lse`` of forward, the reference does not."""
-    vjp = torch.func.vjp(
-        lambda query, key, value: cross_attention_reference(query, key, value, padding, dropout_p, seed, scale)[0],
-        query,
-        key,
-        value,
-    )[1]
-    grad_query, grad_key, grad_value = vjp(grad_out)
-    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()
+
+    def result(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cross_attention_reference(query, key, value, padding, dropout_p, seed, scale)[0]
+
+    grad_query, grad_key, grad_value = gradients(result, grad_out, query, key, value)
+    return grad_query, grad_key, grad_value

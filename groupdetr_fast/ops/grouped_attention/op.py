@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from ...groups import QueryGroups
+from .._attention import check_kinds, fake, fake_backward, settled
 from .._triton import register_triton
 from . import cpu
 from .dropout import new_seed
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def grouped_attention(
@@ -55,24 +53,13 @@ def grouped_attention(
     """
     _check(query, key, value)
     layout = _layout(groups, query.shape[1])
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is None:
-        scale = max(query.shape[3], 1) ** -0.5
+    dropout_p, scale = settled(query, dropout_p, scale)
     seed = new_seed(query.device) if dropout_p > 0 else None
-    return _op(query, key, value, layout, float(dropout_p), seed, float(scale))
+    return _op(query, key, value, layout, dropout_p, seed, scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
-    if query.dim() != 4:
-        raise ValueError(f"query must have shape [B, L, H, D], got {list(query.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must lie on the device of query, {query.device}, got {tensor.device}")
+    check_kinds(query, key, value)
     if key.shape != query.shape:
         raise ValueError(f"key must have the shape of query, {list(query.shape)}, got {list(key.shape)}")
     if value.dim() != 4 or value.shape[:3] != query.shape[:3]:
@@ -91,30 +78,18 @@ def _layout(groups: QueryGroups | int, length: int) -> list[int]:
     return QueryGroups(groups, length // groups).as_ints()
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=dtype)
-
-
-def _fake_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 define_op(
     "grouped_attention(Tensor query, Tensor key, Tensor value, SymInt[] layout, float dropout_p, Tensor? seed, "
     "float scale) -> (Tensor out, Tensor lse)",
     reference=grouped_attention_reference,
-    fake=_fake,
+    fake=fake,
     public=True,
 )
 define_op(
     "grouped_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "SymInt[] layout, float dropout_p, Tensor? seed, float scale) -> (Tensor, Tensor, Tensor)",
     reference=grouped_attention_backward_reference,
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 
 

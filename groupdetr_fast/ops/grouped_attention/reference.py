@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...groups import QueryGroups
+from .._reference import gradients
 from .dropout import attention_dropout_reference
 
 
@@ -40,11 +41,9 @@ def grouped_attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; kernels use ``out`` and ``lse`` of forward, the reference does not."""
-    vjp = torch.func.vjp(
-        lambda query, key, value: grouped_attention_reference(query, key, value, layout, dropout_p, seed, scale)[0],
-        query,
-        key,
-        value,
-    )[1]
-    grad_query, grad_key, grad_value = vjp(grad_out)
-    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()
+
+    def result(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return grouped_attention_reference(query, key, value, layout, dropout_p, seed, scale)[0]
+
+    grad_query, grad_key, grad_value = gradients(result, grad_out, query, key, value)
+    return grad_query, grad_key, grad_value

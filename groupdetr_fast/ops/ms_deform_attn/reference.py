@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._reference import gradients
+
 
 def ms_deform_attn_reference(
     value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
@@ -44,11 +46,10 @@ def ms_deform_attn_backward_reference(
 
     ``deterministic`` is for kernels that have a choice; what torch's own ops do is up to torch.
     """
-    vjp = torch.func.vjp(
-        lambda value, locations, weights: ms_deform_attn_reference(value, spatial_shapes, locations, weights),
-        value,
-        sampling_locations,
-        attention_weights,
-    )[1]
-    grad_value, grad_locations, grad_weights = vjp(grad_out)
-    return grad_value.contiguous(), grad_locations.contiguous(), grad_weights.contiguous()
+
+    def result(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+
+    inputs = value, sampling_locations, attention_weights
+    grad_value, grad_locations, grad_weights = gradients(result, grad_out, *inputs)
+    return grad_value, grad_locations, grad_weights

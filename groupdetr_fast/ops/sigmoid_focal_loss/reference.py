@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .._reference import gradients
+
 # What a row of target_classes holds besides classes.
 NO_OBJECT = -1  # target class of a query that must predict nothing
 IGNORED = -2  # target class of a query that has no class loss
@@ -30,5 +32,5 @@ def sigmoid_focal_loss_backward_reference(
     grad_out: Tensor, logits: Tensor, target_classes: Tensor, alpha: float, gamma: float
 ) -> Tensor:
     """The gradient of logits."""
-    vjp = torch.func.vjp(lambda x: sigmoid_focal_loss_reference(x, target_classes, alpha, gamma), logits)[1]
-    return vjp(grad_out)[0].contiguous()
+    (grad,) = gradients(lambda x: sigmoid_focal_loss_reference(x, target_classes, alpha, gamma), grad_out, logits)
+    return grad
