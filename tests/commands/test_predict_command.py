@@ -213,3 +213,25 @@ def test_sizes_are_given_where_the_checkpoint_does_not_say_them(images, tmp_path
     assert found[0]
     with pytest.raises(SystemExit, match=r"has shape|does not fit"):
         run(tmp_path / "bare.pth", images / "a", *sizes, "--d-model=32", "--output", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["images/photo.jpg", "videos/clip.mp4", "contact_sheet.png"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_results_would_replace_is_refused(tmp_path, monkeypatch, name, linked):
+    """Before anything is read or written, however it is named."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"mine")
+    beside = path.with_suffix(".json")
+    beside.write_bytes(b"also mine")
+    output = "."
+    if linked:
+        (tmp_path / "link").symlink_to(tmp_path)
+        output = "link"
+    message = f"^error: {name} lies where results are written: give another output than {output}$"
+    with pytest.raises(SystemExit, match=message):
+        run("nowhere.pth", name, "--output", output)
+    assert path.read_bytes() == b"mine"
+    assert beside.read_bytes() == b"also mine"
+    assert not (tmp_path / "predictions.json").exists()

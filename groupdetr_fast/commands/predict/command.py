@@ -18,9 +18,9 @@ from ...prediction.options import Options
 from ...prediction.tiles import Merge, Metric
 from ...prediction.video import detect_frames
 from ..flags import CheckpointArgument, DetectorFlags, named
-from .images import ImageReader, ImageResults
+from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
-from .sources import find_sources
+from .sources import Sources, find_sources
 from .videos import VIDEOS, FrameFormat, VideoResults, stem_of
 
 __all__ = ["PredictCommand"]
@@ -114,6 +114,7 @@ class PredictCommand(DetectorFlags):
         sources = find_sources(self.images, besides=self.output)
         if not sources.exist:
             raise DataError(f"there is nothing at {sources}")
+        self._spare(sources)
         if sources.videos:
             require_video()
         model = load_model(checkpoint, device=self.device, **self.detector_settings())
@@ -126,6 +127,15 @@ class PredictCommand(DetectorFlags):
             faults.append(self._video(predictor, video, _unlike(stem_of(video), stems)))
         if any(faults):
             raise DataError("; ".join(filter(None, faults)))
+
+    def _spare(self, sources: Sources) -> None:
+        """Refuse what results would replace."""
+        folders = {(self.output / name).resolve() for name in (PICTURES, VIDEOS)}
+        files = {(self.output / name).resolve() for name in (JSON, SHEET)}
+        for path in sources.files:
+            # A link counts as both: it would be replaced where it lies, and its file be written to.
+            if path.resolve() in files or folders & {path.resolve().parent, path.parent.resolve()}:
+                raise DataError(f"{path} lies where results are written: give another output than {self.output}")
 
     def _frame_choice(self) -> FrameChoice:
         return FrameChoice(self.every, self.fps, self.max_frames)

@@ -25,7 +25,7 @@ from ...prediction import InferenceSettings
 from .coco import as_entries, categories
 from .drawing import DrawingThread
 
-__all__ = ["JSON", "ImageReader", "ImageResults", "ReadImage"]
+__all__ = ["JSON", "PICTURES", "SHEET", "ImageReader", "ImageResults", "ReadImage"]
 
 logger = logging.getLogger(__name__)
 

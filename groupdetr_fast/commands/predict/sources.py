@@ -31,6 +31,11 @@ class Sources:
             is_stream(video) or Path(video).exists() for video in self.videos
         )
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Without cameras and streams."""
+        return *self.images, *(Path(video) for video in self.videos if not is_stream(video))
+
     def __str__(self) -> str:
         return ", ".join([*map(str, self.images), *self.videos])
 
