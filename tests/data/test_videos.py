@@ -233,6 +233,7 @@ def test_a_video_of_a_frame_in_an_hour(tmp_path):
     writer.close()
     with Video(tmp_path / "a.mp4") as video:
         assert [frame.time for frame in video.frames()] == pytest.approx([0, 3600, 7200])
+        assert video.rate == pytest.approx(3 / 8201), "the last frame lasts for 1001 seconds, as long as can be"
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path):
