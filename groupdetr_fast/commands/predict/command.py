@@ -159,10 +159,8 @@ class PredictCommand(DetectorFlags):
                 for found in detected:
                     results.add(found.index, found.extra, found.detection)
                     bar.advance()
-            except KeyboardInterrupt:
+            finally:  # after Ctrl-C and any error, too
                 results.finish()
-                raise
-        results.finish()
         return read.fault(paths)
 
     def _video(self, predictor: Predictor, source: str, stem: str) -> str | None:
@@ -192,7 +190,7 @@ class PredictCommand(DetectorFlags):
                     for frame, detection in detected:
                         results.add(frame, detection)
                         bar.advance()
-            finally:  # after Ctrl-C, too
+            finally:  # after Ctrl-C and any error, too
                 results.finish()
             return f"video {video.name}: {video.damage}; the rest is done" if video.damage else None
 

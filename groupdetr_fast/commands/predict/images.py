@@ -134,8 +134,13 @@ class ImageResults:
                 del self.thumbnails[max(self.thumbnails)]
 
     def finish(self) -> None:
-        """Write what is about all images, and say how many there are."""
-        self.drawing.finish()
+        """Write what is about all images, and say how many there are; also if a picture cannot be drawn."""
+        try:
+            self.drawing.finish()
+        finally:
+            self._write()
+
+    def _write(self) -> None:
         content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         for image_id, index in enumerate(sorted(self.entries), start=1):
             image, annotations = self.entries[index]
