@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ from ...prediction.video import detect_frames
 from ..flags import CheckpointArgument, DetectorFlags, named
 from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
-from .sources import Sources, find_sources
+from .sources import Sources, find_sources, unlike_each_other
 from .videos import VIDEOS, FrameFormat, VideoResults, stem_of
 
 __all__ = ["PredictCommand"]
@@ -118,13 +118,11 @@ class PredictCommand(DetectorFlags):
         if sources.videos:
             require_video()
         model = load_model(checkpoint, device=self.device, **self.detector_settings())
-        settings = self._settings(settings_of(model))
-        options = Options(**{**vars(options), "settings": settings})
+        options = replace(options, settings=self._settings(settings_of(model)))
         predictor = Predictor(model, options, workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []
-        stems: set[str] = set()
-        for video in sources.videos:
-            faults.append(self._video(predictor, video, _unlike(stem_of(video), stems)))
+        for video, stem in zip(sources.videos, unlike_each_other(map(stem_of, sources.videos)), strict=True):
+            faults.append(self._video(predictor, video, stem))
         if any(faults):
             raise DataError("; ".join(filter(None, faults)))
 
@@ -142,7 +140,7 @@ class PredictCommand(DetectorFlags):
 
     def _images(self, predictor: Predictor, paths: Sequence[Path]) -> str | None:
         """Detect in images. Returns what is to be said of those that cannot be read."""
-        read = ImageReader(PICTURE_PIXELS if self.annotated else CELL_PIXELS)
+        read = ImageReader(PICTURE_PIXELS if self.annotated else CELL_PIXELS if self.contact_sheet else None)
         results = ImageResults(
             self.output,
             paths,
@@ -208,13 +206,3 @@ class PredictCommand(DetectorFlags):
             image_mean=self.image_mean,
             image_std=self.image_std,
         )
-
-
-def _unlike(stem: str, others: set[str]) -> str:
-    """The name, or with the first number behind it that none of the others has; it is added to them."""
-    name, number = stem, 1
-    while name in others:
-        number += 1
-        name = f"{stem}_{number}"
-    others.add(name)
-    return name
