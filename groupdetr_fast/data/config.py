@@ -8,7 +8,7 @@ from typing import Literal
 from .annotations import DataError
 from .layouts import find_data
 
-__all__ = ["DataConfig", "DataPaths", "usable_cores"]
+__all__ = ["MOST_WORKERS", "DataConfig", "DataPaths", "usable_cores"]
 
 MOST_WORKERS = 8  # by default: about 800 images a second, and half a gigabyte for each
 

@@ -133,7 +133,7 @@ class Video:
         require_video()
         import av
 
-        self.name = re.sub("(?<=://)[^/@]*@", "", str(source))
+        self.name = re.sub("(?<=://)[^/]*@", "", str(source))
         self.damage: str | None = None
         camera = is_stream(source) and "://" not in str(source)
         file, form, options = _camera(int(self.name)) if camera else (str(source), None, _options(self.name))
@@ -188,7 +188,6 @@ class Video:
             if choice.wants(index, last):
                 yield Frame(index, last, _upright(picture))
             if choice.complete:
-                self.damage = None
                 return
 
     def _decoded(self) -> Iterator[Any]:
@@ -286,7 +285,7 @@ class VideoWriter:
 
         self.path = path
         self._codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._rate = Fraction(rate or 25.0).limit_denominator(1001)
+        self._rate = max(Fraction(rate or 25.0).limit_denominator(1001), Fraction(1, 1001))  # and never 0
         self._container: Any = av.open(str(path), "w", format="mp4")
         self._stream: Any = None
         self._last = -1
@@ -319,9 +318,11 @@ class VideoWriter:
 
     def close(self) -> None:
         """Finish the file; one without any frame is removed."""
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
+        try:
+            if self._stream is not None:
+                self._container.mux(self._stream.encode())
+        finally:
+            self._container.close()
         if self._stream is None:
             self.path.unlink(missing_ok=True)
 

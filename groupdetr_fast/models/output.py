@@ -58,6 +58,11 @@ class DetectorOutput:
     encoder: EncoderOutput | None = None
     no_object: bool = False
 
+    @property
+    def num_classes(self) -> int:
+        """Of objects, without "no object"."""
+        return self.logits.shape[-1] - self.no_object
+
     @classmethod
     def from_sequence(
         cls,
@@ -105,3 +110,8 @@ class SegmentationOutput:
     mask_features: Tensor
     padding: Tensor
     groups: QueryGroups
+
+    @property
+    def num_classes(self) -> int:
+        """Of objects, without "no object"."""
+        return self.logits.shape[-1] - 1

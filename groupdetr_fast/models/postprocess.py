@@ -69,9 +69,8 @@ def postprocess(
     """
     check_selection(top_k, score_threshold)
     if isinstance(score_threshold, Tensor):
-        classes = out.logits.shape[-1] - (isinstance(out, SegmentationOutput) or out.no_object)
-        if len(score_threshold) != classes:
-            raise ValueError(f"expected {classes} thresholds, one for each class, got {len(score_threshold)}")
+        if len(score_threshold) != out.num_classes:
+            raise ValueError(f"expected {out.num_classes} thresholds, one for each class, got {len(score_threshold)}")
         score_threshold = score_threshold.to(out.logits.device, torch.float32)
     batch, sizes = out.logits.shape[1], torch.as_tensor(image_sizes)
     if sizes.shape != (batch, 2):

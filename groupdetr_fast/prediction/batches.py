@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import queue
 import threading
 from collections import deque
@@ -10,12 +9,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from ..data.config import MOST_WORKERS, usable_cores
+
 __all__ = ["Sized", "batches_by_size", "default_workers", "prefetched", "read_ahead"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST_WORKERS = 8  # by default: one thread decodes what a GPU takes half a dozen times slower
 LONGEST_ITEM = 30.0  # seconds until a thread that is no longer needed is left to itself
 POOL = 4  # batches among whose images those of similar size are chosen
 
@@ -33,8 +33,7 @@ S = TypeVar("S", bound=Sized)
 
 def default_workers() -> int:
     """Threads that read images, where nobody says how many."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, usable)
+    return min(MOST_WORKERS, usable_cores())
 
 
 def read_ahead(

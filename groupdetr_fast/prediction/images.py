@@ -111,6 +111,8 @@ class Predictor:
         *,
         in_thread: Callable[[T], bool],
         ordered: bool = False,
+        workers: int | None = None,
+        batch_size: int | None = None,
     ) -> Generator[Found[E], None, None]:
         """Detect objects in images, which may come out in another order.
 
@@ -120,8 +122,12 @@ class Predictor:
                 leave it out. An error ends the iteration.
             in_thread: which items are read ahead by threads.
             ordered: keep the order.
+            workers: in place of those of the predictor.
+            batch_size: in place of that of the options.
         """
-        options, tiled = self.options, self.tiling is not None
+        tiled = self.tiling is not None
+        workers = self.workers if workers is None else workers
+        batch_size = self.options.batch_size if batch_size is None else batch_size
 
         def load(index: int, item: T) -> list[_View] | tuple[int, Tensor, E] | None:
             loaded = read(item)
@@ -133,12 +139,12 @@ class Predictor:
         loaded = read_ahead(
             items,
             load,
-            workers=self.workers,
-            ahead=2 if tiled else max(options.batch_size, 2 * self.workers),
+            workers=workers,
+            ahead=2 if tiled else max(batch_size, 2 * workers),
             in_thread=in_thread,
         )
         views = (view for each in loaded if each is not None for view in self._of(each))
-        for batch in batches_by_size(views, options.batch_size, ordered=ordered):
+        for batch in batches_by_size(views, batch_size, ordered=ordered):
             for view, detection in zip(batch, self._detect_batch(batch), strict=True):
                 complete = view.of.add(view.place, detection, self.tiling)
                 if complete is not None:
@@ -182,8 +188,7 @@ class Predictor:
         with in_eval_mode(self.model):
             output = self.model(batch.normalization(images, masks), masks)
         if self._threshold is None:
-            other = hasattr(output, "mask_embeddings") or output.no_object
-            self._threshold = self.selection.for_postprocess(output.logits.shape[-1] - other)
+            self._threshold = self.selection.for_postprocess(output.num_classes)
             if isinstance(self._threshold, Tensor):
                 self._threshold = self._threshold.to(device)
         return postprocess(

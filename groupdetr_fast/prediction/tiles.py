@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 
 from ..data.transforms import LEAST_SIDE
 
@@ -121,8 +121,6 @@ class Tiling:
 
     def _groups(self, boxes: Tensor, labels: Tensor, ranks: Tensor) -> list[list[int]]:
         """Which detections become one, that of the highest rank first; those that are left out are in no group."""
-        if self.merge == "nms" and self.metric == "iou":
-            return [[index] for index in batched_nms(boxes.double(), ranks, labels, self.match).tolist()]
         groups = []
         order = ranks.argsort(descending=True, stable=True)
         while len(order):

@@ -4,7 +4,6 @@ import itertools
 import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -106,17 +105,18 @@ def detect_frames(
     """The frames that are chosen of a video, in their order, with their detections."""
     if video.live:
         # One at a time and none ahead, so that what is seen is the present.
-        options = replace(predictor.options, batch_size=1)
+        batch_size = 1
         frames = prefetched(video.frames(choice.without_limit()), 1, newest=True)
     else:
-        options = predictor.options
-        frames = prefetched(video.frames(choice), 2 * options.batch_size)
-    predictor = Predictor(predictor.model, options, workers=0)
+        batch_size = predictor.options.batch_size
+        frames = prefetched(video.frames(choice), 2 * batch_size)
 
     def read(frame: Frame) -> tuple[Tensor, Frame]:
         return frame.image, frame
 
     with closing(frames):
-        found = predictor.detect(frames, read, in_thread=lambda _: False, ordered=True)
+        found = predictor.detect(
+            frames, read, in_thread=lambda _: False, ordered=True, workers=0, batch_size=batch_size
+        )
         for each in itertools.islice(found, choice.most):
             yield each.extra, each.detection

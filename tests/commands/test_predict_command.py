@@ -1,6 +1,8 @@
 """``groupdetr predict`` on a small detector with random weights."""
 
+import importlib
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from small_checkpoint import CATEGORIES, SIZES, write_checkpoint
 
 import groupdetr_fast as gd
 from groupdetr_fast import cli
-from groupdetr_fast.commands.predict import find_images
+from groupdetr_fast.commands.predict import PredictCommand
+from groupdetr_fast.commands.predict.sources import find_sources, unlike_each_other
 from groupdetr_fast.data import DataError
+from groupdetr_fast.prediction.options import Options
 
 
 @pytest.fixture
@@ -121,6 +125,39 @@ def test_masks_and_no_pictures(images, tmp_path):
     assert not (output / "images").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "pictures", "thumbnails"),
+    [
+        (["--contact-sheet=2"], 10, 2),
+        (["--contact-sheet=0"], 10, 0),
+        (["--contact-sheet=2", "--no-annotated"], 0, 10 + 2),
+        (["--contact-sheet=0", "--no-annotated"], 0, 0),
+    ],
+)
+def test_no_more_is_reduced_than_is_shown(tmp_path, monkeypatch, flags, pictures, thumbnails):
+    module = importlib.import_module("groupdetr_fast.commands.predict.images")
+    (tmp_path / "in").mkdir()
+    for number in range(10):
+        Image.new("RGB", (30, 30)).save(tmp_path / "in" / f"{number}.png")
+    sides, reduce_image = [], module.reduce_image
+
+    def counted(image, side):
+        sides.append(side)
+        return reduce_image(image, side)
+
+    monkeypatch.setattr(module, "reduce_image", counted)
+    run(write_checkpoint(tmp_path), tmp_path / "in", *flags, "--output", tmp_path / "out")
+    assert (sides.count(module.PICTURE_PIXELS), sides.count(module.CELL_PIXELS)) == (pictures, thumbnails)
+    assert (tmp_path / "out" / "contact_sheet.png").exists() == ("--contact-sheet=2" in flags)
+
+
+def test_the_command_has_the_options_of_predict():
+    options = {each.name: each.default for each in fields(Options) if each.name != "settings"}
+    command = {each.name: each.default for each in fields(PredictCommand)}
+    assert {name: command.get(name) for name in options} == options
+    assert options.keys() <= command.keys()
+
+
 def test_classes_of_other_checkpoints_are_named_by_a_coco_file(images, tmp_path):
     path = write_checkpoint(tmp_path)
     torch.save(gd.load_model(path).state_dict(), tmp_path / "bare.pth")
@@ -136,17 +173,24 @@ def test_classes_of_other_checkpoints_are_named_by_a_coco_file(images, tmp_path)
 
 
 def test_images_are_found(images, tmp_path):
-    assert find_images([str(images / "b")]) == [images / "b" / "1.jpg", images / "b" / "2.jpg"]
-    assert find_images([f"{images}/**/1.*", str(images / "x.jpg")]) == [
+    assert find_sources([str(images / "b")]).images == (images / "b" / "1.jpg", images / "b" / "2.jpg")
+    assert find_sources([f"{images}/**/1.*", str(images / "x.jpg")]).images == (
         images / "a" / "1.png",
         images / "b" / "1.jpg",
         images / "x.jpg",
-    ]
-    assert find_images([f"{images}/**/1.*"], besides=images / "b") == [images / "a" / "1.png"]
+    )
+    assert find_sources([f"{images}/**/1.*"], besides=images / "b").images == (images / "a" / "1.png",)
     with pytest.raises(DataError, match="there are no images in"):
-        find_images([str(images)])
+        find_sources([str(images)])
     with pytest.raises(DataError, match="name the images"):
-        find_images([])
+        find_sources([])
+
+
+def test_no_two_files_of_results_have_one_name():
+    assert unlike_each_other([]) == []
+    assert unlike_each_other(["a", "b", "a", "a_2", "a", "a_2"]) == ["a", "b", "a_2", "a_2_2", "a_3", "a_2_3"]
+    assert unlike_each_other(["a_2", "a", "a"]) == ["a_2", "a", "a_3"]
+    assert len(set(unlike_each_other(["a"] * 50_000))) == 50_000  # which takes minutes if each counts from 1
 
 
 @pytest.mark.parametrize(
@@ -213,3 +257,25 @@ def test_sizes_are_given_where_the_checkpoint_does_not_say_them(images, tmp_path
     assert found[0]
     with pytest.raises(SystemExit, match=r"has shape|does not fit"):
         run(tmp_path / "bare.pth", images / "a", *sizes, "--d-model=32", "--output", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["images/photo.jpg", "videos/clip.mp4", "contact_sheet.png"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_results_would_replace_is_refused(tmp_path, monkeypatch, name, linked):
+    """Before anything is read or written, however it is named."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"mine")
+    beside = path.with_suffix(".json")
+    beside.write_bytes(b"also mine")
+    output = "."
+    if linked:
+        (tmp_path / "link").symlink_to(tmp_path)
+        output = "link"
+    message = f"^error: {name} lies where results are written: give another output than {output}$"
+    with pytest.raises(SystemExit, match=message):
+        run("nowhere.pth", name, "--output", output)
+    assert path.read_bytes() == b"mine"
+    assert beside.read_bytes() == b"also mine"
+    assert not (tmp_path / "predictions.json").exists()

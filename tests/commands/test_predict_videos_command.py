@@ -198,6 +198,54 @@ def test_ctrl_c_among_images_keeps_those_that_are_done(run, interruptible, tmp_p
     assert len(list((tmp_path / "out" / "images").iterdir())) == 5
 
 
+@pytest.mark.parametrize("form", ["jsonl", "coco"])
+@pytest.mark.parametrize("broken", ["draw_frame", "as_entries"])
+def test_an_error_leaves_whole_files(run, tmp_path, monkeypatch, form, broken):
+    """In the thread that draws, after the last frame was detected in, and between the frames."""
+    videos = importlib.import_module("groupdetr_fast.commands.predict.videos")
+    path, calls, function = write_video(tmp_path / "clip.mp4"), [], getattr(videos, broken)
+
+    def fails(*arguments):
+        calls.append(None)
+        if len(calls) >= 10:
+            raise OSError("no space")
+        return function(*arguments)
+
+    monkeypatch.setattr(videos, broken, fails)
+    with pytest.raises(SystemExit, match=r"^error: no space$"):
+        run(path, f"--frame-format={form}")
+    folder = tmp_path / "out" / "videos"
+    rows = lines(folder / "clip.jsonl") if form == "jsonl" else COCO(str(folder / "clip.json")).imgs
+    assert len(rows) == (12 if broken == "draw_frame" else 9)
+    with Video(folder / "clip.mp4") as video:
+        assert len(list(video.frames())) == 9
+        assert video.damage is None
+
+
+@pytest.mark.parametrize("broken", ["draw_image", "as_entries"])
+def test_an_error_among_images_keeps_those_that_are_done(run, tmp_path, monkeypatch, broken):
+    images = importlib.import_module("groupdetr_fast.commands.predict.images")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6):
+        Image.fromarray(draw(64, 64, objects_at(number % 4)).permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    calls, function = [], getattr(images, broken)
+
+    def fails(*arguments):
+        calls.append(None)
+        if len(calls) >= 5:
+            raise OSError("no space")
+        return function(*arguments)
+
+    monkeypatch.setattr(images, broken, fails)
+    with pytest.raises(SystemExit, match=r"^error: no space$"):
+        run(folder)
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(content["images"]) == (6 if broken == "draw_image" else 4)
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 4
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+
+
 def test_classes_and_their_thresholds(run, tmp_path):
     path = tmp_path / "a.png"
     scene = draw(64, 96, [(0, 2, 2, 12, 12), (1, 20, 20, 50, 50), (2, 60, 2, 80, 22)])

@@ -113,6 +113,12 @@ def test_a_file_with_a_hole_gives_what_is_around_it(tmp_path):
         indices = [frame.index for frame in video.frames()]
         assert 40 < len(indices) < 60
         assert "of its frames cannot be read" in video.damage
+    with Video(tmp_path / "b.ts") as video:
+        assert len(list(video.frames(FrameChoice(most=40)))) == 40
+        assert "of its frames cannot be read" in video.damage, "which were asked for"
+    with Video(tmp_path / "b.ts") as video:
+        assert len(list(video.frames(FrameChoice(most=5)))) == 5
+        assert video.damage is None, "of the part that was asked for"
 
 
 @pytest.mark.parametrize(
@@ -153,9 +159,10 @@ def test_cameras_and_addresses_are_told_from_files(tmp_path, monkeypatch):
     assert not is_stream("0"), "a folder of that name"
     with pytest.raises(DataError, match=r"camera 97 .*cannot be opened"):
         Video(97)
-    with pytest.raises(DataError, match="cannot be opened") as error:
-        Video("rtsp://user:secret@127.0.0.1:1/a")
-    assert "secret" not in str(error.value)
+    for password in ("secret", "p@secret", "secret@p", ":@secret@"):
+        with pytest.raises(DataError, match=r"^video rtsp://127\.0\.0\.1:1/x cannot be opened") as error:
+            Video(f"rtsp://user:{password}@127.0.0.1:1/x")
+        assert "secret" not in str(error.value)
 
 
 def test_what_a_camera_is_called(monkeypatch):
@@ -217,6 +224,16 @@ def test_frames_are_written_and_read_again(tmp_path, monkeypatch, height, width,
     assert frames[0].image.shape == (3, height + height % 2, width + width % 2)
     for index, frame in enumerate(frames):
         assert frame.image.float().mean().item() == pytest.approx(50 * index, abs=4)
+
+
+def test_a_video_of_a_frame_in_an_hour(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", 1 / 3600)
+    for index in range(3):
+        writer.add(torch.full((3, 16, 16), 80 * index, dtype=torch.uint8), 3600.0 * index)
+    writer.close()
+    with Video(tmp_path / "a.mp4") as video:
+        assert [frame.time for frame in video.frames()] == pytest.approx([0, 3600, 7200])
+        assert video.rate == pytest.approx(3 / 8201), "the last frame lasts for 1001 seconds, as long as can be"
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path):

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
-from groupdetr_fast.data import DataError
+from groupdetr_fast.data import DataError, config
 from groupdetr_fast.models import DetectorOutput
-from groupdetr_fast.prediction.batches import batches_by_size, read_ahead
+from groupdetr_fast.prediction.batches import batches_by_size, default_workers, read_ahead
 
 images_module = importlib.import_module("groupdetr_fast.prediction.images")
 
@@ -142,6 +142,14 @@ def test_what_is_read_ahead_is_bounded():
 def test_a_negative_number_of_threads_is_refused(workers):
     with pytest.raises(ValueError, match="workers must not be negative"):
         gd.predict(BlobDetector(), [], workers=workers)
+
+
+def test_threads_are_as_many_as_the_control_group_gets_time_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: range(32), raising=False)
+    monkeypatch.setattr(config, "_CPU_LIMIT", tmp_path / "cpu.max")
+    assert default_workers() == 8
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert default_workers() == 2
 
 
 class Waits(TorchDispatchMode):

@@ -72,6 +72,14 @@ def test_the_arguments_of_predict(tmp_path):
         gd.predict_video(model(), "nowhere.mp4")
 
 
+def test_thresholds_are_read_once(tmp_path):
+    thresholds = tmp_path / "thresholds.json"
+    thresholds.write_text('{"green": 1.0}')
+    found = gd.predict_video(model(), write_video(tmp_path / "a.mp4"), class_thresholds=thresholds)
+    thresholds.unlink()
+    assert {name for *_, detection in found for name in detection["class_names"]} == {"red"}
+
+
 def test_a_video_is_no_image(tmp_path):
     with pytest.raises(ValueError, match=r"a.mp4 is a video: predict_video goes through its frames"):
         gd.predict(model(), tmp_path / "a.mp4")

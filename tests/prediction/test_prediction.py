@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import weakref
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from groupdetr_fast.data import (
     eval_transforms,
 )
 from groupdetr_fast.data.config import DataConfig
-from groupdetr_fast.prediction import InferenceSettings, class_table
+from groupdetr_fast.prediction import InferenceSettings, PredictOptions, class_table
+from groupdetr_fast.prediction.options import Options
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.optimization import OptimizationConfig
@@ -215,3 +217,7 @@ def test_devices_that_are_not_there_are_refused_in_one_sentence(checkpoint, devi
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*: give cpu") as error:
         gd.load_model(checkpoint, device=device)
     assert "\n" not in str(error.value)
+
+
+def test_the_arguments_by_name_are_those_that_are_checked():
+    assert {each.name: each.type for each in fields(Options)} == PredictOptions.__annotations__

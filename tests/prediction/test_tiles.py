@@ -38,20 +38,37 @@ def assert_found(found, objects, tolerance=1.0):
 
 
 @pytest.mark.parametrize("merge", ["nmm", "nms"])
-@pytest.mark.parametrize("metric", ["ios", "iou"])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_small_object_is_found_once(seed, merge, metric):
+def test_every_small_object_is_found_once(seed, merge):
     height, width = 200, 310
     objects = small_objects(seed, height, width)
     scene, model = draw(height, width, objects), BlobDetector()
     assert len(gd.predict(model, scene)["boxes"]) < 20, "which are too small in the whole image"
-    # Of two halves of an object that a seam cuts, one lies in the whole of it, which IoU does not see.
-    found = gd.predict(model, scene, tile=TILE, tile_overlap=0.25, tile_merge=merge, tile_metric="ios")
+    found = gd.predict(model, scene, tile=TILE, tile_overlap=0.25, tile_merge=merge)
     assert_found(found, objects)
     assert (found["scores"].diff() <= 0).all()
-    if metric == "iou":
-        found = gd.predict(model, scene, tile=TILE, tile_overlap=0.25, tile_merge=merge, tile_metric="iou")
-        assert len(found["boxes"]) >= len(objects)
+
+
+@pytest.mark.parametrize("merge", ["nmm", "nms"])
+def test_a_part_of_an_object_is_in_the_whole_of_it_which_iou_does_not_see(merge):
+    """The seam leaves a third of it to one tile and two thirds to the other."""
+    whole, third, rest = (0, 56, 40, 80, 64), (0, 56, 40, 64, 64), (0, 64, 40, 80, 64)
+    scene, settings = draw(128, 128, [whole]), {"tile": TILE, "tile_overlap": 0.0, "tile_merge": merge}
+    assert_found(gd.predict(BlobDetector(), scene, **settings), [whole])
+    for match, expected in ((0.3, [whole]), (0.5, [whole, third]), (0.7, [whole, third, rest])):
+        found = gd.predict(BlobDetector(), scene, **settings, tile_metric="iou", tile_match=match)
+        assert_found(found, expected)
+
+
+@pytest.mark.parametrize(("merge", "metric"), [*itertools.product(("nmm", "nms"), ("ios", "iou"))])
+def test_an_overlap_of_just_what_is_asked_for_is_enough(merge, metric):
+    box, half = [0.0, 0, 10, 10], [0.0, 0, 10, 5] if metric == "iou" else [5.0, 0, 15, 10]
+    found = [
+        (Place(0, 0, 64, 64), {"scores": torch.tensor([s]), "labels": torch.tensor([0]), "boxes": torch.tensor([b])})
+        for s, b in ((0.9, box), (0.8, half))
+    ]
+    assert len(Tiling(64, merge=merge, metric=metric, match=0.5).join(found, 64, 64)["boxes"]) == 1
+    assert len(Tiling(64, merge=merge, metric=metric, match=0.501).join(found, 64, 64)["boxes"]) == 2
 
 
 def test_without_overlap_a_seam_doubles_what_it_cuts():

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,9 +18,9 @@ from ...prediction.options import Options
 from ...prediction.tiles import Merge, Metric
 from ...prediction.video import detect_frames
 from ..flags import CheckpointArgument, DetectorFlags, named
-from .images import ImageReader, ImageResults
+from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
-from .sources import find_sources
+from .sources import Sources, find_sources, unlike_each_other
 from .videos import VIDEOS, FrameFormat, VideoResults, stem_of
 
 __all__ = ["PredictCommand"]
@@ -114,25 +114,33 @@ class PredictCommand(DetectorFlags):
         sources = find_sources(self.images, besides=self.output)
         if not sources.exist:
             raise DataError(f"there is nothing at {sources}")
+        self._spare(sources)
         if sources.videos:
             require_video()
         model = load_model(checkpoint, device=self.device, **self.detector_settings())
-        settings = self._settings(settings_of(model))
-        options = Options(**{**vars(options), "settings": settings})
+        options = replace(options, settings=self._settings(settings_of(model)))
         predictor = Predictor(model, options, workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []
-        stems: set[str] = set()
-        for video in sources.videos:
-            faults.append(self._video(predictor, video, _unlike(stem_of(video), stems)))
+        for video, stem in zip(sources.videos, unlike_each_other(map(stem_of, sources.videos)), strict=True):
+            faults.append(self._video(predictor, video, stem))
         if any(faults):
             raise DataError("; ".join(filter(None, faults)))
+
+    def _spare(self, sources: Sources) -> None:
+        """Refuse what results would replace."""
+        folders = {(self.output / name).resolve() for name in (PICTURES, VIDEOS)}
+        files = {(self.output / name).resolve() for name in (JSON, SHEET)}
+        for path in sources.files:
+            # A link counts as both: it would be replaced where it lies, and its file be written to.
+            if path.resolve() in files or folders & {path.resolve().parent, path.parent.resolve()}:
+                raise DataError(f"{path} lies where results are written: give another output than {self.output}")
 
     def _frame_choice(self) -> FrameChoice:
         return FrameChoice(self.every, self.fps, self.max_frames)
 
     def _images(self, predictor: Predictor, paths: Sequence[Path]) -> str | None:
         """Detect in images. Returns what is to be said of those that cannot be read."""
-        read = ImageReader(PICTURE_PIXELS if self.annotated else CELL_PIXELS)
+        read = ImageReader(PICTURE_PIXELS if self.annotated else CELL_PIXELS if self.contact_sheet else None)
         results = ImageResults(
             self.output,
             paths,
@@ -149,10 +157,8 @@ class PredictCommand(DetectorFlags):
                 for found in detected:
                     results.add(found.index, found.extra, found.detection)
                     bar.advance()
-            except KeyboardInterrupt:
+            finally:  # after Ctrl-C and any error, too
                 results.finish()
-                raise
-        results.finish()
         return read.fault(paths)
 
     def _video(self, predictor: Predictor, source: str, stem: str) -> str | None:
@@ -182,7 +188,7 @@ class PredictCommand(DetectorFlags):
                     for frame, detection in detected:
                         results.add(frame, detection)
                         bar.advance()
-            finally:  # after Ctrl-C, too
+            finally:  # after Ctrl-C and any error, too
                 results.finish()
             return f"video {video.name}: {video.damage}; the rest is done" if video.damage else None
 
@@ -200,13 +206,3 @@ class PredictCommand(DetectorFlags):
             image_mean=self.image_mean,
             image_std=self.image_std,
         )
-
-
-def _unlike(stem: str, others: set[str]) -> str:
-    """The name, or with the first number behind it that none of the others has; it is added to them."""
-    name, number = stem, 1
-    while name in others:
-        number += 1
-        name = f"{stem}_{number}"
-    others.add(name)
-    return name

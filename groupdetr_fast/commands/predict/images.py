@@ -24,8 +24,9 @@ from ...files import read_json, write_whole
 from ...prediction import InferenceSettings
 from .coco import as_entries, categories
 from .drawing import DrawingThread
+from .sources import unlike_each_other
 
-__all__ = ["JSON", "ImageReader", "ImageResults", "ReadImage"]
+__all__ = ["JSON", "PICTURES", "SHEET", "ImageReader", "ImageResults", "ReadImage"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,25 +40,25 @@ class ReadImage:
     Attributes:
         path: of the file.
         size: (height, width) in pixels.
-        picture: ``[3, H, W]`` uint8, reduced to what is drawn.
+        picture: ``[3, H, W]`` uint8, reduced to what is drawn; None if nothing is.
     """
 
     path: Path
     size: tuple[int, int]
-    picture: Tensor
+    picture: Tensor | None
 
 
 class ImageReader:
     """Reads images, in any thread.
 
     Args:
-        picture_pixels: of the long side of what is kept of them, to be drawn.
+        picture_pixels: of the long side of what is kept of them, to be drawn; None to keep nothing.
 
     Attributes:
         unreadable: files that could not be read, which were logged.
     """
 
-    def __init__(self, picture_pixels: int = PICTURE_PIXELS) -> None:
+    def __init__(self, picture_pixels: int | None = PICTURE_PIXELS) -> None:
         self.picture_pixels = picture_pixels
         self.unreadable: list[Path] = []
 
@@ -68,13 +69,15 @@ class ImageReader:
             logger.warning("%s", error)
             self.unreadable.append(path)
             return None
-        return pixels, ReadImage(path, _size(pixels), reduce_image(pixels, self.picture_pixels))
+        picture = None if self.picture_pixels is None else reduce_image(pixels, self.picture_pixels)
+        return pixels, ReadImage(path, _size(pixels), picture)
 
     def fault(self, paths: Sequence[Path]) -> str | None:
         """What to say of the files that could not be read; None if there are none."""
         if not self.unreadable:
             return None
-        failed = [path for path in paths if path in set(self.unreadable)]
+        unreadable = set(self.unreadable)
+        failed = [path for path in paths if path in unreadable]
         names = ", ".join(f"{path}{'' if path.exists() else ' (which does not exist)'}" for path in failed)
         rest = "; the others are done" if len(failed) < len(paths) else ""
         return f"{len(failed)} of {len(paths)} images cannot be read: {names}{rest}"
@@ -109,7 +112,7 @@ class ImageResults:
     ):
         self.output, self.settings, self.least = output, settings, least
         self.contact_sheet, self.annotated = contact_sheet, annotated
-        self.names = _file_names(paths)
+        self.names = [f"{stem}.jpg" for stem in unlike_each_other(path.stem for path in paths)]
         self.entries: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         self.thumbnails: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self.drawing = DrawingThread()
@@ -122,20 +125,27 @@ class ImageResults:
         entry: dict[str, Any] = {"file_name": str(image.path), "width": width, "height": height}
         self.entries[index] = (entry, as_entries(detection, self.settings))
         tensors = {name: value for name, value in detection.items() if name != "class_names"}
-        if self.annotated:
+        if image.picture is not None and self.annotated:
             entry["picture"] = picture = f"{PICTURES}/{self.names[index]}"
             shown = scale_objects(tensors, image.size, _size(image.picture))
             names = self.settings.class_names
             self.drawing.add(draw_image, image.picture, shown, names, self.output / picture, self.least)
-        if self.contact_sheet:
+        # Only of what can be in the sheet: of many images most come too late.
+        free = len(self.thumbnails) < self.contact_sheet
+        if image.picture is not None and (free or (self.thumbnails and index < max(self.thumbnails))):
             thumbnail = reduce_image(image.picture, CELL_PIXELS)
             self.thumbnails[index] = (thumbnail, scale_objects(tensors, image.size, _size(thumbnail)))
             if len(self.thumbnails) > self.contact_sheet:
                 del self.thumbnails[max(self.thumbnails)]
 
     def finish(self) -> None:
-        """Write what is about all images, and say how many there are."""
-        self.drawing.finish()
+        """Write what is about all images, and say how many there are; also if a picture cannot be drawn."""
+        try:
+            self.drawing.finish()
+        finally:
+            self._write()
+
+    def _write(self) -> None:
         content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
         for image_id, index in enumerate(sorted(self.entries), start=1):
             image, annotations = self.entries[index]
@@ -162,15 +172,3 @@ class ImageResults:
                 (self.output / picture).unlink(missing_ok=True)
         if isinstance(images, list):
             (self.output / SHEET).unlink(missing_ok=True)
-
-
-def _file_names(paths: Sequence[Path]) -> list[str]:
-    """Names of the pictures of images; images of several folders may have the same name."""
-    names: dict[str, None] = {}
-    for path in paths:
-        name, number = f"{path.stem}.jpg", 1
-        while name in names:
-            number += 1
-            name = f"{path.stem}_{number}.jpg"
-        names[name] = None
-    return list(names)

@@ -1,7 +1,7 @@
 """What the arguments of ``groupdetr predict`` stand for: images, videos, cameras."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ...data import DataError
 from ...data.images import IMAGE_SUFFIXES
 from ...data.videos import VIDEO_SUFFIXES, is_stream
 
-__all__ = ["Sources", "find_images", "find_sources"]
+__all__ = ["Sources", "find_sources", "unlike_each_other"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Sources:
         return any(path.exists() for path in self.images) or any(
             is_stream(video) or Path(video).exists() for video in self.videos
         )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Without cameras and streams."""
+        return *self.images, *(Path(video) for video in self.videos if not is_stream(video))
 
     def __str__(self) -> str:
         return ", ".join([*map(str, self.images), *self.videos])
@@ -81,6 +86,14 @@ def find_sources(names: Sequence[str], *, besides: Path | None = None) -> Source
     return Sources(tuple(images), tuple(videos))
 
 
-def find_images(names: Sequence[str], *, besides: Path | None = None) -> list[Path]:
-    """The images among :func:`find_sources`."""
-    return list(find_sources(names, besides=besides).images)
+def unlike_each_other(stems: Iterable[str]) -> list[str]:
+    """The stems of files, each with the first number behind it that makes it unlike those before."""
+    names: dict[str, None] = {}
+    last: dict[str, int] = {}
+    for stem in stems:
+        name = stem
+        while name in names:
+            last[stem] = last.get(stem, 1) + 1
+            name = f"{stem}_{last[stem]}"
+        names[name] = None
+    return list(names)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -95,17 +96,23 @@ class VideoResults:
             content["annotations"].append({"id": number, "image_id": self.frames, **entry, "iscrowd": 0})
 
     def finish(self) -> None:
-        """Finish the files, and say what is in them."""
-        self._drawing.finish()
+        """Finish the files, and say what is in them; also if a frame cannot be drawn."""
+        with ExitStack() as finishing:  # each of them, the last one first, even if another fails
+            finishing.callback(self._say)
+            if self._writer is not None:
+                finishing.callback(self._writer.close)
+            finishing.callback(self._write)
+            self._drawing.finish()
+
+    def _write(self) -> None:
         if self._lines is not None:
             self._lines.close()
         else:
             detected = (entry["category_id"] for entry in self._content["annotations"])
             content = {**self._content, "categories": categories(self.settings, detected)}
             write_whole(self.path, json.dumps(content) + "\n")
-        files = [self.path]
-        if self._writer is not None:
-            self._writer.close()
-            files += [self._writer.path] if self._writer.path.exists() else []
-        shown = ", ".join(map(str, files))
+
+    def _say(self) -> None:
+        files = [self.path, *((self._writer.path,) if self._writer is not None else ())]
+        shown = ", ".join(str(path) for path in files if path.exists())
         print(f"{self.detections} detections in {self.frames} frames of {self.video.name}: {shown}")
