@@ -53,7 +53,7 @@ class Wheel(NamedTuple):
 
 
 def found_toolkits() -> list[Path]:
-    """The toolkit of ``CUDA_HOME`` or else of the nvcc on the path, as setup.py takes it, and that of ``CUDA12_HOME``."""
+    """That of ``CUDA_HOME`` or else of the nvcc on the path, which setup.py takes, and that of ``CUDA12_HOME``."""
     SETUP["locate_toolkit"]()
     homes = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), os.environ.get("CUDA12_HOME")]
     return [Path(home) for home in dict.fromkeys(homes) if home]
