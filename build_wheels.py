@@ -10,8 +10,8 @@ torch's wheels do. No GPU is needed.
 
 import argparse
 import os
-import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_wheels")  # its functions
 PLATFORM = "manylinux_2_28_x86_64"
 # Volta to Blackwell. Machine code serves later GPUs of the same major version, so that 8.7 and 12.1 are served too.
 CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -52,15 +53,10 @@ class Wheel(NamedTuple):
 
 
 def found_toolkits() -> list[Path]:
-    """The toolkit of ``CUDA_HOME`` or else of the nvcc on the path, and that of ``CUDA12_HOME``."""
-    homes = [home for name in ("CUDA_HOME", "CUDA12_HOME") if (home := os.environ.get(name))]
-    nvcc = shutil.which("nvcc")
-    if "CUDA_HOME" not in os.environ and nvcc is not None:
-        # The nvcc on the path may be a script that calls another one.
-        trial = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        folder = re.search(r"^#\$ _HERE_=(.+)$", trial.stderr, re.MULTILINE)
-        homes += [str(Path(folder.group(1)).parent)] if folder else []
-    return [Path(home) for home in dict.fromkeys(homes)]
+    """That of ``CUDA_HOME`` or else of the nvcc on the path, which setup.py takes, and that of ``CUDA12_HOME``."""
+    SETUP["locate_toolkit"]()
+    homes = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), os.environ.get("CUDA12_HOME")]
+    return [Path(home) for home in dict.fromkeys(homes) if home]
 
 
 def variant_of(toolkit: Path) -> Variant:
@@ -72,14 +68,10 @@ def variant_of(toolkit: Path) -> Variant:
     nvcc = toolkit / "bin" / "nvcc"
     if not nvcc.exists():
         raise SystemExit(f"{toolkit} is no CUDA toolkit: it has no bin/nvcc")
-    answers = [
-        subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
-        for option in ("--version", "--list-gpu-arch")
-    ]
-    major, minor = re.search(r"release (\d+)\.(\d+)", answers[0]).groups()
-    known = set(answers[1].split())
-    capabilities = [f"{high}.{low}" for high, low in CAPABILITIES if f"compute_{high}{low}" in known]
-    return Variant(f"cu{major}{minor}", toolkit, f"{';'.join(capabilities)}+PTX")
+    label = "cu" + SETUP["release_of"](nvcc).replace(".", "")
+    known = SETUP["compiled_by"](nvcc)
+    capabilities = ["{}.{}".format(*capability) for capability in CAPABILITIES if capability in known]
+    return Variant(label, toolkit, f"{';'.join(capabilities)}+PTX")
 
 
 def build(variant: Variant, folder: Path, output: Path) -> Wheel:
@@ -138,9 +130,8 @@ def check_import(wheel: Path, folder: Path) -> str:
         archive.extractall(folder)
     program = "import groupdetr_fast._gpus as gpus; print(gpus.__file__, gpus.built_for(), sep='\\n')"
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     file, built_for = done.stdout.splitlines()
     if not file.startswith(str(folder)):
         raise SystemExit(f"{file} was imported, not what is in {wheel}")

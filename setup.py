@@ -102,6 +102,12 @@ def compiled_by(nvcc):
     )
 
 
+def release_of(nvcc):
+    """The CUDA release of an nvcc, as ``"13.0"``."""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", answer).group(1)
+
+
 def for_gpus(capabilities, compiled):
     """What to compile for these GPUs, as ``TORCH_CUDA_ARCH_LIST`` has it; empty if nvcc knows none of them.
 
@@ -167,8 +173,7 @@ def build_command(cuda):
 
     if cuda:
         # Torch refuses toolkits of another CUDA than its own; here nothing that is taken from torch depends on that.
-        answer = subprocess.run([cuda, "--version"], capture_output=True, text=True, check=True).stdout
-        torch.version.cuda = re.search(r"release (\d+\.\d+)", answer).group(1)
+        torch.version.cuda = release_of(cuda)
     return cpp_extension.BuildExtension
 
 

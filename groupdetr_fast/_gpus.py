@@ -12,6 +12,7 @@ import torch
 
 _EXTENSION = "groupdetr_fast._C"
 OLDEST_FOR_TRITON = (7, 0)
+NO_TRITON = "Triton is not installed (pip install triton)"
 
 
 def extension() -> ModuleType | None:
@@ -82,7 +83,7 @@ def why_not_compiled(index: int) -> str | None:
 def why_not_triton(index: int) -> str | None:
     """Why Triton's kernels do not run on a GPU; None if they do."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return NO_TRITON
     if capability(index) < OLDEST_FOR_TRITON:
         return f"Triton needs compute capability {_dotted(OLDEST_FOR_TRITON)}"
     from triton.runtime import driver
@@ -90,9 +91,9 @@ def why_not_triton(index: int) -> str | None:
     try:
         driver.active.get_current_device()  # builds Triton's launcher of kernels
     except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
         return (
-            "Triton cannot build what launches its kernels (install gcc or set CC, and install python3-dev): "
-            f"{str(error).splitlines()[0]}"
+            f"Triton cannot build what launches its kernels (install gcc or set CC, and install python3-dev): {said[0]}"
         )
     return None
 

@@ -142,8 +142,13 @@ def backends(*, ask_gpu: bool = True) -> dict[str, dict[str, str]]:
         kernel of that device, and ``"reference"`` where the op runs its PyTorch reference; :func:`missing_kernels`
         tells why.
     """
+    return {op: kinds_of(op, ask_gpu=ask_gpu) for op in _public_ops}
+
+
+def kinds_of(op: str, *, ask_gpu: bool = True) -> dict[str, str]:
+    """What :func:`backends` says of one op; nothing is asked about others."""
     index = torch.cuda.current_device() if ask_gpu and torch.cuda.is_available() else None
-    return {op: {"cpu": _kernel_kind(op, "CPU"), "cuda": _kind_on_gpu(op, index)} for op in _public_ops}
+    return {"cpu": _kernel_kind(op, "CPU"), "cuda": _kind_on_gpu(op, index)}
 
 
 def missing_kernels() -> list[str]:
@@ -179,7 +184,7 @@ def _kind_on_gpu(op: str, index: int | None) -> str:
 def _why_not(op: str, index: int | None) -> str:
     """Why an op has no kernel on a GPU, or on any (``index`` None); empty if it has one."""
     if index is None:
-        return ("Triton is not installed (pip install triton)" if op in _in_triton else gpus.why_not_built()) or ""
+        return (gpus.NO_TRITON if op in _in_triton else gpus.why_not_built()) or ""
     return (gpus.why_not_triton(index) if op in _in_triton else gpus.why_not_compiled(index)) or ""
 
 
@@ -201,11 +206,7 @@ def load_extension() -> None:
         ImportError: if it does not.
     """
     if importlib.util.find_spec(f"{NAMESPACE}._C") is None:
-        warnings.warn(
-            "groupdetr_fast was installed without its compiled kernels: its ops run on their PyTorch references, "
-            "which are slow. Reinstall with a C++ compiler, or set GROUPDETR_FAST_BUILD=cpu to see why it fails.",
-            stacklevel=2,
-        )
+        warnings.warn(f"{gpus.why_not_built()}: its ops run on their PyTorch references, which are slow", stacklevel=2)
         return
     try:
         importlib.import_module(f"{NAMESPACE}._C")
@@ -215,9 +216,6 @@ def load_extension() -> None:
             f"{sys.version.split()[0]} (they need torch 2.11 and Python 3.10, or later): {error}. Install one of its "
             "wheels, or reinstall it from source in this environment."
         ) from error
-    if _kernel_kind("linear_assignment", "CUDA") != "CUDA" and torch.cuda.is_available():
-        warnings.warn(
-            "a GPU is available, but groupdetr_fast was built without its CUDA kernels: some ops run on their PyTorch "
-            "references there. Reinstall where nvcc is installed, or with GROUPDETR_FAST_BUILD=cuda.",
-            stacklevel=2,
-        )
+    why = gpus.why_not_built()
+    if why is not None and torch.cuda.is_available():
+        warnings.warn(f"a GPU is available, but {why}: some ops run on their PyTorch references there", stacklevel=2)

@@ -12,13 +12,16 @@ __all__ = ["random_state", "random_state_kept", "restore_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """The states of this process's generators, in types that ``torch.load(weights_only=True)`` reads."""
+    """The states of this process's generators, in types that ``torch.load(weights_only=True)`` reads.
+
+    Those of GPUs only where this process uses CUDA already: asking for them would initialise it.
+    """
     version, internal, gauss = random.getstate()
     of_numpy: Any = np.random.get_state()  # noqa: NPY002 (what a user's code may draw from)
     kind, keys, position, has_gauss, cached = of_numpy
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "python": [version, list(internal), gauss],
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],
     }
@@ -37,9 +40,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn inside, the generators are afterwards as they were before."""
-    state = random_state()
+    """Whatever is drawn inside, the generators are afterwards as they were before.
+
+    Those of GPUs that this process did not use before have the seed that ``torch.manual_seed`` gave them.
+    """
+    state, seed = random_state(), torch.initial_seed()
     try:
         yield
     finally:
         restore_random_state(state)
+        if not state["cuda"] and torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)  # waits for the first use of CUDA

@@ -1,6 +1,9 @@
 """What build_wheels.py builds. The wheels themselves take minutes, and are checked as they are built."""
 
+import os
 import runpy
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,24 @@ def test_toolkits_are_found_once_each(monkeypatch, made_up_toolkit):
     assert functions["found_toolkits"]() == [Path(first), Path(second)]
     monkeypatch.setenv("CUDA12_HOME", first)
     assert functions["found_toolkits"]() == [Path(first)]
+
+
+def test_the_toolkit_of_the_nvcc_on_the_path_is_found(monkeypatch, tmp_path):
+    """It may be a script that calls another one, which says where that is."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUDA12_HOME"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever was set meanwhile
+        monkeypatch.delenv(name)
+    script = tmp_path / "nvcc"
+    script.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/cuda/bin' >&2\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert functions["found_toolkits"]() == [Path("/opt/cuda")]
+
+
+def test_a_wheel_that_cannot_be_imported_says_why(tmp_path, capfd):
+    wheel = tmp_path / "broken.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("groupdetr_fast/__init__.py", "raise ImportError('symbols are missing')")
+    with pytest.raises(subprocess.CalledProcessError):
+        functions["check_import"](wheel, tmp_path / "unpacked")
+    assert "ImportError: symbols are missing" in capfd.readouterr().err

@@ -20,7 +20,7 @@ from ..models.detector import Detector, in_eval_mode
 from ..random_state import random_state_kept
 from ..runs.config import CocoTrainingConfig
 from ..runs.loaders import evaluation_loader, evaluation_set
-from .steps import endless_steps, trainer_of
+from .steps import trainer_of
 
 __all__ = ["gradient_agreement", "train_and_measure"]
 
@@ -98,7 +98,7 @@ def train_and_measure(
     images = itertools.islice(evaluation_loader(evaluation_set(config), config), batches)
     held = [batch.to(trainer.accelerator.device) for batch in images]
     yield _measure(model, criterion, held, 0)
-    for done, step in enumerate(itertools.islice(endless_steps(trainer), steps), start=1):
+    for done, step in enumerate(itertools.islice(trainer.endless_steps(), steps), start=1):
         trainer.run_step(step)
         if done % every == 0 or done == steps:
             yield _measure(model, criterion, held, done)

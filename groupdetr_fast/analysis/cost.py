@@ -18,7 +18,7 @@ from ..runs.config_file import from_plain
 from ..training.engine import Trainer
 from ..training.progress import peak_memory_mib
 from .json_files import to_json
-from .steps import endless_steps, trainer_of
+from .steps import trainer_of
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
 
@@ -68,7 +68,7 @@ def measure_cost(settings: CostSettings, folder: Path, *, threads: int) -> dict[
 def _seconds_of_steps(trainer: Trainer, number: int) -> list[float]:
     """Seconds of each of so many optimiser steps, without loading images."""
     times: list[float] = []
-    for batches in itertools.islice(endless_steps(trainer), number):
+    for batches in itertools.islice(trainer.endless_steps(), number):
         _wait()
         begin = time.perf_counter()
         trainer.run_step(batches)

@@ -1,8 +1,6 @@
 """A training whose steps alone are of interest: no evaluations, no checkpoints."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..build import build_criterion
 from ..runs.config import CocoTrainingConfig
@@ -10,7 +8,7 @@ from ..runs.loaders import training_loader, training_set
 from ..training.engine import Trainer, TrainerSettings
 from ..training.setup import build_accelerator
 
-__all__ = ["endless_steps", "trainer_of"]
+__all__ = ["trainer_of"]
 
 
 def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
@@ -21,11 +19,3 @@ def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
     model = config.model.build(dataset.num_classes)
     loader = training_loader(dataset, config)
     return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
-
-
-def endless_steps(trainer: Trainer) -> Iterator[list[Any]]:
-    """The batches of one optimiser step after another, for ``run_step``, epoch after epoch."""
-    trainer.state.model.train()
-    while True:
-        yield from trainer.steps()
-        trainer.state.next_epoch()

@@ -53,7 +53,8 @@ def run_sweep(
     """Make the runs that are not done yet, those that were interrupted from their last checkpoint on.
 
     Small runs do not fill a GPU, since the host launches their work kernel by kernel; so several share one, each in a
-    process of its own. Of several GPUs each run gets the one with the fewest.
+    process of its own. Of several GPUs each run gets the one with the fewest among those that have room for it; one run
+    at a time sees all GPUs.
 
     Args:
         runs: each is made once, however often it occurs.
@@ -80,7 +81,9 @@ def run_sweep(
             raise ValueError(f"{name} must be positive, got {value}")
     limit = psutil.virtual_memory().available * DEFAULT_MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
     unique = {run.name: run for run in runs}
-    pool = _Pool(unique, folder, jobs, threads, limit, shared_gpus(gpu_memory_gib))
+    pool = _Pool(unique, folder, jobs, threads, limit)
+    if jobs > 1 and pool.waiting:
+        pool.gpus = shared_gpus(gpu_memory_gib)
     pool.work()
     if pool.failed:
         name, reason = next(iter(pool.failed.items()))
@@ -144,14 +147,13 @@ class _Pool:
         jobs: int,
         threads: int,
         memory_limit: float,
-        gpus: list[SharedGpu],
     ):
         self.runs = runs
         self.folder = folder
         self.jobs = jobs
         self.threads = threads
         self.memory_limit = memory_limit
-        self.gpus = gpus
+        self.gpus: list[SharedGpu] = []  # that runs share
         self.looked = monotonic()
         self.size_is_known = False  # whether a run has trained an epoch since the sweep began
         self.largest = 0  # memory of a run, as far as seen
@@ -241,9 +243,10 @@ class _Pool:
             used = sum(worker.memory() for worker in self.active)
             if self.active and used + self.largest > self.memory_limit:
                 return
-            gpu = min(self.gpus, key=lambda gpu: gpu.runs, default=None)
-            if gpu is not None and not gpu.has_room(self.size_is_known):
+            with_room = [gpu for gpu in self.gpus if gpu.has_room(self.size_is_known)]
+            if self.gpus and not with_room:
                 return
+            gpu = min(with_room, key=lambda gpu: gpu.runs, default=None)
             name = self.waiting.popleft()
             self.runs[name].prepare(self.folder / name)
             self.active.append(_Worker.start(name, self.folder / name, self.threads, gpu))

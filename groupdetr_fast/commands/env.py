@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__, ops
-from .._gpus import built_for
+from .._gpus import built_for, capability
 
 __all__ = ["EnvCommand"]
 
@@ -25,7 +25,7 @@ class EnvCommand:
         print(f"CUDA            {torch.version.cuda or 'torch was built without'}")
         print(f"built for       {built_for()}")
         for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
+            major, minor = capability(index)
             print(f"GPU {index}           {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
         for op, kernels in ops.backends().items():
             print(f"{op:18}  " + ", ".join(f"{device}: {kind}" for device, kind in kernels.items()))

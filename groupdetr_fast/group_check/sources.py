@@ -69,17 +69,8 @@ def _load(source: str | Path) -> Any:
         return build_model(text, num_classes=default.num_classes, num_groups=default.num_groups)
     if of_transformers(text):
         return _load_detector(text, CheckpointHeader())
-    if path.exists() and (header := _own_header(path)).transformers:
-        return _load_detector(text, header)
-    if path.is_dir() and (path / "config.json").is_file() and "model_type" in _read_config(path):
-        return _load_transformers(path)
     if path.exists():
-        header = read_header(path)
-        if header is None or header.model is None:
-            raise ValueError(f"{path} does not say which model of this package it is of")
-        model = build_detector(header)
-        load_checkpoint(model, path)
-        return model
+        return _load_files(path)
     if ":" in text:
         return _find_function(text)
     if text.startswith("RFDETR"):
@@ -90,12 +81,27 @@ def _load(source: str | Path) -> Any:
     )
 
 
-def _own_header(path: Path) -> CheckpointHeader:
-    """What a checkpoint of this package says of its model; nothing for other files, which are read later."""
+def _load_files(path: Path) -> nn.Module:
+    """The model of a checkpoint of this package, or of a directory of transformers."""
     try:
-        return read_header(path)
+        header = read_header(path)
     except (FileNotFoundError, ValueError):
-        return CheckpointHeader()
+        if not _is_of_transformers(path):
+            raise
+        header = CheckpointHeader()
+    if header.transformers:
+        return _load_detector(str(path), header)
+    if _is_of_transformers(path):
+        return _load_transformers(path)
+    if header.model is None:
+        raise ValueError(f"{path} does not say which model of this package it is of")
+    model = build_detector(header)
+    load_checkpoint(model, path)
+    return model
+
+
+def _is_of_transformers(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").is_file() and "model_type" in _read_config(path)
 
 
 def _load_detector(name: str, header: CheckpointHeader) -> nn.Module:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "can_serve", "serves_everywhere"]
+__all__ = ["DEVICES", "Shapes", "attend", "can_serve", "has_kernel", "serves_everywhere"]
 
-# Types of devices for which ops.ms_deform_attn has a kernel; elsewhere it would run its reference. No GPU is asked, as
-# importing must not initialise CUDA.
+# Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
+# CUDA; has_kernel does that.
 DEVICES = frozenset(
     device
-    for device, kind in ops.backends(ask_gpu=False)["ms_deform_attn"].items()
+    for device, kind in serving.kinds_of("ms_deform_attn", ask_gpu=False).items()
     if kind not in ("reference", "PyTorch")
 )
 
@@ -32,9 +33,19 @@ def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Te
     return ops.ms_deform_attn(value, spatial_shapes, locations, weights)
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether ops.ms_deform_attn has a kernel that runs on a device; elsewhere it would run its reference."""
+    return device.type in DEVICES and (device.type != "cuda" or _is_served(device.index))
+
+
+@torch.compiler.assume_constant_result  # the extension answers, into which torch.compile does not see
+def _is_served(index: int) -> bool:
+    return serving.compiled_kernels_run_on(index)
+
+
 def serves_everywhere(op: str) -> bool:
     """Whether an op has a compiled kernel on every kind of device that this machine has."""
-    kinds = ops.backends()[op]
+    kinds = serving.kinds_of(op)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return all(kinds[device] in ("C++", "CUDA") for device in devices)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import DEVICES, attend
+from .kernels import DEVICES, attend, has_kernel
 
 __all__ = ["register_kernels", "unregister_kernels"]
 
@@ -71,7 +71,7 @@ def _ms_deform_attn(
     Returns:
         ``[B, Lq, H * D]`` in the dtype of ``value``, or None where LibreYOLO is to run its own code.
     """
-    if value.device.type not in DEVICES:
+    if not has_kernel(value.device):
         return None
     shapes = _sizes(spatial_shapes)
     if shapes is None:

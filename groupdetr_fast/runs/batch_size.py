@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 
 from ..build import build_criterion
 from ..data import Batch, CocoDataset, collate
@@ -39,6 +40,7 @@ def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, datase
     if numbers is None:
         with random_state_kept():
             numbers, how = _found(config, accelerator, dataset), "the largest that fits"
+        clear_device_cache(garbage_collection=True)  # what was tried may hold itself in cycles
     batch_size, accumulate = numbers
     Display(accelerator).print(
         f"batch_size auto: {batch_size} images, {how}; accumulate {accumulate} for steps of "

@@ -107,26 +107,25 @@ def found_batch_size(
         TrainingError: if the memory of a process is too small for one image.
     """
     share = config.images_per_step // accelerator.num_processes
-    found = min(gather_object([largest_fitting(run, memory_of(accelerator.device), share)]))
-    if found == 0:
+    batch_size = min(gather_object([largest_fitting(run, memory_of(accelerator.device), share)]))
+    if batch_size == 0:
         raise TrainingError(
             "the device has not enough memory for a step on one image: pass --groups-per-pass 1, --recompute-layers or "
             "--precision bf16, or smaller images"
         )
-    batch_size = max(size for size in range(1, found + 1) if share % size == 0)
     return batch_size, share // batch_size
 
 
-def largest_fitting(run: Callable[[int], None], memory: Memory, most: int) -> int:
-    """The largest size whose steps leave a fifth of the memory free; 0 if the memory does not hold a step of size 1.
+def largest_fitting(run: Callable[[int], None], memory: Memory, share: int) -> int:
+    """The largest divisor of ``share`` whose steps leave a fifth of the memory free; 0 if it does not hold one image.
 
-    Sizes are doubled as long as they fit, and the limit is then found by halving. Accelerate's
+    The divisors are tried from the smallest on, until one takes more; a single image may take all. Accelerate's
     ``find_executable_batch_size`` only goes down, and up to the last byte.
 
     Args:
         run: steps of this size.
         memory: of the device.
-        most: size beyond which none is tried.
+        share: images of a process per optimiser step.
     """
 
     def peak(size: int) -> float:
@@ -145,14 +144,11 @@ def largest_fitting(run: Callable[[int], None], memory: Memory, most: int) -> in
     first = peak(1)
     if first > AIM:
         return int(first < 1)
-    fits, fails = 1, most + 1
-    while fits < fails - 1:
-        size = min(2 * fits, most) if fails == most + 1 else (fits + fails) // 2
-        if peak(size) <= AIM:
-            fits = size
-        else:
-            fails = size
-    memory.clear()
+    fits = 1
+    for size in (size for size in range(2, share + 1) if share % size == 0):
+        if peak(size) > AIM:
+            break
+        fits = size
     return fits
 
 

@@ -259,6 +259,14 @@ class Trainer:
         while step := list(itertools.islice(batches, self.config.accumulate)):
             yield step
 
+    def endless_steps(self) -> Iterator[list[Any]]:
+        """What :meth:`steps` gives, epoch after epoch, for those who look at steps alone; in training mode."""
+        self.state.model.train()
+        while True:
+            yield from self.steps()
+            self.ledger.settle()
+            self.state.next_epoch()
+
     def run_step(self, batches: list[Any]) -> dict[str, Tensor]:
         """One optimiser step; the model must be in training mode.
 

@@ -1,5 +1,6 @@
 """A sweep of the learning rate: how the loss of a few hundred steps behaves while the rate rises (Smith 2017)."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -110,28 +111,23 @@ def sweep_rate(trainer: Trainer, settings: SweepSettings) -> RateSweep:
     losses: list[float] = []
     smoothed: list[float] = []
     average, diverged = 0.0, False
-    trainer.state.model.train()
-    while len(rates) < settings.rate_steps and not diverged:
-        for batches in trainer.steps():
-            rate = settings.rate(len(rates))
-            for group, proportion in zip(optimizer.param_groups, proportions, strict=True):
-                group["lr"] = rate * proportion
-            loss = _loss_of_step(trainer, batches)
-            if not math.isfinite(loss):
-                diverged = True
-                break
-            average = SMOOTHING * average + (1 - SMOOTHING) * loss
-            rates.append(rate)
-            losses.append(loss)
-            smoothed.append(average / (1 - SMOOTHING ** len(rates)))
-            if len(rates) % EVERY == 0:
-                display.print(f"step {len(rates)}/{settings.rate_steps}  lr {rate:.2g}  loss {smoothed[-1]:.3f}")
-            diverged = smoothed[-1] > DIVERGED * min(smoothed)
-            if diverged or len(rates) == settings.rate_steps:
-                break
-        else:
-            trainer.ledger.settle()
-            trainer.state.next_epoch()
+    for batches in itertools.islice(trainer.endless_steps(), settings.rate_steps):
+        rate = settings.rate(len(rates))
+        for group, proportion in zip(optimizer.param_groups, proportions, strict=True):
+            group["lr"] = rate * proportion
+        loss = _loss_of_step(trainer, batches)
+        if not math.isfinite(loss):
+            diverged = True
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(average / (1 - SMOOTHING ** len(rates)))
+        if len(rates) % EVERY == 0:
+            display.print(f"step {len(rates)}/{settings.rate_steps}  lr {rate:.2g}  loss {smoothed[-1]:.3f}")
+        diverged = smoothed[-1] > DIVERGED * min(smoothed)
+        if diverged:
+            break
     if len(rates) < LEAST:
         raise TrainingError(
             f"the loss diverged after {len(rates)} steps, at the rate {settings.rate(len(rates)):.2g}: begin with a "

@@ -115,6 +115,17 @@ def test_runs_are_spread_over_gpus(pretend, runs, tmp_path, monkeypatch):
     assert {gpu for _, gpu, _ in notes(tmp_path / "runs")} == {"3", "5"}
 
 
+def test_a_full_gpu_does_not_keep_others_from_runs(pretend, runs, tmp_path):
+    """Another program leaves room for one run on the first GPU, and the second has room for four."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "gpu0-other").write_text("600")
+    pretend(2, mib=200, seconds=1.0)
+    run_sweep(runs, tmp_path / "runs", jobs=5)
+    most = {gpu: max(others for _, where, others in notes(tmp_path / "runs") if where == gpu) for gpu in "01"}
+    assert most["0"] == 1  # the other program
+    assert most["1"] >= 2
+
+
 def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, runs, tmp_path):
     """The limit lets three runs in; the GPU has room for two."""
     pretend(1, mib=300, capacity=750, seconds=1.0)
@@ -136,6 +147,16 @@ def test_memory_that_cannot_be_read_is_an_error(pretend, runs, tmp_path, monkeyp
     (tmp_path / "bin" / "nvidia-smi").write_text(f"#!{sys.executable}\nprint('[N/A], [N/A]')\n")
     with pytest.raises(GpuError, match="nvidia-smi does not say how much memory of GPU 0 is in use"):
         run_sweep(runs, tmp_path / "runs", jobs=2)
+
+
+def test_memory_is_read_only_where_runs_are_to_share_it(pretend, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    pretend(2, seconds=0.0)
+    monkeypatch.setattr(gpus, "_memory", lambda name: pytest.fail("nvidia-smi was asked"))
+    run_sweep(runs[:2], tmp_path / "runs", jobs=1)
+    assert notes(tmp_path / "runs") == [(run.name, "0,1", 0) for run in runs[:2]]
+    assert set(run_sweep(runs[:2], tmp_path / "runs", jobs=2)) == {run.name for run in runs[:2]}  # all are done
 
 
 def test_the_default_limit_is_nine_tenths_of_what_is_free(pretend):

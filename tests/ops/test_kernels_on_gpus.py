@@ -15,9 +15,12 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import groupdetr_fast._library as library
 from groupdetr_fast import _gpus as gpus
 from groupdetr_fast import cli, ops
+from groupdetr_fast.integrations import kernels
+from groupdetr_fast.integrations.kernels import has_kernel, serves_everywhere
 from groupdetr_fast.ops import _triton
 from groupdetr_fast.ops.linear_assignment.reference import linear_assignment_reference
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
+from groupdetr_fast.ops.serving import kinds_of
 
 ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(gpus.extension() is None, reason="groupdetr_fast was built without its kernels")
@@ -136,11 +139,49 @@ def test_why_a_gpu_has_no_triton_kernels(machine, monkeypatch):
             "Failed to find C compiler."
         )
         machine(T4)
+
+        def fail_in_silence():
+            raise AssertionError
+
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=fail_in_silence))
+        assert gpus.why_not_triton(0).endswith("and install python3-dev): AssertionError")
+        machine(T4)
         monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=lambda: 0))
         assert gpus.why_not_triton(0) is None
     machine(A100)
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
     assert gpus.why_not_triton(0) == "Triton is not installed (pip install triton)"
+
+
+@with_cuda
+def test_what_is_asked_about_one_op_concerns_no_other(machine):
+    machine(A100, extension=made_up_extension(), triton=lambda index: pytest.fail("Triton was asked"))
+    assert kinds_of("linear_assignment") == {"cpu": "C++", "cuda": "CUDA"}
+    assert serves_everywhere("linear_assignment")
+
+
+@with_cuda
+def test_deformable_attention_has_no_kernel_on_a_gpu_without_code(machine):
+    machine(T4, A100, extension=made_up_extension())
+    assert [has_kernel(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu", "meta")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("reason", [None, "there is no code for it"])
+def test_torch_compile_asks_the_gpu_without_a_graph_break(reason, monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(gpus, "why_not_compiled", lambda index: os.getppid() and reason)
+
+    def run(x):
+        return x + 1 if has_kernel(torch.device("cuda", 0)) else x - 1
+
+    torch._dynamo.reset()
+    found = torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert found.item() == (1 if reason is None else -1)
 
 
 def test_missing_kernels_are_told_by_device_and_reason(machine):

@@ -86,6 +86,19 @@ def test_steps_need_no_file_and_their_epochs_differ(trainer_in):
     assert not trainer.settings.run.exists()
 
 
+def test_endless_steps_count_each_step_in_its_epoch(trainer_in):
+    trainer = trainer_in("run")
+    steps = trainer.endless_steps()
+    for _ in range(5):
+        trainer.run_step(next(steps))
+    first = trainer.state.current
+    trainer.run_step(next(steps))
+    trainer.ledger.settle()
+    assert trainer.state.model.training
+    assert (first.steps, trainer.state.current.steps, trainer.state.epoch) == (5, 1, 1)
+    assert not trainer.settings.run.exists()
+
+
 def test_a_state_is_saved_and_restored_within_an_epoch(trainer_in):
     trainer = trainer_in("run", ema_decay=0.9)
     trainer.state.model.train()

@@ -3,7 +3,7 @@
 from rfdetr.models.ops.modules import MSDeformAttn
 from torch import Tensor, nn
 
-from ..kernels import DEVICES, attend
+from ..kernels import DEVICES, attend, has_kernel
 
 __all__ = ["DEVICES", "exchange", "is_exchanged", "put_back"]
 
@@ -39,7 +39,7 @@ class _MSDeformAttn(MSDeformAttn):
         input_spatial_shapes_hw: list[tuple[int, int]] | None = None,
     ) -> Tensor:
         fits = reference_points.dim() == 4 and reference_points.shape[2] in (1, self.n_levels)
-        if self._export or input_spatial_shapes_hw is None or not fits or query.device.type not in DEVICES:
+        if self._export or input_spatial_shapes_hw is None or not fits or not has_kernel(query.device):
             return super().forward(
                 query,
                 reference_points,

@@ -18,7 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.models.oneformer.modeling_oneformer import OneFormerPixelDecoderEncoderMultiscaleDeformableAttention
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2MultiscaleDeformableAttention
 
-from ..kernels import DEVICES, Shapes, attend
+from ..kernels import DEVICES, Shapes, attend, has_kernel
 
 __all__ = ["DEVICES", "exchange", "put_back"]
 
@@ -77,7 +77,7 @@ class _MultiScaleDeformableAttention(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if value.device.type in DEVICES:
+        if has_kernel(value.device):
             return attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
         return self.exchanged_class.forward(
             self,
@@ -101,7 +101,7 @@ def _attend_unequal_points(
     method: str = "default",
 ) -> Tensor:
     """With points ``[B, Lq, H, sum of points, 2]`` of all levels side by side, which may have different numbers."""
-    if method != "default" or value.device.type not in DEVICES:
+    if method != "default" or not has_kernel(value.device):
         return multi_scale_deformable_attention_v2(
             value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method
         )
@@ -135,7 +135,7 @@ class _RTDetrV2Attention(RTDetrV2MultiscaleDeformableAttention):
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if self.method != "default" or reference_points.shape[-1] != 4 or hidden_states.device.type not in DEVICES:
+        if self.method != "default" or reference_points.shape[-1] != 4 or not has_kernel(hidden_states.device):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -171,7 +171,7 @@ class _PixelDecoderAttention:
         spatial_shapes_list: Shapes | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if reference_points.shape[-1] != 2 or hidden_states.device.type not in DEVICES:
+        if reference_points.shape[-1] != 2 or not has_kernel(hidden_states.device):
             return super().forward(
                 hidden_states,
                 attention_mask,
