@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from torch import nn
 
+from .host_memory import keep_freed_memory
 from .optimization import OptimizationConfig
 
 __all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"]
@@ -36,6 +37,8 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
     set_seed(config.seed)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     round_products(accelerator.device, tf32=config.tf32)
     return accelerator
 
