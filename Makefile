@@ -90,8 +90,9 @@ docs: $(VENV)/.docs
 
 # A wheel in dist/. One file serves every Python from 3.10 and every torch from 2.11.
 wheel build: $(VENV)/.torch
-	rm -rf build/lib* dist  # of which a wheel would take modules that are no more
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf build/lib* build/wheel  # a wheel would take modules of the former that are no more
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	mkdir -p dist && cp build/wheel/*.whl dist
 
 # Wheels for others, in dist/: for the CPU, and for the CUDA toolkit of nvcc and that of CUDA12_HOME if it is set. They run
 # on any Linux with glibc 2.28, which auditwheel checks. Objects are kept in build/wheels; no GPU is needed.
@@ -107,7 +108,7 @@ wheel-test: wheel $(VENV)/.test
 	$(PYTHON) -m venv --clear build/wheel-test
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		>$$(build/wheel-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
-	build/wheel-test/bin/python -m pip install --disable-pip-version-check --no-deps dist/groupdetr_fast-*.whl
+	build/wheel-test/bin/python -m pip install --disable-pip-version-check --no-deps build/wheel/*.whl
 	cp -r tests pyproject.toml build/wheel-test
 	cd build/wheel-test && bin/python -c 'import groupdetr_fast as gd; print(gd.__file__, gd.ops.backends())'
 	cd build/wheel-test && bin/python -m pytest -q -m "not slow" tests/ops
