@@ -139,8 +139,8 @@ class TransformersDetector(nn.Module):
             The predictions of the last layer.
 
         Raises:
-            ValueError: for a number of groups or a group that the model does not have, and for labels that are no
-                classes of the model.
+            ValueError: for a number of groups or a group that the model does not have, for labels that are no classes
+                of the model, and for images with fewer places than the model chooses for its queries.
             TypeError: if ``targets`` are not packed.
         """
         self._check_groups(num_groups, inference_group)
@@ -151,7 +151,7 @@ class TransformersDetector(nn.Module):
             check_packed(targets)
             targets.check_labels(self.config.num_classes)
             labels = _labels(targets, scale)
-        out = self.model(
+        out = self._detect(
             pixel_values=frame, pixel_mask=(~padding).long() if self.family.uses_masks else None, labels=labels
         )
         inputs = self._recorder.take()
@@ -172,6 +172,18 @@ class TransformersDetector(nn.Module):
             no_object=self.family.no_object,
             loss_inputs=inputs,
         )
+
+    def _detect(self, **inputs: Tensor | list[dict[str, Tensor]] | None) -> Any:
+        try:
+            return self.model(**inputs)
+        except RuntimeError as error:
+            if "selected index k out of range" not in str(error):  # of torch.topk
+                raise
+            height, width = cast(Tensor, inputs["pixel_values"]).shape[-2:]
+            raise ValueError(
+                f"images of {height} x {width} pixels have fewer places than the model chooses for its "
+                f"{self.config.num_queries} queries: give it larger images"
+            ) from error
 
     def make_criterion(self) -> TransformersCriterion:
         """The losses that transformers computes for this model."""

@@ -268,3 +268,9 @@ def test_decoder_layers_can_be_computed_again(name):
     _, expected = loss_and_gradients(detector, batches)
     _, gradients = loss_and_gradients(again, batches)
     assert_gradients(gradients, expected)
+
+
+def test_images_too_small_for_the_queries_are_refused_in_one_sentence():
+    detector = detector_of("LwDetr").eval()
+    with pytest.raises(ValueError, match=rf"fewer places than the model chooses for its {QUERIES} queries"):
+        detector(torch.rand(1, 3, 8, 8))
