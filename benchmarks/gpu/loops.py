@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +50,8 @@ class Loop(NamedTuple):
 
     ``threads`` are those of a block, and ``blocks`` is how many blocks fit a multiprocessor at a time; they are None
     where the launch decides on the threads. ``shared_memory`` is in bytes, without what the launch asks for in addition
-    to it in CUDA C++. ``reduced`` are the bytes that a thread adds to memory in a turn at most, ``reduced_a_sample``
-    those that all lanes add for a sample of deformable attention.
+    to it in CUDA C++. ``reduced`` are the bytes that a thread adds to memory in a turn at most, by the
+    branches that add most, ``reduced_a_sample`` those that all lanes add for a sample of deformable attention.
     """
 
     kernel: str
@@ -114,7 +113,8 @@ def loops_of_kernel(kernel: sass.Kernel, usage: Usage) -> list[Loop]:
     return [loop._replace(reduced_a_sample=reduced_a_sample(usage.kernel, loop.reduced))]
 
 
-def _loop(kernel: sass.Kernel, instructions: Sequence[sass.Instruction], usage: Usage) -> Loop:
+def _loop(kernel: sass.Kernel, loop: sass.Cycle | None, usage: Usage) -> Loop:
+    instructions = sass.of(kernel, loop)
     kinds = sass.count_kinds(instructions)
     threads = usage.threads or kernel.threads
     return Loop(
@@ -126,7 +126,7 @@ def _loop(kernel: sass.Kernel, instructions: Sequence[sass.Instruction], usage: 
         threads and blocks_at_a_time(usage.architecture, threads // 32, usage.registers, usage.shared_memory),
         len(instructions),
         *(kinds[kind] for kind in COUNTS),
-        reduced=sum(instruction.reduced for instruction in instructions),
+        reduced=sass.reduced_in_a_turn(kernel, loop),
         reduced_a_sample=None,
     )
 
@@ -167,7 +167,7 @@ def function_at(frame: sass.Frame) -> str:
 def _definitions(file: str) -> list[tuple[int, str]]:
     """Functions for the GPU in a source, by the lines that they begin at."""
     text = Path(file).read_text(errors="replace") if Path(file).is_file() else ""
-    found = re.finditer(r"\b(?:__device__|__global__|HOST_DEVICE)\b[^;{}]*?\b(?!__)(\w+)\(", text)
+    found = re.finditer(r"\b(?:__device__|__global__|HOST_DEVICE)\b[^;{}]*?\b(?!__|defined\b)(\w+)\(", text)
     return [(text.count("\n", 0, match.start()) + 1, match.group(1)) for match in found]
 
 

@@ -87,7 +87,8 @@ def read(assembly: str) -> dict[str, Kernel]:
     Text with no section in it is one kernel, whose symbol is empty.
     """
     kernels: dict[str, Kernel] = {}
-    current, source, fresh = kernels.setdefault("", Kernel([], {})), (), True
+    current, fresh = kernels.setdefault("", Kernel([], {})), True
+    source: tuple[Frame, ...] = ()
     for line in assembly.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):
             current, source = kernels.setdefault(section.group(1), Kernel([], {})), ()
@@ -112,9 +113,10 @@ def read(assembly: str) -> dict[str, Kernel]:
 
 
 class Cycle(NamedTuple):
-    """A loop of a kernel: the indices of its instructions, and of the last jump that leads back to its begin."""
+    """A loop: the indices of its instructions, of the first one, and of the last jump that leads back to it."""
 
     indices: frozenset[int]
+    first: int
     jump: int
 
     def is_in(self, other: "Cycle") -> bool:
@@ -150,7 +152,7 @@ def loops(kernel: Kernel) -> list[Cycle]:
                 waiting += before[block]
         indices = frozenset(index for block in body for index in range(starts[block], starts[block + 1]))
         if len(indices) > 1:  # a jump to itself is what a kernel ends with
-            found.append(Cycle(indices, max(starts[latch + 1] - 1 for latch in latches)))
+            found.append(Cycle(indices, starts[head], max(starts[latch + 1] - 1 for latch in latches)))
     return found
 
 
@@ -195,37 +197,63 @@ def _reached(successors: Sequence[Sequence[int]], start: int, without: int | Non
     return found
 
 
-def inner_loop(kernel: Kernel, around: int = 0) -> list[Instruction]:
+def inner_loop(kernel: Kernel, around: int = 0) -> Cycle | None:
     """The inner loop of a kernel: the longest one that multiplies and has no other such loop in it.
 
-    Of a kernel without products in loops, it is the longest one that has no other in it; without any loop, it is empty.
+    Of a kernel without products in loops, it is the longest one that has no other in it; without any loop, it is None.
     ``around`` says how many loops further out to look.
     """
     candidates = loops(kernel)
     multiplying = [loop for loop in candidates if any(kernel.instructions[index].multiplies for index in loop.indices)]
     candidates = multiplying or candidates
     inner = [loop for loop in candidates if not any(other.is_in(loop) for other in candidates)]
-    if not inner:
-        return []
-    chosen = max(inner, key=_length)
+    chosen = max(inner, key=_length, default=None)
     for _ in range(around):
-        chosen = min((loop for loop in candidates if chosen.is_in(loop)), key=_length, default=chosen)
-    return of(kernel, chosen)
+        chosen = min((loop for loop in candidates if chosen and chosen.is_in(loop)), key=_length, default=chosen)
+    return chosen
 
 
-def longest(kernel: Kernel, functions: Sequence[str], name: Callable[[Frame], str]) -> list[Instruction]:
-    """The longest loop that is in these functions, of which the last one has the loop itself; empty if there is none.
+def longest(kernel: Kernel, functions: Sequence[str], name: Callable[[Frame], str]) -> Cycle | None:
+    """The longest loop that is in these functions, of which the last one has the loop itself; None if there is none.
 
     ``name`` tells the function of a line. A loop is where its jump back is from: of its other instructions some are
     from what surrounds it, as compilers move them.
     """
     wanted = tuple(functions)
     found = [loop for loop in loops(kernel) if _names(kernel.instructions[loop.jump], name)[-len(wanted) :] == wanted]
-    return of(kernel, max(found, key=_length)) if found else []
+    return max(found, key=_length, default=None)
 
 
-def of(kernel: Kernel, loop: Cycle) -> list[Instruction]:
-    return [kernel.instructions[index] for index in sorted(loop.indices)]
+def of(kernel: Kernel, loop: Cycle | None) -> list[Instruction]:
+    """The instructions of a loop in their order, none without a loop."""
+    return [kernel.instructions[index] for index in sorted(loop.indices)] if loop else []
+
+
+def reduced_in_a_turn(kernel: Kernel, loop: Cycle | None) -> int:
+    """Bytes of reductions of a thread on the way through a loop that has most; of loops in it, one turn.
+
+    Compilers write a branch down several times, of which a turn takes one.
+    """
+    if loop is None:
+        return 0
+    starts, successors = _blocks(kernel)
+    most: dict[int, int] = {}
+    ways = [(starts.index(loop.first), iter(successors[starts.index(loop.first)]))]
+    while ways:
+        block, following = ways[-1]
+        under_way = {one for one, _ in ways}
+        onward = next(
+            (one for one in following if starts[one] in loop.indices and one not in {*most, *under_way}), None
+        )
+        if onward is not None:
+            ways.append((onward, iter(successors[onward])))
+            continue
+        own = sum(kernel.instructions[index].reduced for index in range(starts[block], starts[block + 1]))
+        # What is under way lies behind: a jump to it begins another turn.
+        ahead = [most[one] for one in successors[block] if one in most]
+        most[block] = own + max(ahead, default=0)
+        ways.pop()
+    return most[starts.index(loop.first)]
 
 
 def _length(loop: Cycle) -> int:

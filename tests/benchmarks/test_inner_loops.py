@@ -85,7 +85,8 @@ def kernel_of(assembly):
 
 
 def inner(assembly, around=0):
-    return [instruction.opcode for instruction in sass.inner_loop(kernel_of(assembly), around)]
+    kernel = kernel_of(assembly)
+    return [instruction.opcode for instruction in sass.of(kernel, sass.inner_loop(kernel, around))]
 
 
 def instruction(text):
@@ -147,6 +148,30 @@ def test_kinds_and_bytes_of_reductions(text, kind, reduced):
     assert instruction(text).reduced == reduced
 
 
+def test_bytes_of_reductions_are_those_of_the_way_that_has_most():
+    kernel = kernel_of("""
+.L_x_0:
+        /*0000*/                   FFMA R2, R4, R5, R2 ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+        /*0020*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0030*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0050*/                   REDG.E.ADD.F64.RN.STRONG.GPU desc[UR4][R2.64], R6 ;
+.L_x_2:
+        /*0060*/                   SHFL.BFLY PT, R5, R4, R3, 0x1f ;
+        /*0070*/               @P1 BRA `(.L_x_2) ;
+        /*0080*/               @P2 REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R8 ;
+        /*0090*/               @P3 BRA `(.L_x_0) ;
+        /*00a0*/                   REDG.E.ADD.F64.RN.STRONG.GPU desc[UR4][R2.64], R6 ;
+        /*00b0*/                   EXIT ;
+""")
+    loop = sass.inner_loop(kernel)
+    assert sass.count_kinds(sass.of(kernel, loop))["reductions"] == 4
+    assert sass.reduced_in_a_turn(kernel, loop) == 4 + 8 + 16
+    assert sass.reduced_in_a_turn(kernel, None) == 0
+
+
 def test_loops_are_looked_up_by_function(tmp_path):
     file = tmp_path / "search.cuh"
     file.write_text(SOURCE)
@@ -179,7 +204,8 @@ def test_loops_are_looked_up_by_function(tmp_path):
 """)
 
     def found(*functions):
-        return [instruction.opcode for instruction in sass.longest(kernel, functions, loops.function_at)]
+        loop = sass.longest(kernel, functions, loops.function_at)
+        return [instruction.opcode for instruction in sass.of(kernel, loop)]
 
     assert found("relax") == found("search", "relax") == ["LEA", "SHF", "BRA"]
     assert found("scan") == ["SHF", "BRA"]
