@@ -51,14 +51,22 @@ def read_earlier(against: str) -> list[dict[str, str]]:
 
 
 def compare(before: Sequence[dict[str, str]], after: Sequence[Loop]) -> str:
-    """Both counts and their ratios of each kernel that has changed; then which kernels one table alone has."""
+    """Both counts and their ratios of each kernel that has changed, without kinds of which there is nothing.
+
+    Kernels that one table alone has come last, by name.
+    """
     old = {(row["kernel"], int(row["architecture"])): row for row in before}
     new = {(loop.kernel, loop.architecture): loop for loop in after}
-    fields = [field for field in Loop._fields[2:] if any(field in row for row in before)]
+    earlier = [field for field in Loop._fields[2:] if any(field in row for row in before)]
+    fields = [
+        field
+        for field in earlier
+        if any(row[field] not in ("", "0") for row in before) or any(getattr(loop, field) for loop in after)
+    ]
     rows: list[list[object]] = []
     for key in new.keys() & old.keys():
         was = [int(old[key][field]) if old[key][field] else None for field in fields]
-        now = [_comparable(new[key], field, fields) for field in fields]
+        now = [_comparable(new[key], field, earlier) for field in fields]
         if was != now:
             rows += [[*key, "before", *was], [*key, "after", *now], [*key, "ratio", *map(_ratio, was, now)]]
     rows.sort(key=lambda row: row[:2])  # which leaves the three of a kernel in their order
@@ -71,9 +79,9 @@ def compare(before: Sequence[dict[str, str]], after: Sequence[Loop]) -> str:
     return "\n\n".join(parts)
 
 
-def _comparable(loop: Loop, field: str, fields: Sequence[str]) -> int | None:
-    """A number of a loop, with those of the kinds that an earlier table counted among this one."""
-    parts = [part for part, whole in PART_OF.items() if whole == field and part not in fields]
+def _comparable(loop: Loop, field: str, earlier: Sequence[str]) -> int | None:
+    """A number of a loop, with those of the kinds that an earlier table, which has these fields, counted among it."""
+    parts = [part for part, whole in PART_OF.items() if whole == field and part not in earlier]
     number: int | None = getattr(loop, field)
     return number if number is None else number + sum(getattr(loop, part) for part in parts)
 

@@ -303,12 +303,13 @@ template __global__ void add_products<__nv_bfloat16, 4>(const __nv_bfloat16*, co
 
 def test_comparison_with_an_earlier_table():
     same, new = loop_row(instructions=7), loop_row(kernel="op/new")
-    halved = loop_row(kernel="op/b", instructions=10, memory=3, reductions=1)
+    halved = loop_row(kernel="op/b", instructions=10, memory=3, reductions=1, reduced_a_sample=8)
     before = [dict(zip(Loop._fields, map(str, loop), strict=True)) for loop in (same, halved)]
     before[1] |= {"instructions": "20", "memory": "3", "reductions": "0", "reduced_a_sample": ""}
     before.append(before[0] | {"kernel": "op/gone"})
     text = inner_loops.compare(before, [same, halved, new])
     header, *rows = (line.split() for line in text.splitlines()[:4])
+    assert header == ["kernel", "architecture", "instructions", "memory", "reductions", "reduced_a_sample"]
     for row, what, numbers in zip(
         rows, ("before", "after", "ratio"), (("20", "0"), ("10", "1"), ("0.50", "-")), strict=True
     ):
