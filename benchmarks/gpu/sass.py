@@ -177,11 +177,12 @@ def _leads(instruction: Instruction) -> tuple[list[str], bool] | None:
     opcode, _, operands, guarded, _ = instruction
     if opcode in ("EXIT", "RET"):
         return [], guarded
-    if opcode not in ("BRA", "BRX", "JMP", "JMX"):
-        return None
     targets = re.findall(r"\.L\w+", operands)
-    if instruction.modifiers == "DIV":
-        return [], True
+    # For sm_80 and older compilers also write jumps within a kernel as calls that nothing returns from.
+    if opcode not in ("BRA", "BRX", "JMP", "JMX") and not (opcode == "CALL" and targets):
+        return None
+    if instruction.modifiers in ("DIV", "CONV"):  # whether the lanes of a warp are at different places, or at one
+        return (targets, False) if instruction.modifiers == "CONV" else ([], True)
     always = not guarded and (opcode in ("BRX", "JMX") or operands.startswith("`"))
     return targets, not always
 

@@ -117,6 +117,27 @@ def test_a_jump_back_that_is_no_loop_is_none():
     assert inner(OUT_OF_LINE.replace("BRA.U UP0, `(.L_x_0)", "NOP")) == []
 
 
+def test_calls_may_be_jumps_and_what_lanes_at_one_place_jump_over_does_not_count():
+    """As compilers write loops for sm_80."""
+    assembly = """
+.L_x_0:
+        /*0000*/                   FFMA R2, R4, R5, R2 ;
+.L_x_1:
+        /*0010*/                   IADD3 R6, R6, 0x1, RZ ;
+        /*0020*/               @P1 CALL.REL.NOINC `(.L_x_2) ;
+        /*0030*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   BRA.CONV ~URZ, `(.L_x_3) ;
+        /*0050*/                   CALL.REL.NOINC `($__internal_9_$__cuda_sm70_warpsync) ;
+.L_x_3:
+        /*0060*/               @P2 CALL.REL.NOINC `(.L_x_4) ;
+        /*0070*/                   BRA `(.L_x_0) ;
+.L_x_4:
+        /*0080*/                   EXIT ;
+"""
+    assert inner(assembly) == ["FFMA", "IADD3", "CALL", "BRA", "BRA", "CALL", "BRA"]
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "reduced"),
     [
