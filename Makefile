@@ -60,7 +60,8 @@ bench: $(VENV)/peers
 	done
 	$(BIN)/python benchmarks summary --write
 
-# Every GPU kernel, compiled without a GPU: registers, shared memory, spills. Needs nvcc.
+# Every GPU kernel, compiled without a GPU: registers, shared memory, spills, and instructions of its inner loop by kind.
+# Needs nvcc.
 compile-gpu: $(VENV)/.test
 	$(BIN)/python benchmarks compile_gpu
 

@@ -1,34 +1,23 @@
-"""Compiles every GPU kernel of the package without a GPU, and tells its registers, shared memory and spills.
-
-    python benchmarks compile_gpu
-    python benchmarks compile_gpu --only sigmoid_focal_loss --architectures 90 --jobs 4
+"""Compiles the GPU kernels of the package without a GPU: what each takes, and its machine code.
 
 Triton kernels are compiled in every configuration that the op lists (``triton_cases.py``), CUDA sources as setup.py
-compiles them. The command fails if a kernel spills registers to memory or does not fit an architecture.
+compiles them.
 """
 
-import argparse
 import contextlib
-import csv
 import importlib
-import importlib.util
 import io
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from groupdetr_fast.ops._triton import CompileCase
-from harness.places import RESULTS, ROOT
-
-TABLE = RESULTS / "compile_gpu.csv"
+from harness.places import ROOT
 
 # Shared memory that a block may have, in bytes, by architecture (CUDA programming guide, technical specifications per
 # compute capability): T4, A100, H100, B200, RTX 50.
@@ -60,6 +49,13 @@ class Usage(NamedTuple):
         return [f"{self.kernel} for sm_{self.architecture} {problem}" for problem in found]
 
 
+class Compiled(NamedTuple):
+    """What a compiler made of one Triton configuration, or of one CUDA source: kernels by symbol, and their cubin."""
+
+    usages: dict[str, Usage]
+    cubin: bytes
+
+
 def triton_cases(architecture: int | None = None) -> list[CompileCase]:
     """The configurations of all Triton kernels, or those that serve an architecture.
 
@@ -72,7 +68,7 @@ def triton_cases(architecture: int | None = None) -> list[CompileCase]:
     return [case for case in cases if architecture is None or case.oldest <= architecture <= case.newest]
 
 
-def compile_triton(case: CompileCase, architecture: int) -> Usage:
+def compile_triton(case: CompileCase, architecture: int) -> Compiled:
     """Compile one configuration, past Triton's cache."""
     import triton
     from triton import knobs
@@ -88,7 +84,8 @@ def compile_triton(case: CompileCase, architecture: int) -> Usage:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     (usage,) = _usages(log.getvalue(), architecture)
     # The assembler does not see the shared memory that Triton asks for at the launch.
-    return usage._replace(kernel=case.name, threads=32 * case.num_warps, shared_memory=compiled.metadata.shared)
+    whole = usage._replace(kernel=case.name, threads=32 * case.num_warps, shared_memory=compiled.metadata.shared)
+    return Compiled({usage.kernel: whole}, compiled.asm["cubin"])
 
 
 def cuda_sources() -> list[Path]:
@@ -107,8 +104,8 @@ def knows(nvcc: str, architecture: int) -> bool:
     return f"compute_{architecture}" in known.split()
 
 
-def compile_cuda(source: Path, architecture: int) -> list[Usage]:
-    """Compile all kernels of a source.
+def compile_cuda(source: Path, architecture: int) -> Compiled:
+    """Compile all kernels of a source. Their code knows the lines that it comes from, which changes nothing else.
 
     Raises:
         FileNotFoundError: if there is no nvcc.
@@ -122,12 +119,15 @@ def compile_cuda(source: Path, architecture: int) -> list[Usage]:
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())]
     options = ["-O3", "-std=c++20", *COMMON_NVCC_FLAGS, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     with tempfile.TemporaryDirectory() as folder:
-        target = [f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-o", f"{folder}/kernels.cubin"]
+        cubin = Path(folder, "kernels.cubin")
+        target = [f"-arch=sm_{architecture}", "-cubin", "-lineinfo", "-Xptxas", "-v", "-o", str(cubin)]
         command = [nvcc, *options, *includes, *target, str(source)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sorted(
-        usage._replace(kernel=f"{source.stem}/{_plain_name(usage.kernel)}") for usage in _usages(log, architecture)
-    )
+        usages = {
+            usage.kernel: usage._replace(kernel=f"{source.stem}/{_plain_name(usage.kernel)}")
+            for usage in _usages(log, architecture)
+        }
+        return Compiled(dict(sorted(usages.items(), key=lambda found: found[1].kernel)), cubin.read_bytes())
 
 
 def _usages(log: str, architecture: int) -> Iterator[Usage]:
@@ -153,14 +153,15 @@ def _usages(log: str, architecture: int) -> Iterator[Usage]:
 
 
 def _plain_name(symbol: str) -> str:
-    """``solve<float, 32, true>`` of a mangled name; the name itself without c++filt.
+    """``solve<bfloat16, 32, true>`` of a mangled name; the name itself without c++filt.
 
-    The namespace of a file has a number that changes from build to build.
+    The namespace of a file has a number that changes from build to build. Half types are named as torch names them.
     """
     if shutil.which("c++filt") is None:
         return symbol
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    return re.search(r"(\w+(?:<[^(]*>)?)\(", name).group(1)
+    plain = re.search(r"(\w+(?:<[^(]*>)?)\(", name).group(1)
+    return plain.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
 
 
 class Task(NamedTuple):
@@ -170,65 +171,38 @@ class Task(NamedTuple):
     case: str | None = None
     source: Path | None = None
 
-    def compile(self) -> list[Usage]:
+    def compile(self) -> Compiled:
         if self.source is not None:
             return compile_cuda(self.source, self.architecture)
         (case,) = (case for case in triton_cases() if case.name == self.case)
-        return [compile_triton(case, self.architecture)]
+        return compile_triton(case, self.architecture)
 
 
 def tasks(only: str, architectures: Iterable[int]) -> list[Task]:
-    """What there is to compile, of kernels whose name has ``only`` in it; CUDA sources for what nvcc knows."""
+    """What there is to compile, of kernels in whose name a regular expression is found.
+
+    CUDA sources, all of whose kernels are compiled at once, are compiled for what nvcc knows.
+    """
     nvcc = find_nvcc()
-    sources = [source for source in cuda_sources() if only in source.stem]
+    sources = [source for source in cuda_sources() if _has_kernel(source, only)]
     found = []
     for architecture in architectures:
-        found += [Task(architecture, case=case.name) for case in triton_cases(architecture) if only in case.name]
+        cases = triton_cases(architecture)
+        found += [Task(architecture, case=case.name) for case in cases if re.search(only, case.name)]
         if nvcc is None or knows(nvcc, architecture):
             found += [Task(architecture, source=source) for source in sources]
     return found
 
 
-def write(usages: Sequence[Usage], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Usage._fields)
-        writer.writerows(usages)
+def _has_kernel(source: Path, only: str) -> bool:
+    """Whether a source has a kernel in whose name the expression may be found, template arguments left out."""
+    names = [f"{source.stem}/{kernel}" for kernel in cuda_kernels(source)]
+    return any(re.search(only.split("<")[0], name) for name in names)
 
 
-def table(usages: Iterable[Usage]) -> str:
-    rows = [Usage._fields, *([("" if value is None else str(value)) for value in usage] for usage in usages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="compile only kernels whose name has this text in it")
-    parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--csv", type=Path, default=TABLE, help="where the table goes")
-    arguments = parser.parse_args()
-    if importlib.util.find_spec("triton") is None:
-        raise SystemExit("compiling the Triton kernels needs triton (pip install triton)")
-    if find_nvcc() is None:
-        raise SystemExit("compiling the CUDA kernels needs nvcc (set CUDA_HOME)")
-    work = tasks(arguments.only, arguments.architectures)
-    usages = []
-    # spawn: torch has started threads by now, and a fork might find their locks taken.
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for done, found in enumerate(pool.map(Task.compile, work), start=1):
-            usages += found
-            if done % 50 == 0:
-                print(f"{done} of {len(work)} compiled", flush=True)
-    write(usages, arguments.csv)
-    print(table(usages))
-    problems = [problem for usage in usages for problem in usage.problems()]
-    print(f"\n{len(usages)} kernels compiled, {len(problems)} problems; {arguments.csv}", *problems, sep="\n")
-    sys.exit(1 if problems else 0)
+def cuda_kernels(source: Path) -> list[str]:
+    """The names of the kernels of a source and of what it includes from its folder."""
+    text = source.read_text()
+    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", text)
+    headers = re.findall(r'#include "(\w+\.cuh)"', text)
+    return list(dict.fromkeys(names + [name for header in headers for name in cuda_kernels(source.parent / header)]))

@@ -1,156 +1,116 @@
-"""Counts the instructions of the inner loop of every Triton kernel by kind, from its machine code, without a GPU.
+"""Counts the instructions of the inner loop of every GPU kernel by kind, from its machine code, without a GPU.
 
     python benchmarks inner_loops --only cross_attention --architectures 90
+    python benchmarks inner_loops --only deform_backward --against HEAD~3
 
 What a loop has more of than its peers is where to look first; how long it takes is for a GPU to say. Kernels are
-compiled in the configurations that compile_gpu compiles. The disassembler is the one that Triton brings along.
+compiled in the configurations that compile_gpu compiles. With --against each count stands beside the one that a table
+of another commit has, and the ratio of the two.
+
+The inner loop is the longest loop that multiplies and has no other such loop in it; of a kernel without products, it is
+the longest one that has no other in it. Where that misleads, loops are looked up by the function that has them
+(loops.py says which and why), and named after it: solve_assignments<float, 32, true>: relax. Instructions are counted
+as they stand in the loop: all branches, whether a turn takes them or not, and all turns that the compiler unrolled into
+one. Kinds are those of sass.py.
 """
 
 import argparse
 import csv
+import io
 import re
 import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from groupdetr_fast.ops._triton import CompileCase
-from harness.places import RESULTS
+from harness.places import ROOT
 
-from .compilation import SHARED_MEMORY, triton_cases
+from .compile_gpu import LOOPS, add_options, find_work, measure_all, read, table, update
+from .loops import Loop
 
-TABLE = RESULTS / "inner_loops.csv"
-
-# By the opcode, up to its first dot; the first kind that matches. U* are of the unit that works once for a whole warp.
-KINDS = {
-    "tensor": r"[HIQDO]G?MMA|UTC\w*MMA",
-    "exponential": r"MUFU",
-    "memory": r"LD|LDG|LDGSTS|ST|STG|RED|ATOM|ATOMG|UBLK\w+|UTMA\w+",
-    "shared": r"LDS|STS|LDSM|STSM|ATOMS|LDT|STT|LDTM|STTM",
-    "exchange": r"SHFL|REDUX|VOTE|MATCH",
-    "uniform": r"U[A-Z0-9]+|R2UR",
-    "float": r"[FHD](ADD|MUL|FMA|MNMX|SEL|SETP|SET|SWZADD)\w*|F2\w+|I2F\w*|FRND|FCHK",
-    "integer": r"I[A-Z0-9]+|V[A-Z0-9]+|LOP3|LEA|SHF|SHL|SHR|PRMT|SEL|MOV|PLOP3|LOP|BMSK|POPC|CS2R|S2R|P2R|R2P",
-    "control": r"BRA|BSSY|BSYNC|BAR|WARP\w+|\w*DEPBAR|SYNCS|NOP|EXIT|CALL|RET|YIELD|NANOSLEEP|FENCE|MEMBAR",
-}
-PRODUCTS = re.compile(r"[HIQDO]G?MMA|UTC\w*MMA|FFMA|DFMA")
-
-# Of a multiprocessor (CUDA programming guide, technical specifications per compute capability): threads, blocks, bytes
-# of shared memory; of these, a block takes 1 KB for the system.
-MULTIPROCESSORS = {80: (2048, 32, 164 << 10), 90: (2048, 32, 228 << 10)}
-MULTIPROCESSORS |= {100: (2048, 32, 228 << 10), 120: (1536, 24, 100 << 10)}
-REGISTERS, REGISTERS_AT_A_TIME = 64 << 10, 256  # a warp gets so many at a time
+# Kinds that older tables do not have, and among which kind they counted them.
+PART_OF = {"reductions": "memory", "double": "float"}
 
 
-class Loop(NamedTuple):
-    """A kernel's inner loop: instructions in all and by kind; ``blocks`` is how many fit a multiprocessor at a time."""
+def read_earlier(against: str) -> list[dict[str, str]]:
+    """The rows of a csv file, or of the table at a commit.
 
-    kernel: str
-    architecture: int
-    blocks: int
-    instructions: int
-    tensor: int
-    exponential: int
-    memory: int
-    shared: int
-    exchange: int
-    uniform: int
-    float: int
-    integer: int
-    control: int
-    other: int
-
-
-def inner_loop(assembly: str) -> list[str]:
-    """The opcodes of a kernel's inner loop; ``assembly`` is what nvdisasm prints of the kernel.
-
-    It is the longest loop that multiplies and has no other such loop in it. Of a kernel without products, it is the
-    longest one that has no other in it; without any loop, the list is empty.
+    Raises:
+        ValueError: if it is neither.
     """
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    jumps: list[tuple[str, int]] = []
-    for line in assembly.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label.group(1)] = len(opcodes)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w]*)(.*);", line):
-            opcodes.append(instruction.group(1))
-            if opcodes[-1] == "BRA" and (target := re.search(r"`\((\.L\w+)\)", instruction.group(2))):
-                jumps.append((target.group(1), len(opcodes)))
-    # A jump to itself is what a kernel ends with.
-    loops = {(labels[label], end) for label, end in jumps if label in labels and labels[label] < end - 1}
-    multiplying = {loop for loop in loops if any(PRODUCTS.fullmatch(opcode) for opcode in opcodes[slice(*loop)])}
-    candidates = multiplying or loops
-    inner = [
-        (start, end)
-        for start, end in candidates
-        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in candidates)
+    if Path(against).is_file():
+        rows = read(Path(against))
+    else:
+        command = ["git", "-C", str(ROOT), "show", f"{against}:{LOOPS.relative_to(ROOT)}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{against} is neither a csv file nor a commit that has {LOOPS.relative_to(ROOT)}")
+        rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    if not rows or not {"kernel", "architecture", "instructions"} <= set(rows[0]):
+        raise ValueError(f"{against} has no table of inner loops")
+    return rows
+
+
+def compare(before: Sequence[dict[str, str]], after: Sequence[Loop]) -> str:
+    """Both counts and their ratios of each kernel that has changed, without kinds of which there is nothing.
+
+    Kernels that one table alone has come last, by name.
+    """
+    old = {(row["kernel"], int(row["architecture"])): row for row in before}
+    new = {(loop.kernel, loop.architecture): loop for loop in after}
+    earlier = [field for field in Loop._fields[2:] if any(field in row for row in before)]
+    fields = [
+        field
+        for field in earlier
+        if any(row[field] not in ("", "0") for row in before) or any(getattr(loop, field) for loop in after)
     ]
-    return opcodes[slice(*max(inner, key=lambda loop: loop[1] - loop[0]))] if inner else []
+    rows: list[list[object]] = []
+    for key in new.keys() & old.keys():
+        was = [int(old[key][field]) if old[key][field] else None for field in fields]
+        now = [_comparable(new[key], field, earlier) for field in fields]
+        if was != now:
+            rows += [[*key, "before", *was], [*key, "after", *now], [*key, "ratio", *map(_ratio, was, now)]]
+    rows.sort(key=lambda row: row[:2])  # which leaves the three of a kernel in their order
+    both = len(new.keys() & old.keys())
+    parts = [table(["kernel", "architecture", "", *fields], rows)] if rows else []
+    parts.append(f"{both} kernels are in both, {both - len(rows) // 3} of them with the same numbers")
+    for title, keys in ("before alone", old.keys() - new.keys()), ("after alone", new.keys() - old.keys()):
+        if keys:
+            parts.append("\n".join([f"{title}:", *(f"  {kernel}, {number}" for kernel, number in sorted(keys))]))
+    return "\n\n".join(parts)
 
 
-def count_kinds(opcodes: Sequence[str]) -> Counter[str]:
-    """How many are of which kind of :data:`KINDS`, or ``"other"``."""
-    found: Counter[str] = Counter()
-    for opcode in opcodes:
-        found[next((kind for kind, names in KINDS.items() if re.fullmatch(names, opcode)), "other")] += 1
-    return found
+def _comparable(loop: Loop, field: str, earlier: Sequence[str]) -> int | None:
+    """A number of a loop, with those of the kinds that an earlier table, which has these fields, counted among it."""
+    parts = [part for part, whole in PART_OF.items() if whole == field and part not in earlier]
+    number: int | None = getattr(loop, field)
+    return number if number is None else number + sum(getattr(loop, part) for part in parts)
 
 
-def blocks_at_a_time(architecture: int, warps: int, registers: int, shared_memory: int) -> int:
-    """How many blocks of a kernel fit a multiprocessor; registers are those of a thread, memory is in bytes."""
-    threads, blocks, memory = MULTIPROCESSORS[architecture]
-    of_warp = -(-32 * registers // REGISTERS_AT_A_TIME) * REGISTERS_AT_A_TIME
-    return min(blocks, threads // (32 * warps), REGISTERS // of_warp // warps, memory // (shared_memory + 1024))
-
-
-def measure(case: CompileCase, architecture: int) -> Loop:
-    """Compile one configuration, and look at its loop."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes())
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        assembly = _output(tools / "nvdisasm", "-c", cubin)
-        resources = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
-    registers = int(re.search(r"REG:(\d+)", resources).group(1))
-    opcodes = inner_loop(assembly)
-    kinds = count_kinds(opcodes)
-    blocks = blocks_at_a_time(architecture, case.num_warps, registers, compiled.metadata.shared)
-    return Loop(case.name, architecture, blocks, len(opcodes), *(kinds[kind] for kind in Loop._fields[4:]))
-
-
-def _output(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+def _ratio(before: int | None, after: int | None) -> str | None:
+    if before is None or after is None:
+        return None
+    return f"{after / before:.2f}" if before else "1.00" if not after else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="kernels in whose name this regular expression is found")
-    parser.add_argument("--architectures", type=int, nargs="+", default=[90], choices=SHARED_MEMORY)
-    parser.add_argument("--csv", type=Path, default=TABLE, help="where the table goes")
+    add_options(parser, [90])
+    parser.add_argument("--against", metavar="COMMIT_OR_CSV", help="compare with a table of other kernels")
+    parser.add_argument("--csv", type=Path, default=LOOPS, help="where the table goes")
     options = parser.parse_args()
-    cases = [case for case in triton_cases() if re.search(options.only, case.name)]
-    loops = [measure(case, architecture) for architecture in options.architectures for case in cases]
-    with options.csv.open("w", newline="") as file:
-        csv.writer(file).writerows([Loop._fields, *loops])
-    print(_table(loops))
-
-
-def _table(loops: Sequence[Loop]) -> str:
-    rows = [Loop._fields, *(tuple(map(str, loop)) for loop in loops)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    try:
+        earlier = read_earlier(options.against) if options.against else []
+    except ValueError as error:
+        raise SystemExit(f"--against: {error}") from None
+    work = find_work(options.only, options.architectures)
+    found = [loop for measured in measure_all(work, options.jobs) for loop in measured.loops]
+    update(options.csv, Loop._fields, found, work)
+    loops = [loop for loop in found if re.search(options.only, loop.kernel)]
+    print(table(Loop._fields, loops))
+    if options.against:
+        of_these = [
+            row
+            for row in earlier
+            if re.search(options.only, row["kernel"]) and int(row["architecture"]) in options.architectures
+        ]
+        print(f"\nagainst {options.against}:\n\n{compare(of_these, loops)}")

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from gpu import compilation
+from gpu import compilation, compile_gpu
 from gpu.compilation import SHARED_MEMORY, Usage
 
 FINE = Usage("op/kernel", 90, 128, 64, 1024, 0, 0)
@@ -25,9 +25,11 @@ def is_for_tensor_cores_alone(case):
     return case.name.startswith("cross_attention/")
 
 
-def assert_no_problems(usages):
+def assert_no_problems(all_compiled):
+    usages = [usage for compiled in all_compiled for usage in compiled.usages.values()]
     problems = [problem for usage in usages for problem in usage.problems()]
     assert not problems, "\n".join(problems)
+    assert usages
     assert all(usage.registers > 0 for usage in usages)
 
 
@@ -80,9 +82,7 @@ def test_cuda_kernels(source, architecture):
         pytest.skip("nvcc was not found (set CUDA_HOME)")
     if not compilation.knows(compilation.find_nvcc(), architecture):
         pytest.skip(f"this nvcc does not compile for sm_{architecture}")
-    usages = compilation.compile_cuda(source, architecture)
-    assert usages
-    assert_no_problems(usages)
+    assert_no_problems([compilation.compile_cuda(source, architecture)])
 
 
 def test_tasks_are_all_configurations_and_sources(cases):
@@ -94,16 +94,33 @@ def test_tasks_are_all_configurations_and_sources(cases):
     assert task.source.name == "ms_deform_attn.cu"
 
 
-def test_a_task_compiles_its_configuration(cases):
+def test_tasks_of_some_kernels(cases):
+    (task,) = compilation.tasks(r"deform_backward<bfloat16, \d>", [90])
+    assert task.source.name == "ms_deform_attn.cu"
+    found = compilation.tasks("^(matching_cost|linear_assignment/solve)", [90])
+    assert {task.case.split("/")[0] for task in found if task.case} == {"matching_cost"}
+    assert [task.source.name for task in found if task.source] == ["linear_assignment.cu"]
+    assert compilation.tasks("no such kernel", [90]) == []
+
+
+def test_a_task_compiles_its_configuration_once_for_both_tables(cases, monkeypatch):
     task = next(task for task in compilation.tasks("sigmoid_focal_loss", [90]) if task.case)
-    (usage,) = task.compile()
-    assert usage.kernel == task.case
-    assert usage.architecture == 90
+    calls = []
+    compile_triton = compilation.compile_triton
+    monkeypatch.setattr(compilation, "compile_triton", lambda *args: calls.append(args) or compile_triton(*args))
+    measured = compile_gpu.measure(task)
+    assert len(calls) == 1
+    (usage,), (loop,) = measured
+    assert usage.kernel == loop.kernel == task.case
+    assert usage.architecture == loop.architecture == 90
+    assert (loop.threads, loop.registers) == (usage.threads, usage.registers)
+    assert loop.blocks > 0
 
 
 def test_a_kernel_that_spills_is_found(cases):
     case = next(case for case in cases if case.name.startswith("matching_cost/fp64"))
-    (problem,) = compilation.compile_triton(case._replace(num_warps=1), 90).problems()
+    (usage,) = compilation.compile_triton(case._replace(num_warps=1), 90).usages.values()
+    (problem,) = usage.problems()
     assert "spills" in problem
 
 
@@ -122,12 +139,44 @@ def test_problems(change, text):
 
 
 def test_table_and_file(tmp_path):
-    usages = [FINE, FINE._replace(kernel="op/other_kernel", threads=None)]
-    header, first, second = compilation.table(usages).splitlines()
+    case = compilation.triton_cases()[0].name
+    usages = [FINE._replace(kernel=case), FINE._replace(kernel=f"{case}-other", threads=None)]
+    header, first, second = compile_gpu.table(Usage._fields, usages).splitlines()
     assert len(header) == len(first) == len(second)
-    assert first.split() == ["op/kernel", "90", "128", "64", "1024", "0", "0"]
-    compilation.write(usages, tmp_path / "folder" / "usage.csv")
+    assert first.split() == [case, "90", "128", "64", "1024", "0", "0"]
+    compile_gpu.update(tmp_path / "folder" / "usage.csv", Usage._fields, usages, [])
     with (tmp_path / "folder" / "usage.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["kernel"] for row in rows] == ["op/kernel", "op/other_kernel"]
+    assert [row["kernel"] for row in rows] == [case, f"{case}-other"]
     assert [row["threads"] for row in rows] == ["128", ""]
+
+
+def test_a_table_keeps_what_was_not_compiled_and_still_is_there(tmp_path):
+    table = tmp_path / "usage.csv"
+    one, other = [case.name for case in compilation.triton_cases()][:2]
+    cuda = ["linear_assignment/gone<float>", "ms_deform_attn/kept<float>", "no_such_op/kernel", "no_such_op/fwd/half"]
+    compile_gpu.update(table, Usage._fields, [FINE._replace(kernel=name) for name in (one, other, *cuda)], [])
+
+    new = FINE._replace(kernel="linear_assignment/new<float>")
+    source = next(source for source in compilation.cuda_sources() if source.stem == "linear_assignment")
+    work = [compilation.Task(90, source=source), compilation.Task(90, case=one)]
+    compile_gpu.update(table, Usage._fields, [FINE._replace(kernel=one, registers=1), new], work)
+    registers = {row["kernel"]: int(row["registers"]) for row in compile_gpu.read(table)}
+    assert registers == {one: 1, other: 64, new.kernel: 64, "ms_deform_attn/kept<float>": 64}
+
+    compile_gpu.update(table, Usage._fields, [], [compilation.Task(80, source=source)])
+    assert new.kernel in {row["kernel"] for row in compile_gpu.read(table)}
+
+
+@pytest.mark.parametrize("command", ["compile_gpu", "inner_loops"])
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [("no such kernel", "no kernel has no such kernel in its name"), ("a(", "no regular expression")],
+)
+def test_a_name_that_no_kernel_has_ends_the_command(command, only, message, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(compile_gpu, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--only", only])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"gpu.{command}").main()
+    assert message in f"{ended.value} {capsys.readouterr().err}"
