@@ -43,26 +43,28 @@ struct Divisor {
   }
 };
 
-// A lane's channels of a row, kVectors times kVector adjacent ones; four lanes have the row.
-template <typename T, int kVector, int kVectors>
+// A lane's channels of a row, kVectors times kVector adjacent ones; four lanes have the row. kFull tells that it has no
+// fewer channels than they.
+template <typename T, int kVector, int kVectors, bool kFull>
 struct QuarterRow {
   static constexpr int kWords = kVector / 2;
   uint32_t word[kVectors][kWords] = {};
 
-  // A lane's first channel of a vector; `quarter` is 0 to 3.
+  // The first channel of a lane's vector; `quarter` is 0 to 3.
   static __device__ __forceinline__ int32_t channel(int vector, int32_t quarter) {
     return (vector * 4 + quarter) * kVector;
   }
 
-  __device__ __forceinline__ void load(const T* row, int32_t channels, int32_t quarter) {
+  // `from` is the row from the lane's first channel on.
+  __device__ __forceinline__ void load(const T* from, int32_t channels, int32_t quarter) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (channel(v, quarter) >= channels) continue;
+      if (!kFull && channel(v, quarter) >= channels) continue;
       if constexpr (kWords == 4) {
-        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(row + channel(v, quarter)));
+        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from + channel(v, 0)));
         memcpy(word[v], &raw, sizeof(raw));
       } else {
-        const uint2 raw = __ldg(reinterpret_cast<const uint2*>(row + channel(v, quarter)));
+        const uint2 raw = __ldg(reinterpret_cast<const uint2*>(from + channel(v, 0)));
         memcpy(word[v], &raw, sizeof(raw));
       }
     }
@@ -91,78 +93,120 @@ struct WeightRange<__half> {
   static constexpr float kFactor = 0x1p15f, kLargest = 1.875f;
 };
 
-// The tile at hand, of which a lane has one pixel.
-struct Tile {
-  float row, column;  // of its first pixel
-  int32_t pixel;      // the lane's among those of all levels, -1 if it is outside of the map
+// What the lanes of a warp share of a sample.
+struct alignas(16) StagedSample {
+  float x, y;  // between the pixels around it
+  float attention;
+  uint32_t place;  // among the samples of the image
+};
+struct alignas(8) StagedPlace {
+  uint32_t cell;   // 4 times the number of its tile, and which of the tile's cells it is in
+  uint32_t grads;  // where the gradient of its result is in that of the image, in units of kVectorSize channels
+
+  // Whether two cells are of the same tile.
+  static __device__ __forceinline__ bool share_tile(uint32_t cell, uint32_t other) { return (cell ^ other) < 4; }
+};
+struct alignas(8) StagedTile {
+  int32_t row;                // of its first pixels, from -1
+  uint32_t column_and_level;  // column + 1 of its first pixel, and the level in the four highest bits
+};
+constexpr int kLevelShift = 28;
+constexpr uint32_t kNoCell = 0xffffffff;  // of no tile
+
+struct Staged {
+  StagedSample sample;
+  StagedPlace place;
+  StagedTile tile;
 };
 
-// What a lane knows of a sample: which of the lane's two pixels it touches, and how.
-struct TileSample {
-  float left, right;  // weights of the lane's pixels along x, for those that are touched
-  float y_weight;     // along y
-  bool touches_left, touches_right, between;
+// The same number, in a register: without this, compilers save registers and compute it again wherever it is needed.
+template <typename Number>
+__device__ __forceinline__ Number in_register(Number number) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(number) == 8) {
+    asm volatile("" : "+l"(number));
+  } else {
+    asm volatile("" : "+r"(number));
+  }
+#endif
+  return number;
+}
 
-  // `column` and `lower` are those of the lane's first pixel.
-  __device__ __forceinline__ TileSample(float x, float low_x, float y, float low_y, float column, bool lower) {
-    const float fraction = x - low_x, rest = 1 - fraction, offset = low_x - column, y_fraction = y - low_y;
-    between = offset == 0;
-    touches_left = between || offset == -1;
-    touches_right = between || offset == 1;
-    left = between ? rest : fraction;
-    right = between ? fraction : rest;
-    y_weight = lower ? y_fraction : 1 - y_fraction;
+// What a lane has to do with a chunk.
+struct TileLane {
+  int32_t group, quarter;  // lane 4 * group + quarter
+  bool lower, odd;         // of the pixels whose dots it has: those of the lower row, columns 2 and 3
+
+  static __device__ __forceinline__ TileLane own() {
+    const int32_t lane = in_register(static_cast<int32_t>(threadIdx.x % kWarpSize));
+    return {lane / 4, lane % 4, lane % 4 / 2 != 0, lane % 2 != 0};
   }
 };
 
-template <typename T, int kVector, int kVectors>
+// What a lane knows of a sample in a chunk: which of its two pixels the sample touches, and the weights along an axis.
+struct TouchedPixels {
+  bool touches_left, touches_right, between;
+  float left, right, y_weight;
+
+  __device__ __forceinline__ TouchedPixels(const StagedSample& sample, uint32_t cell, const TileLane& lane) {
+    const int32_t offset = static_cast<int32_t>(cell % 4) - 2 * lane.odd;
+    between = offset == 0;
+    touches_left = between || offset == -1;
+    touches_right = between || offset == 1;
+    const float rest = 1 - sample.x;
+    left = between ? rest : sample.x;
+    right = between ? sample.x : rest;
+    y_weight = lane.lower ? sample.y : 1 - sample.y;
+  }
+};
+
+template <typename T, int kVector, int kVectors, bool kFull>
 struct TileSums {
-  using Row = QuarterRow<T, kVector, kVectors>;
+  using Row = QuarterRow<T, kVector, kVectors, kFull>;
   // Of the numbers of a word of the lane's pixel, twice: those of the rounded weights, and of what was left of them.
   float of_word[kVectors][Row::kWords][4] = {};
 
-  // Adds them to the gradient of the lane's pixel, if there is one, and forgets them. All lanes must call it.
-  __device__ __forceinline__ void flush(float* pixel, int32_t channels, int32_t quarter) {
+  // Where add_to() adds a lane's first sums, from the channels of a pixel on.
+  static __device__ __forceinline__ int32_t first_channel(const TileLane& lane) {
+    return kVector == 4 ? Row::channel(0, lane.quarter) : Row::channel(0, lane.quarter & ~1) + 4 * lane.odd;
+  }
+
+  // Adds them to the gradient of a pixel, from the lane's first channel on, if `adds`. All lanes must call it.
+  __device__ __forceinline__ void add_to(float* pixel, bool adds, int32_t channels, const TileLane& lane) {
     constexpr float kUnit = 1 / WeightRange<T>::kFactor;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float sums[kVector];
 #pragma unroll
       for (int k = 0; k < kVector; ++k) sums[k] = (of_word[v][k / 2][k % 2] + of_word[v][k / 2][2 + k % 2]) * kUnit;
-      if constexpr (kVector == 4) {
-        if (pixel != nullptr && Row::channel(v, quarter) < channels) {
-          add_four(pixel + Row::channel(v, quarter), make_float4(sums[0], sums[1], sums[2], sums[3]));
+      const auto add = [&](int32_t channel, const float* four) {
+        if (adds && (kFull || first_channel(lane) + channel < channels)) {
+          add_four(pixel + channel, make_float4(four[0], four[1], four[2], four[3]));
         }
+      };
+      if constexpr (kVector == 4) {
+        add(Row::channel(v, 0), sums);
       } else {
         // Two lanes exchange halves, so that together they write 32 adjacent bytes at a time, a sector of the cache.
         static_assert(kVector == 8);
-        const bool odd = quarter & 1;
-        float halves[2][4];
+        float first[4], second[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float other = __shfl_xor_sync(kAllLanes, odd ? sums[k] : sums[4 + k], 1);
-          halves[0][k] = odd ? other : sums[k];
-          halves[1][k] = odd ? sums[4 + k] : other;
+          const float other = __shfl_xor_sync(kAllLanes, lane.odd ? sums[k] : sums[4 + k], 1);
+          first[k] = lane.odd ? other : sums[k];
+          second[k] = lane.odd ? sums[4 + k] : other;
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int32_t channel = Row::channel(v, (quarter & ~1) + i) + 4 * odd;
-          if (pixel != nullptr && channel < channels) {
-            add_four(pixel + channel, make_float4(halves[i][0], halves[i][1], halves[i][2], halves[i][3]));
-          }
-        }
+        add(Row::channel(v, 0), first);
+        add(Row::channel(v, 0) + kVector, second);
       }
     }
-    memset(of_word, 0, sizeof(of_word));
   }
 };
 
-// Adds a sample whose weight is too large for T to the gradients of its pixels, a lane its channels.
-template <typename T, int kVector, int kVectors>
-__device__ __forceinline__ void add_alone(const SortedSample<float>& sample,
-                                          const QuarterRow<T, kVector, kVectors>& grad, const DeformLevel& level,
-                                          float* sums_of_map, int32_t row_size, int32_t channels, int32_t quarter) {
-  using Row = QuarterRow<T, kVector, kVectors>;
+// Adds a sample whose weight is too large for T to the gradients of its pixels, all channels by one lane.
+template <typename T>
+__device__ __forceinline__ void add_alone(const SortedSample<float>& sample, const T* grad, const DeformLevel& level,
+                                          float* sums_of_map, int32_t row_size, int32_t channels) {
   const AxisCorners<float> x = axis_corners(sample.x, level.width), y = axis_corners(sample.y, level.height);
 #pragma unroll 1
   for (int corner = 0; corner < 4; ++corner) {
@@ -171,14 +215,14 @@ __device__ __forceinline__ void add_alone(const SortedSample<float>& sample,
     if (weight == 0) continue;  // as corners outside the map have
     const int32_t row = corner & 2 ? y.high : y.low, column = corner & 1 ? x.high : x.low;
     float* const pixel = sums_of_map + (level.start + static_cast<int64_t>(row) * level.width + column) * row_size;
+#pragma unroll 1
+    for (int32_t channel = 0; channel < channels; channel += kVectorSize<T>) {
+      float grads[kVectorSize<T>];
+      load_channels<kVectorSize<T>>(grad + channel, grads);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (Row::channel(v, quarter) >= channels) continue;
-#pragma unroll
-      for (int word = 0; word < Row::kWords; word += 2) {
-        const float2 first = unpack<T>(grad.word[v][word]), second = unpack<T>(grad.word[v][word + 1]);
-        add_four(pixel + Row::channel(v, quarter) + 2 * word,
-                 make_float4(weight * first.x, weight * first.y, weight * second.x, weight * second.y));
+      for (int k = 0; k < kVectorSize<T>; k += 4) {
+        add_four(pixel + channel + k,
+                 make_float4(weight * grads[k], weight * grads[k + 1], weight * grads[k + 2], weight * grads[k + 3]));
       }
     }
   }
@@ -186,106 +230,106 @@ __device__ __forceinline__ void add_alone(const SortedSample<float>& sample,
 
 // The gradients of all samples that touch a pixel, and that of value, to which it adds. Lane 4 * g + quarter has
 // samples g and g + 8 of a chunk and pixel g of the tile, and there the channels of the quarter.
-template <typename T, int kVector, int kVectors>
-__global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 8 : 4)
+template <typename T, int kVector, int kVectors, bool kFull>
+__global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
     deform_backward_tiles(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformBins bins,
-                          const __grid_constant__ Divisor samples_of_query, const T* __restrict__ value,
-                          const T* __restrict__ grad_out, const int32_t* __restrict__ starts,
-                          const SortedSample<float>* __restrict__ sorted, float* __restrict__ grad_value,
-                          float* __restrict__ grad_locations, float* __restrict__ grad_weights) {
+                          const __grid_constant__ Divisor samples_of_query, const __grid_constant__ Divisor points,
+                          const T* __restrict__ value, const T* __restrict__ grad_out,
+                          const int32_t* __restrict__ starts, const SortedSample<float>* __restrict__ sorted,
+                          float* __restrict__ grad_value, float* __restrict__ grad_locations,
+                          float* __restrict__ grad_weights) {
   if constexpr (kHasTensorCores) {
-    using Row = QuarterRow<T, kVector, kVectors>;
-    const int32_t lane = threadIdx.x % kWarpSize, group = lane / 4, quarter = lane % 4;
-    // Of the dots, a lane has those of two pixels of a row: left and right ones, upper and lower ones.
-    const bool lower = quarter / 2, odd = quarter % 2;
+    using Row = QuarterRow<T, kVector, kVectors, kFull>;
+    static __shared__ Staged staged_of_block[kDeformThreads / kWarpSize][kTileRun + kChunk];
+    Staged* const staged = staged_of_block[threadIdx.x / kWarpSize];
+    const TileLane lane = TileLane::own();
     const int32_t row_size = p.heads * p.channels, samples = p.levels * p.points;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kDeformThreads / kWarpSize) + threadIdx.x / kWarpSize;
-    const int64_t maps = static_cast<int64_t>(p.images) * p.heads;
-    for (int64_t map = blockIdx.y; map < maps; map += gridDim.y) {
-      const int32_t* const of_map = starts + map * (bins.count + 1);
-      const int64_t image = map / p.heads, head = map % p.heads;
-      const T* const values_of_map = value + image * p.pixels * row_size + head * p.channels;
-      float* const sums_of_map = grad_value + image * p.pixels * row_size + head * p.channels;
-      const T* const grads_of_map = grad_out + image * p.queries * row_size + head * p.channels;
-      const SortedSample<float>* const samples_of_map = sorted + map * p.queries * samples;
-      const int64_t first_place = (image * p.queries * p.heads + head) * samples;
-      // Lane l knows where the sorted samples of level l end.
-      int32_t level_end = INT32_MAX;
-      if (lane < p.levels) level_end = of_map[lane + 1 < p.levels ? bins.start[lane + 1] : bins.count];
-      int32_t position = static_cast<int32_t>(warp * kTileRun);
-      const int32_t end = min(position + kTileRun, of_map[bins.count]);
+    for (int64_t map = blockIdx.y; map < p.images * p.heads; map += gridDim.y) {
+      const int32_t image = static_cast<int32_t>(map) / p.heads, head = static_cast<int32_t>(map) % p.heads;
+      const int64_t first_value = static_cast<int64_t>(image) * p.pixels * row_size + head * p.channels;
+      const int64_t first_item = static_cast<int64_t>(image) * p.queries * p.heads;
+      const T* const grads_of_map = grad_out + first_item * p.channels + head * p.channels;
+      const int64_t total = starts[(map + 1) * (bins.count + 1) - 1], begin = warp * kTileRun;
+      const int32_t count = static_cast<int32_t>(max(min(total - begin, int64_t{kTileRun}), int64_t{0}));
 
-      SortedSample<float> next[2];
-      const auto load_next = [&] {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int32_t place = position + group + 8 * i;
-          next[i] = {0, 0, 0, 0};
-          if (place < end) next[i] = samples_of_map[place];
+#pragma unroll 1
+      for (int32_t index = threadIdx.x % kWarpSize; index < count; index += kWarpSize) {
+        const SortedSample<float> sample = sorted[map * p.queries * samples + begin + index];
+        const int32_t query = samples_of_query.divide(sample.index), point = sample.index - query * samples;
+        const int32_t level = points.divide(point);
+        const DeformLevel& size = p.level[level];
+        const int32_t row = __float2int_rd(sample.y), column = __float2int_rd(sample.x);
+        const uint32_t cells = column + 1, tile = cells / kTileCells;
+        const uint32_t number = bins.start[level] + (row + 1) * bins_in_row<kTileCells>(size.width) + tile;
+        const uint32_t grads = static_cast<uint32_t>(query) * (row_size / kVectorSize<T>);
+        staged[index].sample = {sample.x - static_cast<float>(column), sample.y - static_cast<float>(row),
+                                sample.attention, (static_cast<uint32_t>(query) * p.heads + head) * samples + point};
+        staged[index].place = {number * 4 + cells % kTileCells, grads};
+        staged[index].tile = {row, tile * kTileCells | static_cast<uint32_t>(level) << kLevelShift};
+        if (!(fabsf(sample.attention) <= WeightRange<T>::kLargest)) {
+          add_alone(sample, grads_of_map + static_cast<int64_t>(grads) * kVectorSize<T>, size, grad_value + first_value,
+                    row_size, p.channels);
         }
-      };
-      load_next();
-      Tile tile = {-2, 0, -1};
+      }
+      // The last chunk may reach beyond the samples.
+      if (lane.group < kChunk / 4) staged[count + 4 * lane.group + lane.quarter].place = {kNoCell, 0};
+      __syncwarp();
+
       Row values;
-      TileSums<T, kVector, kVectors> sums;
-      const auto add_sums = [&] {
-        float* const pixel = tile.pixel < 0 ? nullptr : sums_of_map + static_cast<int64_t>(tile.pixel) * row_size;
-        sums.flush(pixel, p.channels, quarter);
-      };
-      int32_t level = 0, limit = position;  // where samples of another level or warp begin
-      while (position < end) {
-        if (position >= limit) {
-          level = __popc(__ballot_sync(kAllLanes, level_end <= position));
-          limit = min(__shfl_sync(kAllLanes, level_end, level), end);
-          tile.row = -2;  // which no sample is in, so that the next tile begins
-        }
-        const DeformLevel& map_of_level = p.level[level];
-        const SortedSample<float> own[2] = {next[0], next[1]};
-        const float low_x[2] = {floorf(own[0].x), floorf(own[1].x)}, low_y[2] = {floorf(own[0].y), floorf(own[1].y)};
-        const float first_x = __shfl_sync(kAllLanes, low_x[0], 0), first_y = __shfl_sync(kAllLanes, low_y[0], 0);
-        if (first_y != tile.row || first_x >= tile.column + kTileCells) {
-          add_sums();
-          const int32_t row = static_cast<int32_t>(first_y);
-          const int32_t column = (static_cast<int32_t>(first_x) + 1) / kTileCells * kTileCells - 1;
-          const int32_t y = row + group / kTileColumns, x = column + group % kTileColumns;
-          const bool inside = y >= 0 && y < map_of_level.height && x >= 0 && x < map_of_level.width;
-          tile = {first_y, static_cast<float>(column), inside ? map_of_level.start + y * map_of_level.width + x : -1};
+      TileSums<T, kVector, kVectors, kFull> sums;
+      uint32_t tile = kNoCell;
+      int32_t pixel = -1;  // the lane's pixel of the tile, unless that is outside of the map
+      float width = 0, height = 0;
+      float* const sums_of_lane = in_register(grad_value + first_value + sums.first_channel(lane));
+      const T* const grads_of_lane = in_register(grads_of_map + Row::channel(0, lane.quarter));
+      float* const grad_weights_of_image = grad_weights + first_item * samples;
+      float2* const grad_locations_of_image = reinterpret_cast<float2*>(grad_locations) + first_item * samples;
+      const Staged* own = staged + lane.group;
+      const Staged* const end = own + count;
+      while (own < end) {
+        const StagedPlace places[2] = {own[0].place, own[8].place};
+        const uint32_t first = __shfl_sync(kAllLanes, places[0].cell, 0);
+        if (!StagedPlace::share_tile(first, tile)) {
+          sums.add_to(sums_of_lane + static_cast<int64_t>(pixel) * row_size, pixel >= 0, p.channels, lane);
+          sums = {};
+          tile = first;
+          const StagedTile at = own[-lane.group].tile;
+          const DeformLevel& size = p.level[at.column_and_level >> kLevelShift];
+          const int32_t y = at.row + lane.group / kTileColumns;
+          const int32_t x = static_cast<int32_t>(at.column_and_level << 4 >> 4) - 1 + lane.group % kTileColumns;
+          width = static_cast<float>(size.width);
+          height = static_cast<float>(size.height);
+          const bool inside = y >= 0 && y < size.height && x >= 0 && x < size.width;
+          pixel = inside ? size.start + y * size.width + x : -1;
           values = {};
-          if (inside) values.load(values_of_map + static_cast<int64_t>(tile.pixel) * row_size, p.channels, quarter);
+          if (inside) {
+            values.load(value + first_value + static_cast<int64_t>(pixel) * row_size + Row::channel(0, lane.quarter),
+                        p.channels, lane.quarter);
+          }
         }
 
         Row grads[2];
-        bool belongs[2];
-        int32_t query[2];
+        const bool belongs[2] = {StagedPlace::share_tile(places[0].cell, first),
+                                 StagedPlace::share_tile(places[1].cell, first)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          belongs[i] = position + group + 8 * i < limit && low_y[i] == tile.row && low_x[i] < tile.column + kTileCells;
-          query[i] = samples_of_query.divide(own[i].index);
-          if (belongs[i]) {
-            grads[i].load(grads_of_map + static_cast<int64_t>(query[i]) * row_size, p.channels, quarter);
-          }
+          if (!belongs[i]) continue;
+          grads[i].load(grads_of_lane + static_cast<uint64_t>(places[i].grads) * kVectorSize<T>, p.channels,
+                        lane.quarter);
         }
-        position += (__popc(__ballot_sync(kAllLanes, belongs[0])) + __popc(__ballot_sync(kAllLanes, belongs[1]))) / 4;
-        load_next();
+        const StagedSample samples_of_lane[2] = {own[0].sample, own[8].sample};
+        const TouchedPixels at[2] = {{samples_of_lane[0], places[0].cell, lane},
+                                     {samples_of_lane[1], places[1].cell, lane}};
+        own += (__popc(__ballot_sync(kAllLanes, belongs[0])) + __popc(__ballot_sync(kAllLanes, belongs[1]))) / 4;
 
         // Weights as columns of samples, rounded, and what is left of them.
-        const float column = tile.column + static_cast<float>(2 * odd);
-        const TileSample at[2] = {{own[0].x, low_x[0], own[0].y, low_y[0], column, lower},
-                                  {own[1].x, low_x[1], own[1].y, low_y[1], column, lower}};
-        float attention[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          attention[i] = belongs[i] ? own[i].attention : 0;
-          if (!(fabsf(attention[i]) <= WeightRange<T>::kLargest)) {
-            add_alone(own[i], grads[i], map_of_level, sums_of_map, row_size, p.channels, quarter);
-            attention[i] = 0;
-          }
-        }
-        __syncwarp();  // the products want all lanes side by side
         uint32_t weights[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float factor = attention[i] * WeightRange<T>::kFactor * at[i].y_weight;
+          const float attention = samples_of_lane[i].attention;
+          const bool counts = belongs[i] && fabsf(attention) <= WeightRange<T>::kLargest;
+          const float factor = (counts ? attention : 0) * WeightRange<T>::kFactor * at[i].y_weight;
           const float left = at[i].touches_left ? factor * at[i].left : 0;
           const float right = at[i].touches_right ? factor * at[i].right : 0;
           const uint32_t rounded = pack<T>(left, right);
@@ -320,6 +364,7 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 8 : 4)
           slope[i] = at[i].between ? right - left : left - right;
         }
         // Even lanes go on with the first sample, odd ones with the second.
+        const bool odd = lane.odd, lower = lane.lower;
         const float sum = (odd ? across[1] : across[0]) + __shfl_xor_sync(kAllLanes, odd ? across[0] : across[1], 1);
         const float x_slope = (odd ? slope[1] : slope[0]) + __shfl_xor_sync(kAllLanes, odd ? slope[0] : slope[1], 1);
         const float y_weight = odd ? at[1].y_weight : at[0].y_weight;
@@ -328,20 +373,17 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 8 : 4)
         const float whole = (lower ? by_weight : by_x) + __shfl_xor_sync(kAllLanes, lower ? by_x : by_weight, 2);
         const float y_slope = by_y + __shfl_xor_sync(kAllLanes, by_y, 2);
         if (odd ? belongs[1] : belongs[0]) {
-          const int64_t of_query = static_cast<int64_t>(odd ? query[1] : query[0]) * samples * (p.heads - 1);
-          const int64_t place = first_place + of_query + (odd ? own[1].index : own[0].index);
+          const uint32_t place = odd ? samples_of_lane[1].place : samples_of_lane[0].place;
+          const float attention = odd ? samples_of_lane[1].attention : samples_of_lane[0].attention;
           if (lower) {
-            grad_weights[place] = whole;
+            grad_weights_of_image[place] = whole;
           } else {
-            const float attention = odd ? own[1].attention : own[0].attention;
-            const float width = static_cast<float>(map_of_level.width),
-                        height = static_cast<float>(map_of_level.height);
-            reinterpret_cast<float2*>(grad_locations)[place] =
-                make_float2(attention * width * whole, attention * height * y_slope);
+            grad_locations_of_image[place] = make_float2(attention * width * whole, attention * height * y_slope);
           }
         }
+        __syncwarp();  // the next products want all lanes side by side, and another map overwrites what is staged
       }
-      add_sums();
+      sums.add_to(sums_of_lane + static_cast<int64_t>(pixel) * row_size, pixel >= 0, p.channels, lane);
     }
   }
 }
@@ -352,10 +394,13 @@ constexpr int32_t kMostTileChannels = 64;
 
 }  // namespace
 
-// Whether deform_backward_tiles serves a problem, on a GPU whose kernels have tensor cores.
+// Whether deform_backward_tiles serves a problem, on a GPU whose kernels have tensor cores. It numbers the samples and
+// the vectors of gradients of an image in 32 bits.
 template <typename T, typename... Pointers>
 bool fits_tiles(const DeformProblem& p, const Pointers*... pointers) {
-  bool fits = kHasTiles<T> && p.channels <= kMostTileChannels && vectors_fit<T>(p, pointers...);
+  const int64_t items = static_cast<int64_t>(p.queries) * p.heads, samples = static_cast<int64_t>(p.levels) * p.points;
+  bool fits = kHasTiles<T> && p.channels <= kMostTileChannels && vectors_fit<T>(p, pointers...) &&
+              items <= UINT32_MAX / (kMostTileChannels / kVectorSize<T>) && items * samples <= UINT32_MAX;
   for (int32_t level = 0; level < p.levels; ++level) {
     fits = fits && p.level[level].height <= kLargestTileMap && p.level[level].width <= kLargestTileMap;
   }
@@ -373,9 +418,11 @@ cudaError_t launch_deform_backward_tiles(const DeformProblem& p, const T* value,
   if (!fits_tiles<T>(p, value, grad_out, grad_value)) return cudaErrorInvalidValue;
   if constexpr (kHasTiles<T>) {
     if (maps_of(p) == 0 || samples_of_map(p) == 0) return cudaSuccess;
-    const auto kernel = p.channels <= 16   ? &deform_backward_tiles<T, 4, 1>
-                        : p.channels <= 32 ? &deform_backward_tiles<T, 8, 1>
-                                           : &deform_backward_tiles<T, 8, 2>;
+    const auto kernel = p.channels == 16   ? &deform_backward_tiles<T, 4, 1, true>
+                        : p.channels == 32 ? &deform_backward_tiles<T, 8, 1, true>
+                        : p.channels == 64 ? &deform_backward_tiles<T, 8, 2, true>
+                        : p.channels < 32  ? &deform_backward_tiles<T, 8, 1, false>
+                                           : &deform_backward_tiles<T, 8, 2, false>;
     const int64_t runs = (samples_of_map(p) + kTileRun - 1) / kTileRun;
     scratch.ordered = nullptr;
     return until_error(
@@ -384,8 +431,8 @@ cudaError_t launch_deform_backward_tiles(const DeformProblem& p, const T* value,
         },
         [&] {
           return launch_deform(kernel, runs, kDeformThreads / kWarpSize, maps_of(p), stream, p, bins_of<kTileCells>(p),
-                               Divisor(p.levels * p.points), value, grad_out, scratch.starts, scratch.samples,
-                               grad_value, grad_locations, grad_weights);
+                               Divisor(p.levels * p.points), Divisor(p.points), value, grad_out, scratch.starts,
+                               scratch.samples, grad_value, grad_locations, grad_weights);
         });
   }
   return cudaSuccess;

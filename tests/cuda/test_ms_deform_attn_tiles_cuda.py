@@ -217,8 +217,13 @@ def test_weights_of_any_size(kernel, scale, dim, dtype):
 
 @EVERY_DTYPE
 def test_the_largest_weights_times_small_gradients(kernel, dtype):
-    value, flat, locations, weights = make_inputs(dim=32, queries=30, dtype=dtype)
-    weights = torch.full_like(weights, 3.3e38)
+    """Of one pixel, as the gradients of locations are multiples of the size of the map."""
+    assert_close_with_the_largest_weights(kernel, dtype)
+
+
+def assert_close_with_the_largest_weights(kernel, dtype):
+    value, flat, locations, weights = make_inputs(dim=32, queries=30, shapes=((1, 1),), dtype=dtype)
+    weights = torch.full_like(weights, 3.4e38)  # rounded to bfloat16 it would be infinite
     grad = (grad_of_result(value, locations) * 2.0**-14).to(dtype)
     assert_close(kernel, (value, flat, locations, weights), grad)
 
@@ -286,29 +291,30 @@ WRONG_NUMBERS = {
     "what rounding leaves": ("transposed(pack<T>(left - back.x, right - back.y))", "transposed(0)", TILES),
     "a number that is read back": ("word & 0xffff0000", "word", CORES),
     "rows of samples": ("{transposed(grads[0].word", "{transposed(grads[1].word", TILES),
-    "next tile": ("first_x >= tile.column + kTileCells", "first_x > tile.column + kTileCells", TILES),
-    "end of the tile": ("low_x[i] < tile.column + kTileCells", "low_x[i] <= tile.column + kTileCells", TILES),
-    "row of the tile": (" && low_y[i] == tile.row", "", TILES),
-    "end of the level": ("+ 8 * i < limit", "+ 8 * i < end", TILES),
-    "next level": ("tile.row = -2;", "", TILES),
-    "first column": ("(static_cast<int32_t>(first_x) + 1) /", "(static_cast<int32_t>(first_x)) /", TILES),
-    "pixel": ("y * map_of_level.width + x", "y * map_of_level.height + x", TILES),
+    "next tile": ("if (!StagedPlace::share_tile(first, tile)) {", "if (tile == kNoCell) {", TILES),
+    "end of the tile": ("(cell ^ other) < 4;", "(cell ^ other) < 8;", TILES),
+    "level": ("static_cast<uint32_t>(level) << kLevelShift", "static_cast<uint32_t>(level / 2) << kLevelShift", TILES),
+    "cell": ("number * 4 + cells % kTileCells", "number * 4 + column % kTileCells", TILES),
+    "column": ("at.column_and_level << 4 >> 4) - 1", "at.column_and_level << 4 >> 4)", TILES),
+    "pixel": ("size.start + y * size.width + x", "size.start + y * size.height + x", TILES),
     "touched pixel": ("touches_right = between || offset == 1;", "touches_right = between;", TILES),
     "slope": ("right - left : left - right", "right - left : left + right", TILES),
-    "halves": ("halves[0][k] = odd ? other : sums[k];", "halves[0][k] = odd ? sums[k] : other;", TILES),
-    "end of a walk": ("      add_sums();\n    }\n  }\n}", "    }\n  }\n}", TILES),
+    "halves": ("first[k] = lane.odd ? other : sums[k];", "first[k] = lane.odd ? sums[k] : other;", TILES),
+    "end of a walk": (
+        "pixel >= 0, p.channels, lane);\n    }\n",
+        "false, p.channels, lane);\n    }\n",
+        TILES,
+    ),
     "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", CELLS),
-    "large weights": ("kLargest = 0x1p100f", "kLargest = 0x1p127f * 2", TILES),
-    "query": ("samples * (p.heads - 1)", "samples * p.heads", TILES),
+    "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", TILES),
+    "head": ("p.heads + head) * samples", "p.heads) * samples", TILES),
 }
 DETECTING = {"dim": 32, "queries": 60, "points": 4, "shapes": ((5, 9), (7, 8), (3, 2), (1, 2)), "dtype": torch.bfloat16}
 
 
 def assert_no_bug_shows(kernel):
-    value, flat, locations, weights = make_inputs(**DETECTING)
-    assert_close(kernel, (value, flat, locations, weights), schedule=1)
-    weights[0, 1] = 3.3e38
-    assert_close(kernel, (value, flat, locations, weights))
+    assert_close(kernel, make_inputs(**DETECTING), schedule=1)
+    assert_close_with_the_largest_weights(kernel, torch.bfloat16)
 
 
 def test_the_kernel_has_none_of_the_bugs_below(kernel):
@@ -322,10 +328,33 @@ def test_wrong_number_is_found(bug):
         assert_no_bug_shows(broken_kernel(*WRONG_NUMBERS[bug]))
 
 
+NO_BARRIER = {
+    "before what is staged is read": ("      __syncwarp();\n\n      Row values;", "      Row values;"),
+    "before what is staged is overwritten": (
+        "        __syncwarp();  // the next products",
+        "        // the next products",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", NO_BARRIER)
+def test_missing_barrier_is_found(place):
+    change = {TILES: [NO_BARRIER[place]], SAMPLES: [("kMaxGridY = 65535", "kMaxGridY = 1")]}
+    broken = emulate(binding=TILES_BINDING, defines=["BFLOAT16_ONLY"], changes=change)
+    inputs = make_inputs(**DETECTING)
+    with pytest.raises(KernelError, match="race in shared memory"):
+        broken.backward_tiles(grad_of_result(inputs[0], inputs[2]), *inputs, schedule=1)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message", "file"),
     [
-        ("while (position < end)", "while (position + group < end)", "does not take part|without all lanes", TILES),
+        (
+            "while (own < end)",
+            "while (own + lane.group < end)",
+            "lanes disagree about the call|does not take part",
+            TILES,
+        ),
         ("__shfl_xor_sync(kAllLanes, by_y, 2)", "__shfl_xor_sync(0xffff, by_y, 2)", "the mask of .* lacks", TILES),
         (
             "atomicAdd(reinterpret_cast<float4*>(to), values);",
@@ -345,13 +374,12 @@ def test_planted_bug_is_reported(old, new, message, file):
 @pytest.mark.parametrize(
     ("old", "new", "file"),
     [
-        ("if (channel(v, quarter) >= channels) continue;", "", TILES),
-        ("pixel != nullptr && channel < channels", "pixel != nullptr && channel <= channels", TILES),
-        ("x >= 0 && x < map_of_level.width", "x >= 0 && x <= map_of_level.width", TILES),
+        ("if (!kFull && channel(v, quarter) >= channels) continue;", "", TILES),
+        ("+ channel < channels", "+ channel <= channels", TILES),
+        ("x >= 0 && x < size.width", "x >= 0 && x <= size.width", TILES),
         ("return width / kCells + 1;", "return width / kCells + 2;", CELLS),
-        ("channels % kVectorSize<T> == 0 &&", "channels % 2 == 0 &&", SAMPLES),
     ],
-    ids=["channel", "added channel", "pixel", "bins", "vector"],
+    ids=["channel", "added channel", "pixel", "bins"],
 )
 def test_off_by_one_is_found(old, new, file, tmp_path):
     library = build(TILES_BINDING, "addresses", defines=["BFLOAT16_ONLY"], changes={file: [(old, new)]})
