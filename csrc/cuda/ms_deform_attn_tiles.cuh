@@ -25,7 +25,6 @@ namespace {
 constexpr int kTileCells = 3, kTileColumns = kTileCells + 1;  // pixels have two rows
 constexpr int kTileRun = 128;                                 // sorted samples that a warp walks over
 constexpr int kChunk = 16;
-constexpr int32_t kLargestTileMap = 1 << 23;  // pixels of a row or column, whose numbers are floats here
 
 // Divides numbers below 2^31 by one that the host knows, without a division: by a multiplication with 2^(31 + shift)
 // over the divisor, rounded up, where 2^shift is at least the divisor, and the error therefore too small to matter.
@@ -111,6 +110,7 @@ struct alignas(8) StagedTile {
   uint32_t column_and_level;  // column + 1 of its first pixel, and the level in the four highest bits
 };
 constexpr int kLevelShift = 28;
+static_assert(kMaxDeformLevels <= 1 << (32 - kLevelShift));
 constexpr uint32_t kNoCell = 0xffffffff;  // of no tile
 
 struct Staged {
@@ -120,6 +120,7 @@ struct Staged {
 };
 
 // The same number, in a register: without this, compilers save registers and compute it again wherever it is needed.
+// Not for pointers to what is written: compilers would no longer know that they are of global memory.
 template <typename Number>
 __device__ __forceinline__ Number in_register(Number number) {
 #if defined(__CUDACC__)
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
       uint32_t tile = kNoCell;
       int32_t pixel = -1;  // the lane's pixel of the tile, unless that is outside of the map
       float width = 0, height = 0;
-      float* const sums_of_lane = in_register(grad_value + first_value + sums.first_channel(lane));
+      const int64_t first_sum = in_register(first_value + sums.first_channel(lane));
       const T* const grads_of_lane = in_register(grads_of_map + Row::channel(0, lane.quarter));
       float* const grad_weights_of_image = grad_weights + first_item * samples;
       float2* const grad_locations_of_image = reinterpret_cast<float2*>(grad_locations) + first_item * samples;
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
         const StagedPlace places[2] = {own[0].place, own[8].place};
         const uint32_t first = __shfl_sync(kAllLanes, places[0].cell, 0);
         if (!StagedPlace::share_tile(first, tile)) {
-          sums.add_to(sums_of_lane + static_cast<int64_t>(pixel) * row_size, pixel >= 0, p.channels, lane);
+          sums.add_to(grad_value + (first_sum + static_cast<int64_t>(pixel) * row_size), pixel >= 0, p.channels, lane);
           sums = {};
           tile = first;
           const StagedTile at = own[-lane.group].tile;
@@ -383,7 +384,7 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
         }
         __syncwarp();  // the next products want all lanes side by side, and another map overwrites what is staged
       }
-      sums.add_to(sums_of_lane + static_cast<int64_t>(pixel) * row_size, pixel >= 0, p.channels, lane);
+      sums.add_to(grad_value + (first_sum + static_cast<int64_t>(pixel) * row_size), pixel >= 0, p.channels, lane);
     }
   }
 }
@@ -402,7 +403,7 @@ bool fits_tiles(const DeformProblem& p, const Pointers*... pointers) {
   bool fits = kHasTiles<T> && p.channels <= kMostTileChannels && vectors_fit<T>(p, pointers...) &&
               items <= UINT32_MAX / (kMostTileChannels / kVectorSize<T>) && items * samples <= UINT32_MAX;
   for (int32_t level = 0; level < p.levels; ++level) {
-    fits = fits && p.level[level].height <= kLargestTileMap && p.level[level].width <= kLargestTileMap;
+    fits = fits && p.level[level].width < 1 << kLevelShift;
   }
   return fits;
 }
