@@ -10,7 +10,6 @@ import torch
 from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
 from emulated_ms_deform_attn import TILES_BINDING, emulate
 
-from groupdetr_fast import _gpus as gpus
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
 from groupdetr_fast.testing import assert_matches_reference
 from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
@@ -387,65 +386,3 @@ def test_off_by_one_is_found(old, new, file, tmp_path):
     process = run_sanitized(library, tmp_path, dtypes=[torch.bfloat16])
     assert process.returncode != 0
     assert "ERROR: AddressSanitizer" in process.stderr
-
-
-# --- On a GPU ---
-
-
-@pytest.fixture
-def by_tiles():
-    """Backward passes on a GPU go by tiles meanwhile."""
-    before = gpus.extension().choose_deformable_tiles(True)
-    yield
-    gpus.extension().choose_deformable_tiles(before)
-
-
-def on_gpu(*inputs):
-    return [tensor.cuda() if torch.is_tensor(tensor) else tensor for tensor in inputs]
-
-
-GPU_CASES = {
-    "encoder": {"queries": 2000, "dim": 32, "heads": 8, "shapes": ((30, 40), (15, 20), (8, 10), (4, 5)), "points": 4},
-    "dim_16": {"queries": 900, "dim": 16, "heads": 3, "shapes": ((17, 19),), "points": 4},
-    "dim_64": {"queries": 900, "dim": 64, "heads": 2, "shapes": ((9, 1), (1, 9), (17, 19)), "points": 4},
-    "dim_40": {"queries": 300, "dim": 40, "shapes": ((5, 7), (0, 3), (2, 3))},
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES)
-@EVERY_DTYPE
-def test_by_tiles_on_a_gpu(by_tiles, case, dtype):
-    inputs = make_inputs(**GPU_CASES[case], dtype=dtype)
-    grad = grad_of_result(inputs[0], inputs[2])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        grads = OP_BACKWARD(*on_gpu(grad, *inputs))
-        torch.cuda.synchronize()
-    if torch.cuda.get_device_capability() >= (8, 0):
-        assert any("deform_backward_tiles" in event.key for event in profile.key_averages())
-    for index, actual in enumerate(grads):
-        assert_matches_reference(
-            actual.cpu(), lambda *args, i=index: ms_deform_attn_backward_reference(*args)[i], grad, *inputs
-        )
-    for actual, wanted in zip(grads[1:], in_double(grad, *inputs)[1:], strict=True):
-        torch.testing.assert_close(actual.cpu().double(), wanted, rtol=0, atol=2.0**-13 * wanted.abs().max().item())
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_by_tiles(by_tiles):
-    value, flat, locations, weights = on_gpu(*make_inputs(**GPU_CASES["encoder"], dtype=torch.bfloat16))
-    grad = grad_of_result(value.cpu(), locations.cpu()).cuda()
-    OP_BACKWARD(grad, value, flat, locations, weights)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = OP_BACKWARD(grad, value, flat, locations, weights)
-    value.mul_(2)
-    locations.add_(0.1)
-    graph.replay()
-    expected = in_double(
-        *(tensor.cpu() if torch.is_tensor(tensor) else tensor for tensor in (grad, value, flat, locations, weights))
-    )
-    for actual, wanted in zip(grads, expected, strict=True):
-        torch.testing.assert_close(
-            actual.cpu().double(), wanted, rtol=2.0**-7, atol=2.0**-9 * wanted.abs().max().item()
-        )
