@@ -25,6 +25,7 @@ namespace {
 constexpr int kTileCells = 3, kTileColumns = kTileCells + 1;  // pixels have two rows
 constexpr int kTileRun = 128;                                 // sorted samples that a warp walks over
 constexpr int kChunk = 16;
+constexpr int kTileBlocks = kHasVectorAtomics ? 6 : 5;  // with 32 channels; as many as registers allow without spills
 
 // Divides numbers below 2^31 by one that the host knows, without a division: by a multiplication with 2^(31 + shift)
 // over the divisor, rounded up, where 2^shift is at least the divisor, and the error therefore too small to matter.
@@ -118,6 +119,12 @@ struct Staged {
   StagedPlace place;
   StagedTile tile;
 };
+
+// A chunk may reach beyond the samples, where nothing but the place means anything.
+__device__ __forceinline__ Staged* staged_of_warp() {
+  static __shared__ Staged of_block[kDeformThreads / kWarpSize][kTileRun + kChunk];
+  return of_block[threadIdx.x / kWarpSize];
+}
 
 // The same number, in a register: without this, compilers save registers and compute it again wherever it is needed.
 // Not for pointers to what is written: compilers would no longer know that they are of global memory.
@@ -232,7 +239,7 @@ __device__ __forceinline__ void add_alone(const SortedSample<float>& sample, con
 // The gradients of all samples that touch a pixel, and that of value, to which it adds. Lane 4 * g + quarter has
 // samples g and g + 8 of a chunk and pixel g of the tile, and there the channels of the quarter.
 template <typename T, int kVector, int kVectors, bool kFull>
-__global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
+__global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? kTileBlocks : 4)
     deform_backward_tiles(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformBins bins,
                           const __grid_constant__ Divisor samples_of_query, const __grid_constant__ Divisor points,
                           const T* __restrict__ value, const T* __restrict__ grad_out,
@@ -241,8 +248,7 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
                           float* __restrict__ grad_weights) {
   if constexpr (kHasTensorCores) {
     using Row = QuarterRow<T, kVector, kVectors, kFull>;
-    static __shared__ Staged staged_of_block[kDeformThreads / kWarpSize][kTileRun + kChunk];
-    Staged* const staged = staged_of_block[threadIdx.x / kWarpSize];
+    Staged* const staged = staged_of_warp();
     const TileLane lane = TileLane::own();
     const int32_t row_size = p.heads * p.channels, samples = p.levels * p.points;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kDeformThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -273,7 +279,6 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
                     row_size, p.channels);
         }
       }
-      // The last chunk may reach beyond the samples.
       if (lane.group < kChunk / 4) staged[count + 4 * lane.group + lane.quarter].place = {kNoCell, 0};
       __syncwarp();
 
@@ -330,9 +335,9 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? 6 : 4)
         for (int i = 0; i < 2; ++i) {
           const float attention = samples_of_lane[i].attention;
           const bool counts = belongs[i] && fabsf(attention) <= WeightRange<T>::kLargest;
-          const float factor = (counts ? attention : 0) * WeightRange<T>::kFactor * at[i].y_weight;
-          const float left = at[i].touches_left ? factor * at[i].left : 0;
-          const float right = at[i].touches_right ? factor * at[i].right : 0;
+          const float factor = attention * WeightRange<T>::kFactor * at[i].y_weight;
+          const float left = counts && at[i].touches_left ? factor * at[i].left : 0;
+          const float right = counts && at[i].touches_right ? factor * at[i].right : 0;
           const uint32_t rounded = pack<T>(left, right);
           const float2 back = unpack<T>(rounded);
           weights[2 * i] = transposed(rounded);

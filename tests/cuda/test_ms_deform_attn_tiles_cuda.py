@@ -307,6 +307,7 @@ WRONG_NUMBERS = {
     ),
     "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", CELLS),
     "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", TILES),
+    "beyond the samples": ("const float left = counts && ", "const float left = ", TILES),
     "head": ("p.heads + head) * samples", "p.heads) * samples", TILES),
 }
 DETECTING = {"dim": 32, "queries": 60, "points": 4, "shapes": ((5, 9), (7, 8), (3, 2), (1, 2)), "dtype": torch.bfloat16}
