@@ -307,7 +307,6 @@ WRONG_NUMBERS = {
     ),
     "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", CELLS),
     "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", TILES),
-    "beyond the samples": ("const float left = counts && ", "const float left = ", TILES),
     "head": ("p.heads + head) * samples", "p.heads) * samples", TILES),
 }
 DETECTING = {"dim": 32, "queries": 60, "points": 4, "shapes": ((5, 9), (7, 8), (3, 2), (1, 2)), "dtype": torch.bfloat16}
@@ -327,6 +326,18 @@ def test_wrong_number_is_found(bug):
     wrong = "Tensor-likes are not close|race in global memory"
     with pytest.raises((AssertionError, KernelError), match=wrong):
         assert_no_bug_shows(broken_kernel(*WRONG_NUMBERS[bug]))
+
+
+def assert_nothing_beyond_the_samples_shows(kernel):
+    """Shared memory is full of random bytes when a block begins, of which some numbers are NaN or infinite."""
+    for schedule in range(1, 6):
+        assert_close(kernel, make_inputs(**CASES["long_batch"], dtype=torch.bfloat16), schedule=schedule)
+
+
+def test_what_lies_beyond_the_samples(kernel):
+    assert_nothing_beyond_the_samples_shows(kernel)
+    with pytest.raises(AssertionError, match="grad_value: Tensor-likes are not close"):
+        assert_nothing_beyond_the_samples_shows(broken_kernel("bool counts = belongs[i] && ", "bool counts = "))
 
 
 NO_BARRIER = {
