@@ -34,24 +34,27 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Whether this extension can run its kernels on a GPU: it has code for it, and the driver is new enough for the CUDA
-// runtime in it.
-inline bool find_whether_served(int32_t device_index) {
+// Whether this extension can run its kernels on a GPU: it has code for it that is not for an older architecture than
+// `oldest`, and the driver is new enough for the CUDA runtime in it.
+inline bool find_whether_served(int32_t device_index, int oldest) {
   int driver = 0, major = 0, minor = 0;
   return cudaDriverGetVersion(&driver) == cudaSuccess && driver / 1000 >= CUDART_VERSION / 1000 &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index) == cudaSuccess &&
-         has_code(kArchitectures, 10 * major + minor);
+         has_code(kArchitectures, 10 * major + minor, oldest);
 }
 
 // The same, asked once a device.
-inline bool is_served(int32_t device_index) {
+template <int kOldest = 0>
+bool is_served(int32_t device_index) {
   enum : char { kUnknown, kNo, kYes };
   static std::array<std::atomic<char>, 64> known = {};
-  if (device_index < 0 || device_index >= static_cast<int32_t>(known.size())) return find_whether_served(device_index);
+  if (device_index < 0 || device_index >= static_cast<int32_t>(known.size())) {
+    return find_whether_served(device_index, kOldest);
+  }
   char answer = known[device_index].load(std::memory_order_relaxed);
   if (answer == kUnknown) {
-    answer = find_whether_served(device_index) ? kYes : kNo;
+    answer = find_whether_served(device_index, kOldest) ? kYes : kNo;
     known[device_index].store(answer, std::memory_order_relaxed);
   }
   return answer == kYes;

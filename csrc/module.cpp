@@ -1,5 +1,6 @@
 // The Python module `groupdetr_fast._C`. Importing it runs the static initialisers of the other files, which register
-// their kernels with torch's dispatcher. Besides, it tells which GPUs the CUDA kernels were compiled for.
+// their kernels with torch's dispatcher. Besides, it tells which GPUs the CUDA kernels were compiled for, and chooses
+// between kernels for benchmarks and tests.
 
 #include <Python.h>
 #ifdef USE_CUDA
@@ -7,14 +8,15 @@
 #endif
 
 #include "architectures.h"
+#include "choices.h"
 
 namespace {
 
 PyObject* has_code(PyObject*, PyObject* arguments) {
   const char* architectures = nullptr;
-  int capability = 0;
-  if (!PyArg_ParseTuple(arguments, "si", &architectures, &capability)) return nullptr;
-  return PyBool_FromLong(groupdetr::has_code(architectures, capability));
+  int capability = 0, oldest = 0;
+  if (!PyArg_ParseTuple(arguments, "si|i", &architectures, &capability, &oldest)) return nullptr;
+  return PyBool_FromLong(groupdetr::has_code(architectures, capability, oldest));
 }
 
 PyObject* cuda_driver_version(PyObject*, PyObject*) {
@@ -25,12 +27,22 @@ PyObject* cuda_driver_version(PyObject*, PyObject*) {
   return PyLong_FromLong(version);
 }
 
+PyObject* choose_deformable_tiles(PyObject*, PyObject* arguments) {
+  int chosen = 0;
+  if (!PyArg_ParseTuple(arguments, "p", &chosen)) return nullptr;
+  return PyBool_FromLong(groupdetr::deformable_tiles.exchange(chosen != 0));
+}
+
 PyMethodDef methods[] = {
     {"has_code", has_code, METH_VARARGS,
-     "has_code(architectures: str, capability: int) -> bool: whether code for one of them runs on such a GPU (75: "
-     "7.5)"},
+     "has_code(architectures: str, capability: int, oldest: int = 0) -> bool: whether code for one of them that is not "
+     "older runs on such a GPU (75: 7.5)"},
     {"cuda_driver_version", cuda_driver_version, METH_NOARGS,
      "The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver, or if built without CUDA"},
+    {"choose_deformable_tiles", choose_deformable_tiles, METH_VARARGS,
+     "choose_deformable_tiles(chosen: bool) -> bool: whether deformable attention's backward pass goes by tiles on "
+     "GPUs "
+     "from now on; what was chosen before"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

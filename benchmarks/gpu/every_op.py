@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
+from groupdetr_fast._gpus import extension
 from groupdetr_fast.testing import ms_deform_attn_inputs
 from harness import cases
 
@@ -31,14 +32,22 @@ def small(device: torch.device) -> None:
         _cross_attention(cases.CrossAttention(40, padded=False, heads=2, map=(4, 9)), 0.0, dtype, device)
         value, flat, *samples = ms_deform_attn_inputs(queries=37, heads=2, dim=32, points=4, dtype=dtype)
         shapes = list(zip(flat[::2], flat[1::2], strict=True))
-        for deterministic in (False, True):
+        for deterministic, tiles in ((False, False), (True, False), (False, True)):
             inputs = [tensor.clone().to(device).requires_grad_() for tensor in (value, *samples)]
             torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            before = _choose_tiles(tiles)
             try:
                 _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
             finally:
+                _choose_tiles(before)
                 torch.use_deterministic_algorithms(False)
         _criterion(dtype, device)
+
+
+def _choose_tiles(chosen: bool) -> bool:
+    """Whether the backward pass of deformable attention goes by tiles where it can; the former choice."""
+    kernels = extension()
+    return kernels is not None and kernels.choose_deformable_tiles(chosen)
 
 
 def _attention(groups: gd.QueryGroups, dim: int, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,7 +81,10 @@ def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def large(device: torch.device) -> None:
-    """Attention at 11 x 300 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16."""
+    """Attention at 11 x 300 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16.
+
+    Deformable attention's backward pass both ways, by cells and by tiles.
+    """
     inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
     _with_backward(gd.ops.grouped_attention(*inputs, 11))
     case = replace(cases.GPU_CROSS_ATTENTION[0], batch=16)
@@ -81,7 +93,10 @@ def large(device: torch.device) -> None:
     case = cases.GPU_DEFORMABLE[0]
     value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
     inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]
-    _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
+    for tiles in (False, True):
+        before = _choose_tiles(tiles)
+        _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
+        _choose_tiles(before)
 
 
 def _with_backward(result: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
+from groupdetr_fast._gpus import extension
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
     cross_attention_reference,
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "cross_attention",
     "deformable",
+    "deformable_backward_by_tiles",
     "float32_products",
     "largest_difference",
     "make_predictions",
@@ -103,22 +105,37 @@ def cross_attention(
 
 
 def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:
-    """Forward and both ways of backward; locations and weights stay in float32."""
+    """Forward and all ways of backward; locations and weights stay in float32."""
     value, locations, weights = (tensor.detach() for tensor in case.make(device))
     flat = [size for level in case.levels for size in level]
     inputs = (value.to(dtype), flat, locations, weights)
     yield Operator("ms_deform_attn", str(case), ("out",), OPS.ms_deform_attn, ms_deform_attn_reference, inputs)
     grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
-    for deterministic in (False, True):
+    ways = {"": OPS.ms_deform_attn_backward, ", deterministic": OPS.ms_deform_attn_backward}
+    if dtype in (torch.float16, torch.bfloat16):
+        ways[", tiles"] = deformable_backward_by_tiles
+    for name, run in ways.items():
         yield Operator(
             "ms_deform_attn_backward",
-            f"{case}, deterministic" if deterministic else str(case),
+            f"{case}{name}",
             ("grad_value", "grad_locations", "grad_weights"),
-            OPS.ms_deform_attn_backward,
+            run,
             ms_deform_attn_backward_reference,
-            (grad, *inputs, deterministic),
-            in_any_order=not deterministic,
+            (grad, *inputs, name == ", deterministic"),
+            in_any_order=name != ", deterministic",
         )
+
+
+def deformable_backward_by_tiles(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op of deformable attention with its kernel on tensor cores, where that serves."""
+    kernels = extension()
+    if kernels is None:  # as in a rehearsal without compiled kernels
+        return OPS.ms_deform_attn_backward(*inputs)
+    before = kernels.choose_deformable_tiles(True)
+    try:
+        return OPS.ms_deform_attn_backward(*inputs)
+    finally:
+        kernels.choose_deformable_tiles(before)
 
 
 def matching(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:

@@ -21,7 +21,16 @@ from harness import cases
 from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa, padded_sdpa
 from harness.results import OURS
 
-from .operators import COST, make_predictions, name_of, per_group, random_classes, total_costs
+from .operators import (
+    COST,
+    OPS,
+    deformable_backward_by_tiles,
+    make_predictions,
+    name_of,
+    per_group,
+    random_classes,
+    total_costs,
+)
 
 __all__ = [
     "Contender",
@@ -188,8 +197,11 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
 
         return attend
 
-    contenders = {
-        OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples)),
+    contenders = {OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples))}
+    if dtype in (torch.float16, torch.bfloat16):
+        flat = [size for level in levels for size in level]
+        contenders[f"{OURS}, tiles"] = ready(lambda value, *samples: BackwardByTiles.apply(value, flat, *samples))
+    contenders |= {
         "torch-ms-deform-attn": Contender(torch_ms_deform_attn),
         "deformops, Triton": Contender(lambda: deformops("triton")),
         "deformops, CUDA": Contender(lambda: deformops("cuda")),
@@ -197,6 +209,22 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     }
     fields = {"case": str(case), "batch": case.batch, "dtype": name_of(dtype)}
     return Work("ms_deform_attn", fields, inputs, contenders, lambda out: out, lambda out: [out])
+
+
+class BackwardByTiles(torch.autograd.Function):
+    """Deformable attention whose backward pass goes by tiles, on tensor cores."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, flat: list[int], places: Tensor, weights: Tensor) -> Tensor:
+        ctx.flat = flat
+        ctx.save_for_backward(value, places, weights)
+        return OPS.ms_deform_attn(value, flat, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, places, weights = ctx.saved_tensors
+        grad_value, *grads = deformable_backward_by_tiles(grad, value, ctx.flat, places, weights)
+        return grad_value, None, *grads
 
 
 def matching_cost(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Work:

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../choices.h"
 #include "../cuda_common.h"
 #include "ms_deform_attn.cuh"
 
@@ -188,7 +189,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
       return launch_deform_backward(p, data<T>(values), data<A>(places), data<A>(factors), data<T>(grads), sums,
                                     mutable_data<A>(grad_locations), mutable_data<A>(grad_weights), stream);
     };
-    const bool sorted = pays_to_sort(p) && fits_sorted<T>(p, data<T>(values), data<T>(grads));
+    const bool in_tiles = deformable_tiles && is_served<kOldestTensorCores>(value.get_device_index()) &&
+                          fits_tiles<T>(p, data<T>(values), data<T>(grads));
+    const bool sorted = pays_to_sort(p) && (in_tiles || fits_sorted<T>(p, data<T>(values), data<T>(grads)));
+    const auto backward_sorted = in_tiles ? &launch_deform_backward_tiles<T> : &launch_deform_backward_sorted<T>;
     if (!deterministic && !sorted) {
       STD_CUDA_CHECK(backward(mutable_data<A>(grad_value)));
       return;
@@ -206,10 +210,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
                                                          mutable_data<T>(grad_value) + first * pixels,
                                                          scratch.pointers(), stream));
       } else {
-        STD_CUDA_CHECK(launch_deform_backward_sorted(
-            part, data<T>(values) + first * pixels, part_places, part_factors, part_grads,
-            mutable_data<A>(grad_value) + first * pixels, mutable_data<A>(grad_locations) + first * samples * 2,
-            mutable_data<A>(grad_weights) + first * samples, scratch.pointers(), stream));
+        STD_CUDA_CHECK(backward_sorted(part, data<T>(values) + first * pixels, part_places, part_factors, part_grads,
+                                       mutable_data<A>(grad_value) + first * pixels,
+                                       mutable_data<A>(grad_locations) + first * samples * 2,
+                                       mutable_data<A>(grad_weights) + first * samples, scratch.pointers(), stream));
       }
     }
   });

@@ -5,7 +5,7 @@
 // the gradient of the result are summed over the group by shuffles, which leaves one sum per corner.
 //
 // The gradient of value is summed by atomics, one sample after another. ms_deform_attn_sorted.cuh does with fewer of
-// them, ms_deform_attn_in_order.cuh without.
+// them, ms_deform_attn_tiles.cuh too and on tensor cores, ms_deform_attn_in_order.cuh without.
 //
 // Free of torch: pointers and sizes only.
 #pragma once
@@ -13,6 +13,7 @@
 #include "ms_deform_attn_in_order.cuh"
 #include "ms_deform_attn_samples.cuh"
 #include "ms_deform_attn_sorted.cuh"
+#include "ms_deform_attn_tiles.cuh"
 
 namespace groupdetr {
 namespace {
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kDeformThreads, 4)
 inline bool is_supported(const DeformProblem& p) {
   const auto fits = [](int64_t a, int64_t b) { return a * b <= INT32_MAX - kDeformThreads * 16; };
   return fits(p.queries, p.heads) && fits(p.images, p.heads) && fits(p.heads, p.channels) && fits(p.levels, p.points) &&
-         fits(static_cast<int64_t>(p.queries) * p.points, p.levels) && cells_of(p).count <= INT32_MAX - kDeformThreads;
+         fits(static_cast<int64_t>(p.queries) * p.points, p.levels) && bins_of(p).count <= INT32_MAX - kDeformThreads;
 }
 
 template <typename T>

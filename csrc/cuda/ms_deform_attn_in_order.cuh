@@ -30,10 +30,9 @@ __device__ __forceinline__ A weight_at(A position, int32_t pixel) {
 // reads several times, and a warp one of its columns, pixel by pixel; its groups of lanes take turns with the samples.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kDeformThreads, 8)
-    deform_gather(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformCells cells,
-                  int32_t group_size, const int32_t* __restrict__ starts,
-                  const SortedSample<DeformArithmetic<T>>* __restrict__ sorted, const T* __restrict__ grad_out,
-                  T* __restrict__ grad_value) {
+    deform_gather(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformBins cells, int32_t group_size,
+                  const int32_t* __restrict__ starts, const SortedSample<DeformArithmetic<T>>* __restrict__ sorted,
+                  const T* __restrict__ grad_out, T* __restrict__ grad_value) {
   using A = DeformArithmetic<T>;
   static __shared__ WeightedQuery<A> queries_of_block[kTile][kWarpSize];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -124,7 +123,7 @@ cudaError_t launch_deform_grad_value_in_order(const DeformProblem& p, const Defo
   return until_error(
       [&] { return launch_deform_sort(p, locations, weights, no_gradients, no_gradients, scratch, stream); },
       [&] {
-        return launch_deform(gather, tiles_of(p), 1, maps_of(p), stream, p, cells_of(p),
+        return launch_deform(gather, tiles_of(p), 1, maps_of(p), stream, p, bins_of(p),
                              deform_group_size(p, vectors ? kVectorSize<T> : 1), scratch.starts, scratch.ordered,
                              grad_out, grad_value);
       });

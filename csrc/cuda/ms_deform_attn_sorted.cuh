@@ -166,7 +166,7 @@ cudaError_t launch_deform_backward_sorted(const DeformProblem& p, const T* value
       [&] { return launch_deform_sort(p, locations, weights, grad_locations, grad_weights, scratch, stream); },
       [&] {
         return launch_deform(kernel, runs, kDeformThreads / group_size, maps_of(p), stream, p, group_size,
-                             cells_of(p).count, value, grad_out, scratch.starts, scratch.samples, grad_value,
+                             bins_of(p).count, value, grad_out, scratch.starts, scratch.samples, grad_value,
                              grad_locations, grad_weights);
       });
 }

@@ -139,6 +139,7 @@ TINY = {
     "attention": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32),
     "dropout": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32, 0.5),
     "deformable": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.float32),
+    "deformable, half": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.bfloat16),
 }
 SMALL = cases.Matching(3, layers=2, num_groups=2, num_queries=8, classes=5)
 TINY["cost"] = works.matching_cost(SMALL, CPU, torch.float32)
@@ -154,6 +155,7 @@ def test_contenders_agree_and_are_timed(recorder, name):
     contenders = {row["contender"] for row in timed}
     assert OURS in contenders
     assert len(contenders) > 1
+    assert (f"{OURS}, tiles" in contenders) == (name == "deformable, half")
     assert not recorder.found_wrong
     for row in timed:
         assert row["wall"] >= row["host"] > 0

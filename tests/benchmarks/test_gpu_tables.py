@@ -38,6 +38,11 @@ def test_document_has_the_tables_of_the_rows():
     assert (ROWS / "report.md").read_text().strip().endswith(tables.document(ROWS, full=True)[-200:])
 
 
+def test_another_kernel_of_ours_is_no_peer():
+    names = (OURS, f"{OURS}, tiles", "deformops, Triton")
+    assert list(tables.peers(dict.fromkeys(names))) == ["deformops, Triton"]
+
+
 def test_the_newest_run_that_got_somewhere_counts(tmp_path):
     rehearsal = [{"kind": "time", "rehearsal": True}]
     write(tmp_path, "ops", [time(OURS, "forward", 1, 1)], [time(OURS, "forward", 2, 2)], [])

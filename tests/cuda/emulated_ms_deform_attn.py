@@ -1,7 +1,8 @@
 """The CUDA kernels of ``ms_deform_attn`` on the CPU, for tensors.
 
-As a script, runs a library over the inputs in a file, both given by their paths, for AddressSanitizer to watch. The
-script does without the package, since AddressSanitizer does not survive an exception in a library loaded later.
+As a script, runs a library over the inputs in a file, both given by their paths, for AddressSanitizer to watch; with
+``tiles`` behind them, the library of the kernel that walks over tiles. The script does without the package, since
+AddressSanitizer does not survive an exception in a library loaded later.
 """
 
 import ctypes
@@ -12,6 +13,8 @@ import torch
 from cuda_on_cpu.build import Library, build
 
 BINDING = Path(__file__).with_name("ms_deform_attn_binding.cpp")
+TILES_BINDING = Path(__file__).with_name("ms_deform_attn_tiles_binding.cpp")
+CELLS_OF_TILE = 3
 MAX_LEVELS = 16
 WAYS = ("atomics", "sorted", "in_order")
 
@@ -59,6 +62,15 @@ class EmulatedDeformAttn:
             self._call("grad_value_in_order", value, flat, weights, arguments, options)
         return grad_value, *grads
 
+    def backward_tiles(self, grad, value, flat, locations, weights, **options):
+        """The same by tiles, with the gradient of value as it was summed up, in float32."""
+        grads = [torch.zeros_like(value, dtype=torch.float32)]
+        grads += [torch.full_like(tensor, torch.nan) for tensor in (locations, weights)]
+        scratch = scratch_memory(flat, weights, CELLS_OF_TILE)[:3]
+        arguments = value, locations, weights, grad, *grads, *scratch
+        self._call("backward_tiles", value, flat, weights, arguments, options)
+        return grads
+
     def _call(self, function, value, flat, weights, tensors, options):
         problem = Problem(*value.shape, weights.shape[1], *weights.shape[3:])
         start = 0
@@ -71,18 +83,18 @@ class EmulatedDeformAttn:
         self._library.call(name, ctypes.byref(problem), *pointers, **options)
 
 
-def scratch_memory(flat, weights):
+def scratch_memory(flat, weights, cells_of_bin=1):
     """``DeformScratch``, full of bytes that mean nothing; a sorted sample takes the room of 4 numbers."""
     images, queries, heads, levels, points = weights.shape
-    cells = sum((h + 1) * (w + 1) for h, w in zip(flat[::2], flat[1::2], strict=True) if h and w)
+    bins = sum((h + 1) * -(-(w + 1) // cells_of_bin) for h, w in zip(flat[::2], flat[1::2], strict=True) if h and w)
     samples = torch.full((images * heads, queries * levels * points, 4), torch.nan, dtype=weights.dtype)
-    starts = torch.full((images * heads, cells + 1), -7, dtype=torch.int32)
+    starts = torch.full((images * heads, bins + 1), -7, dtype=torch.int32)
     ranks = torch.full(weights.shape, -7, dtype=torch.int32)
     return starts, ranks, samples, samples.clone()
 
 
-def emulate(checks="races", **options):
-    return EmulatedDeformAttn(build(BINDING, checks, **options))
+def emulate(checks="races", binding=BINDING, **options):
+    return EmulatedDeformAttn(build(binding, checks, **options))
 
 
 def own_memory(tensor):
@@ -96,8 +108,23 @@ def own_memory(tensor):
     return copy.copy_(tensor)
 
 
+def run_tiles(emulated, inputs):
+    for value, flat, locations, weights in inputs:
+        value, locations, weights = (own_memory(tensor) for tensor in (value, locations, weights))
+        grad = own_memory(
+            torch.ones(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(value.dtype)
+        )
+        grads = [own_memory(torch.zeros_like(t, dtype=torch.float32)) for t in (value, locations, weights)]
+        scratch = [own_memory(tensor) for tensor in scratch_memory(flat, weights, CELLS_OF_TILE)[:3]]
+        arguments = value, locations, weights, grad, *grads, *scratch
+        emulated._call("backward_tiles", value, flat, weights, arguments, {})
+
+
 def main():
     emulated = EmulatedDeformAttn(sys.argv[1])
+    if sys.argv[3:] == ["tiles"]:
+        run_tiles(emulated, torch.load(sys.argv[2]))
+        return
     for value, flat, locations, weights in torch.load(sys.argv[2]):
         value, locations, weights = (own_memory(tensor) for tensor in (value, locations, weights))
         shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]

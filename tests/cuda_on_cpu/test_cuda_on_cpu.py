@@ -165,3 +165,54 @@ def test_low_precision(library, name, dtype):
     library.call(f"run_{name}", *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, output)), len(values))
     assert torch.equal(output.nan_to_num(7), values.to(dtype).float().nan_to_num(7))
     assert torch.equal(output.isnan(), values.isnan())
+
+
+# --- Tensor cores: csrc/cuda/tensor_cores.cuh ---
+
+
+@pytest.fixture(scope="module")
+def products():
+    return Library(build(FOLDER / "products.cpp"))
+
+
+def fragment_places(kind):
+    """``[lane, number]``: rows and columns of the numbers of each lane, by the formulas of the PTX ISA.
+
+    They are those of "Matrix Fragments for mma.m16n8k16 with floating point type", in terms of groupID and
+    threadID_in_group, for the numbers i of a lane in ascending order.
+    """
+    numbers = {"a": 8, "b": 4, "c": 4}[kind]
+    lane, i = np.arange(32)[:, None], np.arange(numbers)[None, :]
+    group, thread = lane // 4, lane % 4
+    if kind == "a":
+        lies_above = (i < 2) | ((i >= 4) & (i < 6))
+        return np.where(lies_above, group, group + 8), thread * 2 + (i & 1) + np.where(i >= 4, 8, 0)
+    if kind == "b":
+        return thread * 2 + (i & 1) + np.where(i >= 2, 8, 0), np.broadcast_to(group, (32, numbers))
+    return np.where(i < 2, group, group + 8), thread * 2 + (i & 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_product_of_matrices(products, dtype, schedule):
+    generator = torch.Generator().manual_seed(schedule)
+    a, b = (torch.randn(size, generator=generator).to(dtype) for size in ((16, 16), (16, 8)))
+    sums = torch.randn(16, 8, generator=generator)
+    own_a, own_b, own = (
+        matrix[places].contiguous()
+        for matrix, places in ((a, fragment_places("a")), (b, fragment_places("b")), (sums, fragment_places("c")))
+    )
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (own_a, own_b, own))
+    products.call(f"run_product_{dtype}".replace("torch.", ""), *pointers, schedule=schedule)
+    expected = sums.double() + a.double() @ b.double()
+    torch.testing.assert_close(own.double(), expected[fragment_places("c")], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_transposed_matrix(products, schedule):
+    matrix = np.random.default_rng(schedule).integers(0, 2**16, (8, 8)).astype(np.uint16)
+    words = matrix.reshape(32, 2).copy()  # lane 4 * row + t has columns 2 * t and the next
+    products.call("run_transpose", pointer(words), schedule=schedule)
+    assert np.array_equal(words.reshape(8, 8), matrix.T)
+    with pytest.raises(KernelError, match="movmatrix without all lanes of the warp"):
+        products.call("run_transpose_in_some_lanes", pointer(words), schedule=schedule)

@@ -81,6 +81,37 @@ def test_which_gpus_code_serves(architectures, served, not_served):
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("architectures", "served", "not_served"),
+    [
+        ("sm_75 sm_80 sm_90 compute_90", [80, 86, 90, 100, 120], [75]),
+        ("sm_75 sm_80", [80, 86, 89], [75, 90]),
+        ("sm_75 compute_75", [], [75, 80, 90]),
+        ("sm_80 compute_75", [80, 89], [75, 90]),  # on the last, PTX of 7.5 would become its code
+        ("compute_80", [80, 90, 120], [75]),
+    ],
+)
+def test_which_gpus_code_for_tensor_cores_of_8_0_serves(architectures, served, not_served):
+    has_code = gpus.extension().has_code
+    assert [capability for capability in served if not has_code(architectures, capability, 80)] == []
+    assert [capability for capability in not_served if has_code(architectures, capability, 80)] == []
+
+
+@compiled
+@pytest.mark.parametrize(("value", "chosen"), [(None, False), ("1", True), ("0", False), ("", False)])
+def test_the_environment_chooses_deformable_attention_by_tiles(value, chosen):
+    program = """
+from groupdetr_fast import _gpus, ops
+choose = _gpus.extension().choose_deformable_tiles
+print(choose(True), choose(False), choose(False))
+"""
+    environment = {name: text for name, text in os.environ.items() if name != "GROUPDETR_FAST_DEFORMABLE_TILES"}
+    environment |= {} if value is None else {"GROUPDETR_FAST_DEFORMABLE_TILES": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(chosen), "True", "False"]
+
+
+@compiled
 def test_the_extension_tells_what_it_was_built_for():
     extension = gpus.extension()
     assert (extension.architectures == "") == (extension.cuda_version == 0)

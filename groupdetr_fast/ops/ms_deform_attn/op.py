@@ -46,6 +46,11 @@ def ms_deform_attn(
     encoder, it sorts them first, which takes 20 bytes of memory a sample, of as many images at a time as need 256 MiB.
     There is no double backward. The kernels for GPUs take up to 16 levels.
 
+    The backward pass of half types has a second kernel for sorted samples, on tensor cores (compute capability 8.0 and
+    later, up to 64 channels a head, a multiple of 8). No GPU has timed it yet: it serves where the environment variable
+    ``GROUPDETR_FAST_DEFORMABLE_TILES`` is 1 when the package is imported. Where a gradient of the result is not finite,
+    so are those of up to eight pixels around each of its samples.
+
     Raises:
         TypeError: if a dtype is none of these.
         ValueError: if a shape or a device does not fit.

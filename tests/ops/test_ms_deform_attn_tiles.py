@@ -1,0 +1,87 @@
+"""The backward pass of ms_deform_attn by tiles, on tensor cores, on a GPU; tests/cuda has it on the CPU."""
+
+import pytest
+import torch
+
+from groupdetr_fast import _gpus as gpus
+from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
+from groupdetr_fast.testing import assert_matches_reference
+from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
+
+OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
+# Many samples for few pixels, as the kernel is for.
+CASES = {
+    "encoder": {"queries": 2000, "dim": 32, "heads": 8, "shapes": ((30, 40), (15, 20), (8, 10), (4, 5)), "points": 4},
+    "dim_16": {"queries": 900, "dim": 16, "heads": 3, "shapes": ((17, 19),), "points": 4},
+    "dim_64": {"queries": 900, "dim": 64, "heads": 2, "shapes": ((9, 1), (1, 9), (17, 19)), "points": 4},
+    "dim_40": {"queries": 300, "dim": 40, "shapes": ((5, 7), (0, 3), (2, 3))},
+    "dim_8": {"queries": 300, "dim": 8, "shapes": ((5, 7), (1, 1))},
+}
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _by_tiles():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs the tensor cores of compute capability 8.0")
+    before = gpus.extension().choose_deformable_tiles(True)
+    yield
+    gpus.extension().choose_deformable_tiles(before)
+
+
+def make(case, dtype):
+    """The gradient of the result and the other inputs; samples lie a little away from pixels, where slopes jump."""
+    value, flat, locations, weights = make_inputs(**CASES[case], dtype=dtype)
+    sizes = torch.tensor(flat).view(-1, 2).flip(-1)[:, None]  # [levels, 1, 2], widths first
+    pixels = locations.double() * sizes - 0.5
+    pixels = pixels.floor() + 0.01 + 0.98 * (pixels - pixels.floor())
+    locations = ((pixels + 0.5) / sizes.clamp(min=1)).float()
+    grad = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(dtype)
+    return grad, value, flat, locations, weights
+
+
+def on(device, inputs):
+    return [tensor.to(device) if torch.is_tensor(tensor) else tensor for tensor in inputs]
+
+
+def in_double(inputs):
+    return OP_BACKWARD(*(tensor.double() if torch.is_tensor(tensor) else tensor for tensor in inputs))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_by_tiles(case, dtype):
+    inputs = make(case, dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        grads = OP_BACKWARD(*on("cuda", inputs))
+        torch.cuda.synchronize()
+    assert any("deform_backward_tiles" in event.key for event in profile.key_averages())
+    grads = [grad.cpu() for grad in grads]
+    for index, actual in enumerate(grads):
+        assert_matches_reference(actual, lambda *args, i=index: ms_deform_attn_backward_reference(*args)[i], *inputs)
+    for actual, wanted in zip(grads[1:], in_double(inputs)[1:], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=2.0**-13 * wanted.abs().max().item())
+
+
+def test_a_second_run_gives_the_same_gradients_of_samples():
+    inputs = on("cuda", make("encoder", torch.bfloat16))
+    first, second = OP_BACKWARD(*inputs), OP_BACKWARD(*inputs)
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[2], second[2])
+
+
+def test_in_a_cuda_graph():
+    inputs, others = (on("cuda", make("encoder", torch.bfloat16)) for _ in range(2))
+    OP_BACKWARD(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = OP_BACKWARD(*inputs)
+    for tensor, other in zip(inputs, others, strict=True):
+        if torch.is_tensor(tensor):
+            tensor.copy_(other.flip(1))
+    graph.replay()
+    expected = in_double(on("cpu", inputs))
+    for actual, wanted in zip(grads, expected, strict=True):
+        bound = 2.0**-8 if actual.dtype == torch.bfloat16 else 2.0**-13
+        torch.testing.assert_close(actual.cpu().double(), wanted, rtol=0, atol=bound * wanted.abs().max().item())
