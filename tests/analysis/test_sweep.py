@@ -44,6 +44,7 @@ print("end", folder.name, file=note, flush=True)
 def pretend(tmp_path, monkeypatch):
     """A function that sets how runs pretend to train."""
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "forks_are_safe", lambda: False)  # of another program
 
     def pretend(seconds=0.0, failing=-1, ballast=0):
         script = tmp_path / "pretender.py"

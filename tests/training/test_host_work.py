@@ -102,15 +102,16 @@ def test_the_host_reads_the_flags_of_a_step_when_the_next_one_is_launched(plain_
 
 
 def test_processes_exchange_once_a_step():
-    """Whether the step is broken, and whether one of them is to stop."""
+    """Whether the step is broken, whether one of them is to stop, and whether it is time for a checkpoint."""
     sent = []
     accelerator = SimpleNamespace(reduce=lambda flags, how: (sent.append(flags.tolist()), flags)[1])
     stop = StopRequest()
-    agree = _Agreement(accelerator, stop)
-    assert agree(torch.tensor(False)).tolist() == [False, False]
+    times = iter([False, True])
+    agree = _Agreement(accelerator, stop, lambda: next(times))
+    assert agree(torch.tensor(False)).tolist() == [False, False, False]
     stop.received = True
-    assert agree(torch.tensor(True)).tolist() == [True, True]
-    assert sent == [[0.0, 0.0], [1.0, 1.0]]
+    assert agree(torch.tensor(True)).tolist() == [True, True, True]
+    assert sent == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 
 
 @pytest.fixture
