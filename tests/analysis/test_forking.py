@@ -14,17 +14,10 @@ from run_outcomes import outcome
 
 from groupdetr_fast.analysis import forking
 from groupdetr_fast.analysis.forking import ForkError, ForkServer, forks_are_safe
-from groupdetr_fast.analysis.run import Run
+from groupdetr_fast.analysis.run import Run, execute
 from groupdetr_fast.training.faults import EXIT_STOPPED
 
 pytestmark = pytest.mark.skipif(not forks_are_safe(), reason="forks are used on Linux alone")
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer(threads=1)
-    yield server
-    server.close()
 
 
 def prepared(training, folder, **optimization):
@@ -33,11 +26,10 @@ def prepared(training, folder, **optimization):
     return run
 
 
-def test_a_fork_makes_the_run_of_a_fresh_process_whatever_was_made_before(server, training, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_fork_makes_the_run_of_a_process_of_its_own_whatever_was_made_before(server, training, tmp_path):
     seeds = {"first": 1, "second": 2}
     for name, seed in seeds.items():
-        run = prepared(training, tmp_path / name, seed=seed)
+        run = prepared(training, tmp_path / name, seed=seed, epochs=1)
         process = server.start(tmp_path / name, tmp_path / name / "log.txt", {"A_VARIABLE": "of this run"})
         assert process.poll() is None
         assert process.environ().get("A_VARIABLE") is None  # what the system shows is of its beginning
@@ -45,8 +37,8 @@ def test_a_fork_makes_the_run_of_a_fresh_process_whatever_was_made_before(server
         assert process.wait(120) == 0, (tmp_path / name / "log.txt").read_text()
         assert run.is_done(tmp_path / name)
         assert "Average Precision" in (tmp_path / name / "log.txt").read_text()
-    prepared(training, tmp_path / "own", seed=2)
-    subprocess.run([sys.executable, "-m", "groupdetr_fast.analysis.run", str(tmp_path / "own")], check=True)
+    prepared(training, tmp_path / "own", seed=2, epochs=1)
+    execute(tmp_path / "own")
     assert outcome(tmp_path / "second") == outcome(tmp_path / "own")
     assert outcome(tmp_path / "first") != outcome(tmp_path / "second")
 
@@ -83,35 +75,32 @@ def begun(folder):
     return list((folder / "checkpoints").glob("epoch_*"))
 
 
-@pytest.mark.parametrize("how", ["terminated", "without its server"])
-def test_a_run_stops_with_a_checkpoint(training, tmp_path, how):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_a_run_with_a_checkpoint_and_not_the_server(server, training, tmp_path, number):
+    server._process.send_signal(number)
+    prepared(training, tmp_path, epochs=10_000)
+    process = server.start(tmp_path, tmp_path / "log.txt", {})
+    wait_for(lambda: begun(tmp_path))
+    process.send_signal(number)
+    assert process.wait(60) == EXIT_STOPPED
+    assert "stopped as asked" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_outlive_its_server(training, tmp_path):
     server = ForkServer(threads=1)
     prepared(training, tmp_path, epochs=10_000)
     process = server.start(tmp_path, tmp_path / "log.txt", {})
     wait_for(lambda: begun(tmp_path))
-    if how == "terminated":
-        process.terminate()
-        assert process.wait(60) == EXIT_STOPPED
-        server.close()
-    else:
-        server._process.kill()
-        gone, _ = psutil.wait_procs([psutil.Process(process.pid)], timeout=60)
-        assert gone, "the run goes on without its sweep"
-        with pytest.raises(ForkError, match="the process that starts runs has ended"):
-            server.ask(ended=process.pid)
+    server._process.kill()
+    gone, _ = psutil.wait_procs([psutil.Process(process.pid)], timeout=60)
+    assert gone
     assert "stopped as asked" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(ForkError, match="the process that starts runs has ended"):
+        server.ask(ended=process.pid)
 
 
-def test_signals_of_a_terminal_do_not_end_the_server_before_its_sweep(server, training, tmp_path):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        server._process.send_signal(number)
-    prepared(training, tmp_path, epochs=10_000)
-    process = server.start(tmp_path, tmp_path / "log.txt", {})
-    wait_for(lambda: begun(tmp_path))
-    process.send_signal(signal.SIGINT)  # a fork heeds it
-    assert process.wait(60) == EXIT_STOPPED
-
-
+@pytest.mark.slow
 def test_imports_do_not_initialise_a_gpu():
     """Which would be of no use to a fork."""
     code = """
