@@ -25,7 +25,8 @@ __all__ = ["ForkError", "ForkServer", "ForkedRun", "forks_are_safe"]
 
 FOLLOW_SECONDS = 1.0  # between two looks at whether a run's sweep is still there
 POLL_SECONDS = 0.05  # while a run is waited for
-SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # and what Python does of them
+# What Python does at these signals by itself.
+SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class ForkError(ValueError):

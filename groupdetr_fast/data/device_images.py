@@ -102,7 +102,7 @@ class DeviceImages(Dataset[Batch]):
         return index + mirrored * len(self.dataset)
 
 
-def as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Any) -> Any:
     """What :class:`DeviceImages` gives is a batch already; the ``collate_fn`` of its DataLoader."""
     return batch
 
