@@ -76,6 +76,14 @@ def test_every_run_is_made_once_with_its_threads(pretend, runs, tmp_path):
     assert [row["epoch"] for row in results[runs[0].name].epochs] == [1, 2]
 
 
+def test_the_longest_runs_begin(pretend, runs, tmp_path):
+    """Those with most queries, and of as many in the order in which they are given."""
+    models = [replace(run.training.model, num_groups=number) for run, number in zip(runs, (2, 11, 2), strict=True)]
+    runs = [Run(replace(run.training, model=model), 0.7) for run, model in zip(runs, models, strict=True)]
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[1].name, runs[0].name, runs[2].name]
+
+
 def test_what_is_done_is_skipped(pretend, runs, tmp_path):
     run_sweep(runs[:1], tmp_path / "runs")
     run_sweep(runs, tmp_path / "runs")

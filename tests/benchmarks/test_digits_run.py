@@ -12,7 +12,7 @@ from groupdetr_fast.runs.recipes import digits_demo
 
 
 def test_images_on_the_device_take_fewer_operators_of_a_step(tmp_path):
-    size = DigitsConfig(image_size=48, train_images=8, val_images=4, max_objects=3, min_digit=12, max_digit=24)
+    size = DigitsConfig(image_size=48, train_images=40, val_images=4, max_objects=3, min_digit=12, max_digit=24)
     data = DataConfig(**digits_dataset(tmp_path, config=size)._asdict(), workers=0, cache_images=True)
     config = digits_demo(compose=False)
     optimization = replace(config.optimization, batch_size=4)
