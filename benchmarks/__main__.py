@@ -10,6 +10,7 @@ COMMANDS = {
     "coco_size": ("cpu.coco_size", "images, start and metric at the size of COCO"),
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
     "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
+    "digits_run": ("cpu.digits_run", "where the time of a run of groupdetr analyze on the digits goes"),
     "op_host": ("cpu.op_host", "what an eager call of an op costs the host, without a GPU"),
     "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compile_gpu", "every GPU kernel, compiled without a GPU: registers, spills and inner loops"),

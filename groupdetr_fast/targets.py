@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["PackedTargets", "StepTotals", "check_packed"]
+__all__ = ["PackedTargets", "StepTotals", "check_packed", "tensor_on"]
 
 _SLACK = 0.01  # of the image's size, by which rounded boxes may leave the image
 
@@ -66,7 +66,7 @@ class PackedTargets:
             _check_values(labels, boxes)
             largest = int(labels.max())
         masks = tuple(target["masks"] for target in targets) if "masks" in targets[0] else None
-        return cls(labels, boxes, _to_device(sizes, first.device), sizes, masks, largest)
+        return cls(labels, boxes, tensor_on(sizes, first.device), sizes, masks, largest)
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +119,7 @@ class PackedTargets:
         )
 
 
-def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+def tensor_on(numbers: Sequence[int], device: torch.device) -> Tensor:
     """A tensor of the numbers. Towards a GPU it is pinned, since the host would wait for a copy from other memory."""
     pinned = device.type == "cuda" and torch.cuda.is_available()  # fake tensors lie on GPUs that there are not
     # The memory of the pinned tensor, which is gone on return, is not given out again before the copy is done.

@@ -30,7 +30,7 @@ def test_sizes_go_to_a_gpu_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, pinned in (("cuda", True), ("cpu", False), ("meta", False)):
-        targets_module._to_device((2, 1), torch.device(device))
+        targets_module.tensor_on((2, 1), torch.device(device))
         tensor.assert_called_with((2, 1), pin_memory=pinned)
         tensor.return_value.to.assert_called_with(torch.device(device), non_blocking=pinned)
 

@@ -19,7 +19,7 @@ from ..groups import QueryGroups
 from ..models.detector import Detector, in_eval_mode
 from ..random_state import random_state_kept
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import evaluation_loader, evaluation_set
+from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
 from .steps import trainer_of
 
 __all__ = ["gradient_agreement", "train_and_measure"]
@@ -95,8 +95,9 @@ def train_and_measure(
     model, criterion = trainer.gradients.bare, trainer.gradients.criterion
     if not isinstance(model, Detector):
         raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")
-    images = itertools.islice(evaluation_loader(evaluation_set(config), config), batches)
-    held = [batch.to(trainer.accelerator.device) for batch in images]
+    device = trainer.accelerator.device
+    images = evaluation_loader(evaluation_samples(evaluation_set(config), config, device), config)
+    held = [batch.to(device) for batch in itertools.islice(images, batches)]
     yield _measure(model, criterion, held, 0)
     for done, step in enumerate(itertools.islice(trainer.endless_steps(), steps), start=1):
         trainer.run_step(step)

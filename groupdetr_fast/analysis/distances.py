@@ -100,11 +100,15 @@ class DistanceRecorder:
         self.every = every
         self._begun = False
 
+    def wants(self, step: int) -> bool:
+        """Whether it is time to record; see ``Trainer``."""
+        return step == 1 or step % self.every == 0
+
     def __call__(self, step: int, model: Any, output: Any, targets: Any) -> None:
         """Record, if it is time to: see ``Trainer``."""
         if not self._begun:
             self._begin(step)
-        if (step != 1 and step % self.every) or model.query_positions() is None or not any(targets.sizes):
+        if not self.wants(step) or model.query_positions() is None or not any(targets.sizes):
             return
         positions = query_positions(model)
         matching = self.matcher(output.logits[-1].detach(), output.boxes[-1].detach(), targets, output.groups)

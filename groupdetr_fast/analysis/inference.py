@@ -21,7 +21,7 @@ from ..models.checkpoints import find_weights
 from ..models.detector import Detector
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import evaluation_loader, evaluation_set
+from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
 from ..training.checkpoint import WEIGHTS
 
 __all__ = ["evaluate_groups", "evaluate_usages", "inference_groups", "load_weights", "suppress_duplicates"]
@@ -111,7 +111,8 @@ class _EvaluationData:
     def load(cls, config: CocoTrainingConfig) -> "_EvaluationData":
         dataset = evaluation_set(config)
         iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
-        return cls(dataset, evaluation_loader(dataset, config), iou_type, config.top_k)
+        samples = evaluation_samples(dataset, config, _device())
+        return cls(dataset, evaluation_loader(samples, config), iou_type, config.top_k)
 
     @torch.no_grad()
     def evaluate(self, model: Detector, detect: Callable[..., Output], nms_threshold: float | None = None) -> _Metrics:
@@ -148,7 +149,11 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:
     model = config.model.build_empty(data.dataset.num_classes)
     load_weights(model, checkpoint)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(_device()).eval()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _detect_with_one(model: Detector, images: Tensor, masks: Tensor, group: int = 0) -> Output:

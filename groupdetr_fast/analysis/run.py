@@ -27,9 +27,10 @@ from .distances import DistanceRecorder, read_distances
 from .inference import evaluate_usages
 from .json_files import to_json
 
-__all__ = ["Run", "RunError", "RunResults", "execute"]
+__all__ = ["Run", "RunError", "RunResults", "execute", "main", "run_command"]
 
 SETTINGS, MEASURED, DISTANCES = "settings.json", "measured.json", "distances.csv"
+LOCK_SECONDS = 60  # for a process that was asked to stop to write its checkpoint
 DISTANCES_EVERY = 20  # steps between two records of the distances between groups
 
 
@@ -74,6 +75,12 @@ class Run:
         return (
             f"k{model.num_groups:02d}-n{queries}-{assignment}-e{optimization.epochs}-s{optimization.seed}-{digest}"
         ).replace("_", "-")
+
+    @property
+    def work(self) -> int:
+        """How much there is to do, to compare runs by: queries of all epochs."""
+        model = self.training.model
+        return self.epochs * model.num_groups * (model.num_queries or model_config(model.model).num_queries)
 
     @property
     def epochs(self) -> int:
@@ -147,7 +154,7 @@ def execute(folder: Path) -> None:
     except ValueError as error:
         raise RunError(f"{folder / SETTINGS}: {error}: start the sweep again, which writes this file") from None
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
             if run.epochs_done(folder) < run.epochs:
                 _train(run, folder)
             _measure(run, folder)
@@ -178,13 +185,23 @@ def _measure(run: Run, folder: Path) -> None:
     write_json(folder / MEASURED, {"nms_threshold": run.nms_threshold, "usages": usages})
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m groupdetr_fast.analysis.run FOLDER")
+def run_command(folder: Path) -> list[str]:
+    """The command that makes the run of a folder."""
+    return [sys.executable, "-m", "groupdetr_fast.analysis.run", str(folder)]
+
+
+def main(folder: Path) -> None:
+    """Make a run, and end the process as ``groupdetr`` does."""
     try:
-        execute(Path(sys.argv[1]))
+        execute(folder)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m groupdetr_fast.analysis.run FOLDER")
+    main(Path(sys.argv[1]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..build import build_criterion
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import order_of_training, training_loader, training_set
+from ..runs.loaders import order_of_training, training_loader, training_samples, training_set
 from ..training.engine import Trainer, TrainerSettings
 from ..training.setup import build_accelerator
 
@@ -17,5 +17,6 @@ def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
     accelerator = build_accelerator(optimization, folder)
     dataset = training_set(config)
     model = config.model.build(dataset.num_classes)
-    loader = training_loader(dataset, config, *order_of_training(dataset, config))
+    samples = training_samples(dataset, config, accelerator.device)
+    loader = training_loader(samples, config, *order_of_training(dataset, config))
     return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))

@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -18,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..data.config import usable_cores
 from ..training.faults import StopRequest, TrainingStopped
+from .forking import ForkedRun, ForkServer, forks_are_safe
 from .gpus import SharedGpu, shared_gpus
-from .run import Run, RunResults
+from .run import Run, RunResults, run_command
 
 __all__ = ["SweepError", "default_jobs", "run_sweep"]
 
@@ -36,9 +36,13 @@ class SweepError(ValueError):
     """Runs of a sweep that failed; the message names the first and what it said last."""
 
 
-def default_jobs() -> int:
-    """Runs at a time: two, or with a GPU one for two cores, of which one prepares the images of the other."""
-    return max(2, usable_cores() // 2) if torch.cuda.device_count() else 2
+def default_jobs(workers: int) -> int:
+    """Runs at a time: two, or with a GPU as many as have a core, or two where others prepare the images of one.
+
+    Args:
+        workers: processes of each run that load images.
+    """
+    return max(2, usable_cores() // (2 if workers else 1)) if torch.cuda.device_count() else 2
 
 
 def run_sweep(
@@ -53,8 +57,8 @@ def run_sweep(
     """Make the runs that are not done yet, those that were interrupted from their last checkpoint on.
 
     Small runs do not fill a GPU, since the host launches their work kernel by kernel; so several share one, each in a
-    process of its own. Of several GPUs each run gets the one with the fewest among those that have room for it; one run
-    at a time sees all GPUs.
+    process of its own. The longest begin first, so that at the end none runs alone for long. Of several GPUs each run
+    gets the one with the fewest among those that have room for it; one run at a time sees all GPUs.
 
     Args:
         runs: each is made once, however often it occurs.
@@ -84,7 +88,10 @@ def run_sweep(
     pool = _Pool(unique, folder, jobs, threads, limit)
     if jobs > 1 and pool.waiting:
         pool.gpus = shared_gpus(gpu_memory_gib)
-    pool.work()
+    try:
+        pool.work()
+    finally:
+        pool.close()
     if pool.failed:
         name, reason = next(iter(pool.failed.items()))
         raise SweepError(
@@ -93,28 +100,13 @@ def run_sweep(
     return {name: RunResults.read(folder / name) for name in unique}
 
 
-def run_command(folder: Path) -> list[str]:
-    """The command that makes the run of a folder."""
-    return [sys.executable, "-m", "groupdetr_fast.analysis.run", str(folder)]
-
-
 @dataclass
 class _Worker:
     """A run's process."""
 
     name: str
-    process: psutil.Popen
+    process: psutil.Popen | ForkedRun
     gpu: SharedGpu | None
-
-    @classmethod
-    def start(cls, name: str, folder: Path, threads: int, gpu: SharedGpu | None) -> "_Worker":
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        if gpu is not None:
-            environment |= gpu.environment()
-            gpu.runs += 1
-        with (folder / LOG).open("a") as log:
-            process = psutil.Popen(run_command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment)
-        return cls(name, process, gpu)
 
     def leave(self) -> None:
         """Say that the process has ended."""
@@ -157,7 +149,9 @@ class _Pool:
         self.looked = monotonic()
         self.size_is_known = False  # whether a run has trained an epoch since the sweep began
         self.largest = 0  # memory of a run, as far as seen
-        self.waiting = deque(name for name, run in runs.items() if not run.is_done(folder / name))
+        undone = [name for name, run in runs.items() if not run.is_done(folder / name)]
+        self.waiting = deque(sorted(undone, key=lambda name: -runs[name].work))
+        self.forks: ForkServer | None = None
         self.active: list[_Worker] = []
         self.epochs = {name: run.epochs_done(folder / name) for name, run in runs.items()}
         self.failed: dict[str, str] = {}
@@ -249,4 +243,21 @@ class _Pool:
             gpu = min(with_room, key=lambda gpu: gpu.runs, default=None)
             name = self.waiting.popleft()
             self.runs[name].prepare(self.folder / name)
-            self.active.append(_Worker.start(name, self.folder / name, self.threads, gpu))
+            process = self._start(self.folder / name, {} if gpu is None else gpu.environment())
+            if gpu is not None:
+                gpu.runs += 1
+            self.active.append(_Worker(name, process, gpu))
+
+    def _start(self, folder: Path, environment: dict[str, str]) -> psutil.Popen | ForkedRun:
+        """Start the process of a run: a fork of one that has imported everything, where that is possible."""
+        if forks_are_safe():
+            self.forks = self.forks or ForkServer(self.threads)
+            return self.forks.start(folder, folder / LOG, environment)
+        variables = os.environ | {"OMP_NUM_THREADS": str(self.threads)} | environment
+        with (folder / LOG).open("a") as log:
+            return psutil.Popen(run_command(folder), stdout=log, stderr=subprocess.STDOUT, env=variables)
+
+    def close(self) -> None:
+        """End what was started to start runs."""
+        if self.forks is not None:
+            self.forks.close()

@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from ..targets import PackedTargets
 from .normalization import Normalization
 
-__all__ = ["Batch", "collate"]
+__all__ = ["Batch", "collate", "common_normalization"]
 
 SCALED = Normalization()  # of samples that say nothing of theirs
 
@@ -99,7 +99,7 @@ def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, min_size: in
         targets=replace(packed, labels=labels, boxes=boxes, num_targets=num_targets, masks=target_masks),
         image_ids=[target["image_id"] for target in targets],
         original_sizes=sizes,
-        normalization=_normalization(targets),
+        normalization=common_normalization(targets),
     )
 
 
@@ -131,8 +131,12 @@ def _zeros(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
     ]
 
 
-def _normalization(targets: Sequence[Mapping[str, Any]]) -> Normalization:
-    """That of the samples; without one, pixels are only scaled to [0, 1]."""
+def common_normalization(targets: Sequence[Mapping[str, Any]]) -> Normalization:
+    """That of the samples; without one, pixels are only scaled to [0, 1].
+
+    Raises:
+        ValueError: if samples have different ones.
+    """
     found = {target.get("normalization", SCALED) for target in targets}
     if len(found) > 1:
         raise ValueError(f"images of a batch must have one normalisation, got {sorted(map(str, found))}")

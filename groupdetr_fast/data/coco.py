@@ -1,6 +1,7 @@
 """Data sets in COCO format."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from .images import decode_rgb, is_turned, open_image, size_fault
 from .rare_classes import repeat_factors
 from .sampling import seeded
 
-__all__ = ["CocoDataset"]
+__all__ = ["CocoDataset", "Transforms"]
+
+Transforms = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 _LARGEST_LABEL = 99_999  # a model has a class for every number up to the largest category id
 
@@ -77,7 +80,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         self,
         image_folder: str | Path,
         annotation_file: str | Path,
-        transforms: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] | None = None,
+        transforms: Transforms | None = None,
         *,
         labels: Literal["contiguous", "category_id"] = "contiguous",
         masks: bool = False,
@@ -126,7 +129,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
         self._cache: dict[int, Tensor] | None = None
         if cache_images:
-            self._cache = {index: self._decode(index) for index in range(len(self))}
+            self.cache_images()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -156,6 +159,14 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         if "masks" in objects:
             target["masks"] = objects["masks"].as_subclass(Tensor).bool()
         return image, target
+
+    def cache_images(self) -> None:
+        """Decode all images now and keep them in memory.
+
+        Raises:
+            DataError: for an image that cannot be read.
+        """
+        self._cache = {index: self._decode(index) for index in range(len(self))}
 
     def image(self, index: int) -> Tensor:
         """The decoded image, uint8 RGB ``[3, H, W]``, before any transform; not to be modified."""
@@ -195,6 +206,16 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             if not self.masks:
                 del objects["masks"]
         return image, objects
+
+    def outcomes(self, transforms: Sequence[Transforms]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+        """For each image, in order, the samples of epoch 0 that these transforms make of it, which is decoded once."""
+        decoded: dict[int, Tensor] = {}
+        datasets = [copy.copy(self) for _ in transforms]
+        for dataset, each in zip(datasets, transforms, strict=True):
+            dataset.transforms, dataset._cache = each, decoded
+        for index in range(len(self)):
+            yield [dataset[index] for dataset in datasets]
+            decoded.clear()
 
     def ground_truth(self, index: int) -> dict[str, Tensor]:
         """The targets before any transform.

@@ -77,6 +77,10 @@ class DataConfig(DataPaths):
         prefetch_factor: batches that each of them loads ahead; None for what keeps the device busy, which is those of
             the next step and one more.
         cache_images: keep decoded images in memory; for small data sets.
+        cache_on: with ``cache_images``, in which memory: "host"; "device", that of the GPU, with resized and mirrored
+            images, so that neither images nor objects pass through the host again (without workers, for
+            augmentations of one size without crops; refused where they take more than half of the free memory); or
+            "auto", the device where that is possible and else the host.
         filter_empty: train on images that have objects alone, as the original of Mask2Former does.
         repeat_factor_threshold: share of images below which a class is rare: its images come more often in an epoch, by
             the square root of this over its share (LVIS: 0.001); 0 for no repetition.
@@ -88,6 +92,7 @@ class DataConfig(DataPaths):
     workers: int | None = None
     prefetch_factor: int | None = None
     cache_images: bool = False
+    cache_on: Literal["host", "device", "auto"] = "host"
     filter_empty: bool = False
     repeat_factor_threshold: float = 0.0
     max_unreadable_images: int = 10
@@ -97,12 +102,21 @@ class DataConfig(DataPaths):
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.prefetch_factor is not None and self.prefetch_factor < 1:
             raise ValueError(f"prefetch_factor must be at least 1, got {self.prefetch_factor}")
-
+        if self.cache_on not in ("host", "device", "auto"):
+            raise ValueError(f'cache_on must be "host", "device" or "auto", got {self.cache_on!r}')
+        if self.cache_on != "host" and not self.cache_images:
+            raise ValueError(f"cache_on {self.cache_on} says where images are kept: give cache_images, too")
+        if self.cache_on == "device" and self.workers:
+            raise ValueError(
+                f"workers load images on the host: leave workers out with cache_on device, got {self.workers}"
+            )
         if not 0 <= self.repeat_factor_threshold <= 1:
             raise ValueError(f"repeat_factor_threshold must be a share in [0, 1], got {self.repeat_factor_threshold}")
 
     def resolved_workers(self) -> int:
-        """``workers``, or what None stands for on this machine."""
+        """``workers``, or what None stands for on this machine; none where images lie on the device."""
+        if self.cache_on == "device":
+            return 0
         if self.workers is not None:
             return self.workers
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun and accelerate launch set

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-__all__ = ["EpochSampler", "seeded"]
+__all__ = ["EpochSampler", "generator_of", "seeded"]
 
 _COPY = 1_000_000  # epochs between a sample and the same once more in one epoch: no run has as many
 
@@ -100,7 +100,7 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 
     Their states are restored afterwards; GPU generators are not touched.
     """
-    value = _mix(seed, epoch, index + 1)
+    value = _seed_of(seed, epoch, index)
     # torch.manual_seed would also seed the GPUs, and so tie a model's dropout to its data.
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     torch.default_generator.manual_seed(value)
@@ -112,6 +112,15 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         random.setstate(before[2])
+
+
+def generator_of(seed: int, epoch: int, index: int) -> torch.Generator:
+    """A generator that draws what torch's own one draws inside :func:`seeded`."""
+    return torch.Generator().manual_seed(_seed_of(seed, epoch, index))
+
+
+def _seed_of(seed: int, epoch: int, index: int) -> int:
+    return _mix(seed, epoch, index + 1)
 
 
 def _mix(*numbers: int) -> int:

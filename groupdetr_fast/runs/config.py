@@ -209,6 +209,8 @@ class CocoTrainingConfig:
         early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
         early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
         checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
+        checkpoint_minutes: minutes after which a checkpoint is written within an epoch, so that a run that is killed
+            loses no more than these; 0 for none.
         keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all. The two that
             can be resumed are kept in any case.
         max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
@@ -237,6 +239,7 @@ class CocoTrainingConfig:
     early_stopping: int = 0
     early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 0
     max_skipped_steps: int = 10
     strict: bool = False
@@ -263,7 +266,7 @@ class CocoTrainingConfig:
                 "class_weights balanced and repeat_factor_threshold each make up for rare classes, and together twice: "
                 "give one of them"
             )
-        for name in ("keep_checkpoints", "early_stopping", "early_stopping_delta"):
+        for name in ("checkpoint_minutes", "keep_checkpoints", "early_stopping", "early_stopping_delta"):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

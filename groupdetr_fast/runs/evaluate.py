@@ -28,7 +28,7 @@ from ..training.faults import deaths_of_processes_explained, deaths_of_workers_e
 from ..training.processes import on_main_process
 from ..training.progress import Display
 from .config import CocoTrainingConfig
-from .loaders import evaluation_batch_size, evaluation_loader, evaluation_set
+from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
 
 __all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
@@ -61,7 +61,8 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     accelerator = build_accelerator(config.optimization, config.output)
     dataset = evaluation_set(config)
     model = _build(config, dataset)
-    loader = accelerator.prepare(evaluation_loader(dataset, config))
+    samples = evaluation_samples(dataset, config, accelerator.device)
+    loader = accelerator.prepare(evaluation_loader(samples, config))
     _compare_categories(config, dataset)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     again = "run the same command again"

@@ -4,7 +4,6 @@ import csv
 import io
 from dataclasses import replace
 
-from ..data import SkipUnreadable
 from ..evaluation.plots import draw_rates
 from ..files import write_whole
 from ..training.batch_size import check_auto
@@ -18,7 +17,7 @@ from ..training.rate_finder import RateSweep, SweepSettings, sweep_rate
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
-from .loaders import order_of_training, training_loader, training_set
+from .loaders import order_of_training, training_loader, training_samples, training_set
 
 __all__ = ["find_rate"]
 
@@ -48,14 +47,14 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
     accelerator = build_accelerator(config.optimization, config.output)
     check_auto(accelerator, config.optimization)
     dataset = training_set(config)
+    samples = training_samples(dataset, config, accelerator.device)
     config = with_batch_size(config, accelerator, dataset)
     model = config.model.build(dataset.num_classes)
-    readable = SkipUnreadable(dataset, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(
         accelerator,
         model,
         criterion_of(config, model, class_weights_of(config, dataset)).to(accelerator.device),
-        training_loader(readable, config, *order_of_training(dataset, config)),
+        training_loader(samples, config, *order_of_training(dataset, config)),
         TrainerSettings(config.optimization.resolved(), config.output, max_skipped_steps=WITHOUT_LIMIT),
     )
     with (

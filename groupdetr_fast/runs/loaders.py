@@ -1,5 +1,6 @@
 """The data sets of a run, and batches of them."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..data import CocoDataset, DataError, EpochSampler, SkipUnreadable, collate, eval_transforms, train_transforms
 from ..data.copy_paste import CopyPaste
+from ..data.device_images import CacheRefused, DeviceImages, as_it_is
 from ..data.own_transforms import OwnTransforms, try_on_samples
 from ..training.faults import obey_parent_alone
 from .config import CocoTrainingConfig
@@ -18,13 +20,17 @@ from .config import CocoTrainingConfig
 __all__ = [
     "evaluation_batch_size",
     "evaluation_loader",
+    "evaluation_samples",
     "evaluation_set",
     "order_of_training",
     "training_loader",
+    "training_samples",
     "training_set",
 ]
 
-Images = CocoDataset | SkipUnreadable
+logger = logging.getLogger(__name__)
+
+Images = CocoDataset | SkipUnreadable | DeviceImages
 
 
 def training_set(config: CocoTrainingConfig, own: OwnTransforms | None = None) -> CocoDataset:
@@ -57,6 +63,45 @@ def evaluation_set(config: CocoTrainingConfig) -> CocoDataset:
     return _dataset(config, *config.data.val_paths(), eval_transforms(config.augmentation))
 
 
+def training_samples(
+    dataset: CocoDataset, config: CocoTrainingConfig, device: torch.device
+) -> SkipUnreadable | DeviceImages:
+    """What :func:`training_loader` loads of :func:`training_set`: from the device, if images are to be kept there.
+
+    Raises:
+        CacheRefused: if they cannot be kept there, and not on the host instead.
+        DataError: for images to be kept on the device that cannot be read. Of others, as many are left out as the
+            configuration allows.
+    """
+    found = _kept(dataset, config, device, training=True)
+    if isinstance(found, DeviceImages):
+        return found
+    return SkipUnreadable(dataset, 0 if config.strict else config.data.max_unreadable_images)
+
+
+def evaluation_samples(
+    dataset: CocoDataset, config: CocoTrainingConfig, device: torch.device
+) -> CocoDataset | DeviceImages:
+    """What :func:`evaluation_loader` loads of :func:`evaluation_set`; see :func:`training_samples`."""
+    return _kept(dataset, config, device, training=False)
+
+
+def _kept(
+    dataset: CocoDataset, config: CocoTrainingConfig, device: torch.device, *, training: bool
+) -> CocoDataset | DeviceImages:
+    """The data set with its images where the configuration wants them."""
+    if config.data.cache_on == "host":  # where the data set has them already, if they are to be kept at all
+        return dataset
+    try:
+        return DeviceImages(dataset, config.augmentation, device, training=training)
+    except CacheRefused as refused:
+        if config.data.cache_on == "device":
+            raise
+        logger.info("images of %s are kept on the host: %s", dataset.image_folder, refused)
+    dataset.cache_images()
+    return dataset
+
+
 def order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple[list[int] | None, Tensor | None]:
     """The indices and the repeats that :func:`training_loader` takes, for the images of :func:`training_set`."""
     indices = dataset.indices_with_objects() if config.data.filter_empty else None
@@ -76,7 +121,7 @@ def training_loader(
     """Shuffled batches of :func:`training_set`, or of a data set around it.
 
     Args:
-        dataset: the images.
+        dataset: the images, as :func:`training_samples` has them.
         config: the run.
         indices: of the samples to take only; None for all.
         repeats: how often each of these comes in an epoch; see :class:`EpochSampler`.
@@ -106,7 +151,7 @@ def _dataset(
         transforms,
         labels=config.data.labels,
         masks=config.model.predicts_masks,
-        cache_images=config.data.cache_images,
+        cache_images=config.data.cache_images and config.data.cache_on == "host",
         **settings,
     )
     if dataset.num_objects == 0:
@@ -117,6 +162,8 @@ def _dataset(
 def _loader(
     dataset: Images, config: CocoTrainingConfig, sampler: EpochSampler, batch_size: int, min_size: int = 0
 ) -> DataLoader[Any]:
+    if isinstance(dataset, DeviceImages):
+        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=as_it_is)
     workers = config.data.resolved_workers()
     # A step takes all its batches at once, as their objects are what its losses are divided by: so while one step is
     # computed, the batches of the next are loaded, and one more of each process.

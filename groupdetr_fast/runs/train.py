@@ -5,12 +5,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import nn
 
 from ..data import CocoDataset, DataError, SkipUnreadable
+from ..data.device_images import DeviceImages
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
 from ..files import write_whole
@@ -30,7 +31,15 @@ from .config_file import from_yaml, to_plain
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
 from .kept_files import keep_files, with_kept_files
-from .loaders import evaluation_loader, evaluation_set, order_of_training, training_loader, training_set
+from .loaders import (
+    evaluation_loader,
+    evaluation_samples,
+    evaluation_set,
+    order_of_training,
+    training_loader,
+    training_samples,
+    training_set,
+)
 from .report import write_report
 
 __all__ = ["train"]
@@ -89,9 +98,18 @@ def _train(
     own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
     val_set, train_set = evaluation_set(config), training_set(config, own)
     _check_categories(train_set, val_set)
+    device = accelerator.device  # whose memory has the images first, and then what fits beside them
+    samples = _Samples(training_samples(train_set, config, device), evaluation_samples(val_set, config, device))
     config = with_batch_size(config, accelerator, train_set)
     with lack_of_memory_explained(config.optimization.images_per_batch):
-        return _train_on(config, accelerator, train_set, val_set, own, observe)
+        return _train_on(config, accelerator, train_set, val_set, samples, own, observe)
+
+
+class _Samples(NamedTuple):
+    """What is loaded, in training and in evaluation."""
+
+    train: SkipUnreadable | DeviceImages
+    val: CocoDataset | DeviceImages
 
 
 def _train_on(
@@ -99,6 +117,7 @@ def _train_on(
     accelerator: Accelerator,
     train_set: CocoDataset,
     val_set: CocoDataset,
+    samples: _Samples,
     own: OwnTransforms | None,
     observe: Callable[[int, nn.Module, Any, Any], None] | None,
 ) -> dict[str, Any]:
@@ -107,7 +126,7 @@ def _train_on(
     newest = latest_checkpoint(config.output) if config.resume else None
     model = config.model.build(val_set.num_classes, resumed=newest)
     header = _header(config, model, val_set)
-    val_loader = accelerator.prepare(evaluation_loader(val_set, config))
+    val_loader = accelerator.prepare(evaluation_loader(samples.val, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
         running = own_trainer()
@@ -117,12 +136,11 @@ def _train_on(
         log_picture(accelerator, "predictions", config.output / "predictions.png", running.state.batches)
         return metrics
 
-    readable_set = SkipUnreadable(train_set, 0 if config.strict else config.data.max_unreadable_images)
     trainer = Trainer(
         accelerator,
         model,
         criterion_of(config, model, weights).to(accelerator.device),
-        training_loader(readable_set, config, *order_of_training(train_set, config)),
+        training_loader(samples.train, config, *order_of_training(train_set, config)),
         _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
         observe=observe,
@@ -235,6 +253,7 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mappi
         early_stopping=config.early_stopping,
         early_stopping_delta=config.early_stopping_delta,
         checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=config.keep_checkpoints,
         max_skipped_steps=0 if config.strict else config.max_skipped_steps,
         files=files,

@@ -27,7 +27,8 @@ class StepOutcome:
         of_batches: ``[batches]``, the loss of each batch.
         norm: scalar, of the gradient before it was clipped.
         flags: ``[1]`` bool: the loss or the gradient was not finite, and the step has changed nothing. With several
-            processes ``[2]``, of any of them, and the second: whether one was asked to stop.
+            processes ``[3]``, of any of them; the second: whether one was asked to stop, and the third: whether it is
+            time for a checkpoint.
         overflowed: whether a loss scaler has left out the step; None without one.
         replayed: whether it was a CUDA graph.
     """

@@ -30,7 +30,7 @@ from .faults import (
     deaths_of_workers_explained,
 )
 from .freezing import freeze
-from .gradients import Observe, StepGradients
+from .gradients import Observe, StepGradients, chooses
 from .graphs import CapturableStep, StepGraphs, check_graphs
 from .optimization import OptimizationConfig, build_optimizer, build_scheduler, described_groups
 from .processes import agreed, anywhere
@@ -62,6 +62,7 @@ class TrainerSettings:
         early_stopping: epochs without a better AP after which the training ends; 0 to train all epochs.
         early_stopping_delta: by how much AP must rise to count as better.
         checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
+        checkpoint_minutes: the same in minutes since the checkpoint before.
         max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
             skipped.
         keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
@@ -77,6 +78,7 @@ class TrainerSettings:
     early_stopping: int = 0
     early_stopping_delta: float = 0.0
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0
     max_skipped_steps: int = 10
     keep_checkpoints: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +110,9 @@ class Trainer:
         evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch. None
             not to evaluate.
         observe: called as ``observe(step, model, output, targets)`` after the backward pass of every batch and before
-            the weights change, with the number of the batch in the run, counted from 1, and the bare model.
+            the weights change, with the number of the batch in the run, counted from 1, and the bare model. If it has a
+            method ``wants(number)``, only for batches of which this says True. With CUDA graphs it must have one, and
+            the steps of these batches are launched kernel by kernel.
 
     Attributes:
         state: everything that the training changes; checkpoints hold it.
@@ -142,13 +146,14 @@ class Trainer:
                 setattr(model, part, torch.compile(getattr(model, part)))
         check_sharding(accelerator)
         if self.config.cuda_graphs:
-            check_graphs(accelerator, self.config, observing=observe is not None)
+            check_graphs(accelerator, self.config, observing=observe is not None and not chooses(observe))
         self.stop = StopRequest()
         self.state = self._begin(model, loader)
         self.ledger = StepLedger(self.state, settings.max_skipped_steps)
         self.gradients = StepGradients(self.state, model, criterion, self.config, observe)
         self._step = self._build_step()
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
+        self._saved = time.monotonic()
         self._norm: Tensor | None = None  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
@@ -165,7 +170,7 @@ class Trainer:
 
     def _build_step(self) -> DeviceStep:
         state, accelerator = self.state, self.accelerator
-        agree = _Agreement(accelerator, self.stop) if accelerator.num_processes > 1 else None
+        agree = _Agreement(accelerator, self.stop, self._time_is_up) if accelerator.num_processes > 1 else None
         parts = (self.gradients, self.gradients.bare, state.optimizer, state.average, agree)
         return DeviceStep(*parts) if accelerator.scaler is None else ScaledStep(*parts, accelerator.scaler)
 
@@ -281,7 +286,9 @@ class Trainer:
         Raises:
             TrainingError: if too many steps had to be skipped.
         """
-        outcome = None if self.graphs is None else self.graphs.run(batches)
+        outcome = None
+        if self.graphs is not None and not self.gradients.observes(len(batches)):
+            outcome = self.graphs.run(batches)
         if self.graphs is not None and (outcome is None or not outcome.replayed):
             self.state.current.without_graph += 1
         if outcome is None:
@@ -295,12 +302,19 @@ class Trainer:
         """Write a checkpoint within the epoch if it is time for one, or if the training is to stop."""
         every = self.settings.checkpoint_every
         # Of several processes, what the steps say that all know; one that asks for itself would be alone.
-        stop = self.stop.received if self.accelerator.num_processes == 1 else self.ledger.stopping
+        alone = self.accelerator.num_processes == 1
+        stop = self.stop.received if alone else self.ledger.stopping
+        time_is_up = self._time_is_up() if alone else self.ledger.time_is_up
         due = every and self.ledger.begun % every == 0
-        if stop or due:
+        if stop or due or time_is_up:
             self.save()
         if stop:
             self._stop_in_epoch()
+
+    def _time_is_up(self) -> bool:
+        """Whether the last checkpoint is as old as it may become."""
+        minutes = self.settings.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self._saved >= 60 * minutes
 
     def _stop_in_epoch(self) -> NoReturn:
         self._stop(f"in epoch {self.state.epoch + 1}")
@@ -393,6 +407,7 @@ class Trainer:
         settings = self.settings
         self.state.save(settings.run, settings.metadata, settings.keep_checkpoints, settings.files)
         self._write_results()
+        self._saved, self.ledger.time_is_up = time.monotonic(), False
         self.accelerator.wait_for_everyone()
         self._check_unreadable()
 
@@ -415,11 +430,13 @@ class Trainer:
 
 
 class _Agreement:
-    """The one exchange of processes in a step: whether it is broken in any, and whether any was asked to stop."""
+    """The one exchange of processes in a step: what any of them has to say, see :class:`StepOutcome`."""
 
-    def __init__(self, accelerator: Accelerator, stop: StopRequest):
+    def __init__(self, accelerator: Accelerator, stop: StopRequest, time_is_up: Callable[[], bool]):
         self.accelerator = accelerator
         self.stop = stop
+        self.time_is_up = time_is_up
 
     def __call__(self, broken: Tensor) -> Tensor:
-        return agreed(self.accelerator, torch.stack([broken, torch.full_like(broken, self.stop.received)]))
+        said = [torch.full_like(broken, each) for each in (self.stop.received, self.time_is_up())]
+        return agreed(self.accelerator, torch.stack([broken, *said]))

@@ -14,10 +14,16 @@ from .passes import GroupPasses, average_gradients
 from .sharding import whole
 from .state import TrainingState
 
-__all__ = ["Observe", "StepGradients"]
+__all__ = ["Observe", "StepGradients", "chooses"]
 
-# Called as observe(number of the batch in the run, bare model, output, targets).
+# Called as observe(number of the batch in the run, bare model, output, targets). It may have a method ``wants``, which
+# says of the number of a batch whether it is to be called for that one; without, it is called for all.
 Observe = Callable[[int, nn.Module, Any, Any], None]
+
+
+def chooses(observe: Observe) -> bool:
+    """Whether it says which batches it is to be called for."""
+    return hasattr(observe, "wants")
 
 
 class StepGradients:
@@ -46,7 +52,7 @@ class StepGradients:
         self.accelerator = state.accelerator
         self.bare = bare
         self.criterion = criterion
-        self.observe = observe
+        self.observe: Any = observe
         self.passes = None
         if config.groups_per_pass:
             self.passes = GroupPasses(bare, criterion, config.groups_per_pass)
@@ -60,6 +66,14 @@ class StepGradients:
             raise ValueError(f"groups_per_pass needs all gradients in every process, which {kind.value} does not keep")
         if self.observe is not None:
             raise ValueError("observe needs the output of all groups at once: leave groups_per_pass at 0")
+
+    def observes(self, number: int) -> bool:
+        """Whether any of the next so many batches is observed."""
+        return any(self._observes(self.state.batches + index) for index in range(1, number + 1))
+
+    def _observes(self, batch: int) -> bool:
+        """Whether the batch with this number in the run is."""
+        return self.observe is not None and (not chooses(self.observe) or self.observe.wants(batch))
 
     def __call__(self, batches: Sequence[Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Returns each batch's detached losses, and the norm of the gradient before it was clipped."""
@@ -81,7 +95,7 @@ class StepGradients:
             output = self.state.model(batch.images, batch.masks, batch.targets)
         losses = self.criterion(output, batch.targets, totals)
         self.accelerator.backward(losses["loss"])
-        if self.observe is not None:
+        if self.observe is not None and self._observes(self.state.batches + index):
             self.observe(self.state.batches + index, self.bare, output, batch.targets)
         return {name: value.detach() for name, value in losses.items()}
 

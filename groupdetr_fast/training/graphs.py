@@ -284,6 +284,11 @@ class _Graph(NamedTuple):
 def check_graphs(accelerator: Accelerator, config: "OptimizationConfig", *, observing: bool) -> None:
     """Refuse trainings whose steps the host has a part in.
 
+    Args:
+        accelerator: of the training.
+        config: how it trains.
+        observing: whether every batch is observed.
+
     Raises:
         ValueError: with the reason.
     """
@@ -295,7 +300,7 @@ def check_graphs(accelerator: Accelerator, config: "OptimizationConfig", *, obse
     elif accelerator.scaler is not None:
         reason = "do not work with precision fp16, whose loss scale is the host's: use bf16 or no"
     elif observing:
-        reason = "do not work with observe, which looks at every batch on the host"
+        reason = "do not work with observe, which looks at every batch on the host: let it have wants, to choose"
     else:
         for name in ("groups_per_pass", "recompute_layers", "compile"):
             if getattr(config, name):

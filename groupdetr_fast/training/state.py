@@ -203,9 +203,8 @@ class TrainingState:
             random_states, process = state["random"], self.accelerator.process_index
             if process < len(random_states):
                 restore_random_state(random_states[process])
-            if state.get("unreadable"):
-                dataset: Any = self.loader.dataset
-                dataset.remember(state["unreadable"])
+            if state.get("unreadable") and (remember := getattr(self.loader.dataset, "remember", None)):
+                remember(state["unreadable"])
             self.history = json.loads(state["history"])
             self.epoch, self.current = state["epoch"], current
             go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))

@@ -27,12 +27,13 @@ class StepLedger:
 
     Attributes:
         stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
+        time_is_up: whether it is time for a checkpoint in a process, likewise.
     """
 
     def __init__(self, state: TrainingState, max_skipped_steps: int):
         self.state = state
         self.max_skipped_steps = max_skipped_steps
-        self.stopping = False
+        self.stopping = self.time_is_up = False
         self._enqueued: _EnqueuedStep | None = None
 
     @property
@@ -62,8 +63,11 @@ class StepLedger:
         step, self._enqueued = self._enqueued, None
         if step is None:
             return
-        broken, *stopping = step.flags.tolist()
-        self.stopping |= any(stopping)
+        broken, *of_processes = step.flags.tolist()
+        if of_processes:
+            stopping, time_is_up = of_processes
+            self.stopping |= stopping
+            self.time_is_up |= time_is_up
         overflowed = step.outcome.overflowed
         if broken:
             self._note_skipped(step)

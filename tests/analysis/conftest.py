@@ -1,6 +1,7 @@
 import pytest
 from small_sizes import SIZES
 
+from groupdetr_fast.analysis.forking import ForkServer, forks_are_safe
 from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
@@ -11,6 +12,16 @@ from groupdetr_fast.training.optimization import OptimizationConfig
 def digits(tmp_path_factory):
     size = DigitsConfig(image_size=48, train_images=8, val_images=4, max_objects=3, min_digit=12, max_digit=24)
     return digits_dataset(tmp_path_factory.mktemp("digits"), config=size)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The process that runs are forks of; skips where there are none."""
+    if not forks_are_safe():
+        pytest.skip("forks are used on Linux alone")
+    server = ForkServer(threads=1)
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ finally:
 def pretend(tmp_path, monkeypatch):
     """A function that sets up a number of GPUs, and what a run takes of one."""
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "forks_are_safe", lambda: False)  # of another program
     monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.02)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     program = tmp_path / "bin" / "nvidia-smi"
@@ -170,10 +171,11 @@ def test_without_a_gpu_nothing_is_asked(pretend, monkeypatch):
     pretend(0)
     monkeypatch.setattr(gpus, "_memory", lambda name: pytest.fail("nvidia-smi was asked"))
     assert shared_gpus(None) == []
-    assert default_jobs() == 2
+    assert default_jobs(0) == 2
 
 
-def test_with_a_gpu_there_is_a_run_for_two_cores(pretend, monkeypatch):
+@pytest.mark.parametrize(("workers", "jobs"), [(0, 16), (1, 8), (8, 8)])
+def test_with_a_gpu_each_run_has_a_core_and_one_for_its_images(pretend, monkeypatch, workers, jobs):
     pretend(1)
     monkeypatch.setattr(sweep, "usable_cores", lambda: 16)
-    assert default_jobs() == 8
+    assert default_jobs(workers) == jobs

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock
@@ -9,6 +10,7 @@ from filelock import FileLock
 from groupdetr_fast.analysis import run as run_module
 from groupdetr_fast.analysis.run import Run, RunError, RunResults, execute
 from groupdetr_fast.runs.evaluate import evaluate
+from groupdetr_fast.training import engine
 from groupdetr_fast.training.engine import Trainer
 
 
@@ -85,7 +87,28 @@ def test_an_interrupted_run_goes_on_where_it_was(training, folder, monkeypatch, 
     assert [row["epoch"] for row in RunResults.read(folder).epochs] == [1, 2]
 
 
-def test_two_processes_do_not_make_the_same_run(training, folder):
+def test_a_run_with_graphs_records_the_same_distances(training, tmp_path, monkeypatch):
+    """Its steps are replayed on the CPU too, but for the first three of their size and those that are recorded."""
+    monkeypatch.setattr(engine, "check_graphs", lambda *arguments, observing: None)
+    monkeypatch.setattr(run_module, "DISTANCES_EVERY", 6)
+    plain = replace(training, optimization=replace(training.optimization, epochs=4, lr=1e-3, backbone_lr=1e-3))
+    graphs = {"cuda_graphs": 1, "graph_image_multiple": 16, "graph_targets": (4,)}
+    found = []
+    for name, settings in {"plain": {}, "graphs": graphs}.items():
+        Run(replace(plain, optimization=replace(plain.optimization, **settings)), 0.6).prepare(tmp_path / name)
+        execute(tmp_path / name)
+        found.append(RunResults.read(tmp_path / name))
+    expected, replayed = found
+    assert [row["steps_without_graph"] for row in replayed.epochs] == [2, 2, 1, 0]
+    assert [row["step"] for row in replayed.distances] == [row["step"] for row in expected.distances] == [1, 6]
+    for row, other in zip(replayed.distances, expected.distances, strict=True):
+        assert row == pytest.approx(other, rel=1e-3)
+    losses = [[row["train"]["loss"] for row in each.epochs] for each in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_two_processes_do_not_make_the_same_run(training, folder, monkeypatch):
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
     Run(training, 0.6).prepare(folder)
     with FileLock(folder / ".lock"), pytest.raises(RunError, match="another process is at work in"):
         execute(folder)

@@ -44,6 +44,7 @@ print("end", folder.name, file=note, flush=True)
 def pretend(tmp_path, monkeypatch):
     """A function that sets how runs pretend to train."""
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "forks_are_safe", lambda: False)  # of another program
 
     def pretend(seconds=0.0, failing=-1, ballast=0):
         script = tmp_path / "pretender.py"
@@ -73,6 +74,14 @@ def test_every_run_is_made_once_with_its_threads(pretend, runs, tmp_path):
     assert {note[2] for note in notes(tmp_path / "runs") if note[0] == "start"} == {"3"}
     assert set(results) == {run.name for run in runs}
     assert [row["epoch"] for row in results[runs[0].name].epochs] == [1, 2]
+
+
+def test_the_longest_runs_begin(pretend, runs, tmp_path):
+    """Those with most queries, and of as many in the order in which they are given."""
+    models = [replace(run.training.model, num_groups=number) for run, number in zip(runs, (2, 11, 2), strict=True)]
+    runs = [Run(replace(run.training, model=model), 0.7) for run, model in zip(runs, models, strict=True)]
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[1].name, runs[0].name, runs[2].name]
 
 
 def test_what_is_done_is_skipped(pretend, runs, tmp_path):

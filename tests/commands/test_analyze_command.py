@@ -169,6 +169,7 @@ def test_without_data_the_defaults_are_those_of_the_demo(monkeypatch):
     assert photos.augmentation.short_sides == demo.augmentation.short_sides
     assert demo.model == digits_demo(compose=False).model
     assert demo.optimization.epochs == analyze.DEMO_EPOCHS
+    assert [each.checkpoint_minutes for each in seen] == [1.0] * 3
     assert (own.data.coco_path, own.model.num_groups, own.optimization.lr) == (Path("coco"), 11, 1e-4)
 
 

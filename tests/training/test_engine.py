@@ -137,3 +137,26 @@ def test_a_compiled_model_trains_to_the_same_losses(config, tmp_path, groups_per
 def test_wrong_options_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimizationConfig(**settings)
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_old(config, monkeypatch):
+    """Steps of 25 seconds, five in an epoch: after the third a minute has passed."""
+    clock = [0.0]
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
+    saved = []
+    step, save = engine.Trainer.run_step, engine.Trainer.save
+
+    def run_step(trainer, batches):
+        clock[0] += 25
+        return step(trainer, batches)
+
+    def record(trainer):
+        save(trainer)
+        saved.append((trainer.state.epoch, trainer.state.current.batches))
+
+    monkeypatch.setattr(engine.Trainer, "run_step", run_step)
+    monkeypatch.setattr(engine.Trainer, "save", record)
+    train(replace(config, checkpoint_minutes=1.0))
+    assert saved == [(0, 3), (1, 0), (1, 3), (2, 0), (2, 3), (3, 0)]
+    with pytest.raises(ValueError, match="checkpoint_minutes must not be negative, got -1"):
+        replace(config, checkpoint_minutes=-1)

@@ -99,7 +99,7 @@ def trainer_in(tmp_path, monkeypatch):
     """Makes trainers in folders of these names; each begins with the same weights and random states."""
     monkeypatch.setattr(engine, "check_graphs", lambda *arguments, observing: None)  # these run on the CPU too
 
-    def make(name, device="cpu", model=CONDITIONAL, overrides=None, max_skipped_steps=10, **options):
+    def make(name, device="cpu", model=CONDITIONAL, overrides=None, max_skipped_steps=10, observe=None, **options):
         optimization = replace(CONFIG, **options)
         PartialState._reset_state()  # which else keeps the device of an earlier test
         accelerator = build_accelerator(optimization, tmp_path / name, cpu=torch.device(device).type == "cpu")
@@ -107,7 +107,7 @@ def trainer_in(tmp_path, monkeypatch):
         dataset = Numbers()
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=InOrder(dataset))
         settings = TrainerSettings(optimization, tmp_path / name, max_skipped_steps=max_skipped_steps)
-        trainer = Trainer(accelerator, detector, gd.build_criterion(detector), loader, settings)
+        trainer = Trainer(accelerator, detector, gd.build_criterion(detector), loader, settings, observe=observe)
         trainer.state.model.train()
         return trainer
 
@@ -413,6 +413,44 @@ def test_what_the_host_has_a_part_in_is_refused(changes, options, observing, mes
     check_graphs(SimpleNamespace(**fitting), CONFIG, observing=False)
     with pytest.raises(ValueError, match=f"cuda_graphs {message}"):
         check_graphs(SimpleNamespace(**fitting | changes), replace(CONFIG, **options), observing=observing)
+
+
+class Chooser:
+    """An observer that looks at every fifth batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def wants(self, step):
+        return step % 5 == 0
+
+    def __call__(self, step, model, output, targets):
+        self.seen.append((step, targets.max_targets))
+
+
+def test_an_observer_that_chooses_gets_its_steps_without_a_graph(trainer_in):
+    """The others are padded and replayed as without it, and all train as without graphs."""
+    observe = Chooser()
+    trainer = trainer_in("run", observe=observe)
+    plain = trainer_in("plain", cuda_graphs=0)
+    replayed = []
+    for step in range(1, 12):
+        batch = batch_of(1 + step % 4, seed=step)
+        losses, expected = trainer.run_step([batch]), plain.run_step([batch])
+        torch.testing.assert_close(losses["loss"], expected["loss"], rtol=1e-4, atol=1e-5)
+        replayed.append(trainer.ledger._enqueued.outcome.replayed)
+    assert [step for step, _ in observe.seen] == [5, 10]
+    assert [targets for _, targets in observe.seen] == [2, 3]  # as the batch has them: not padded
+    assert replayed == [False] * WARM_UP + [True, False, True, True, True, True, False, True]
+    assert trainer.state.current.without_graph == WARM_UP + 2
+
+
+def test_only_an_observer_that_chooses_goes_with_graphs(trainer_in, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "check_graphs", lambda *arguments, observing: asked.append(observing))
+    for observe in (None, Chooser(), lambda *_: None):
+        trainer_in("run", observe=observe)
+    assert asked == [False, False, True]
 
 
 # --- On a GPU ---

@@ -1,6 +1,7 @@
 """What the host does in a step beside the model: few operators, no look-ups, no waiting."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -102,15 +103,32 @@ def test_the_host_reads_the_flags_of_a_step_when_the_next_one_is_launched(plain_
 
 
 def test_processes_exchange_once_a_step():
-    """Whether the step is broken, and whether one of them is to stop."""
+    """Whether the step is broken, whether one of them is to stop, and whether it is time for a checkpoint."""
     sent = []
     accelerator = SimpleNamespace(reduce=lambda flags, how: (sent.append(flags.tolist()), flags)[1])
     stop = StopRequest()
-    agree = _Agreement(accelerator, stop)
-    assert agree(torch.tensor(False)).tolist() == [False, False]
+    times = iter([False, True])
+    agree = _Agreement(accelerator, stop, lambda: next(times))
+    assert agree(torch.tensor(False)).tolist() == [False, False, False]
     stop.received = True
-    assert agree(torch.tensor(True)).tolist() == [True, True]
-    assert sent == [[0.0, 0.0], [1.0, 1.0]]
+    assert agree(torch.tensor(True)).tolist() == [True, True, True]
+    assert sent == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+
+
+def test_what_a_step_says_of_all_processes_is_known_when_it_is_counted(plain_trainer_in):
+    trainer = plain_trainer_in("run")
+    (batch,) = batches_of(1)
+    for flags, expected in (
+        ([False, False, False], (False, False)),
+        ([False, False, True], (False, True)),
+        ([False, True, False], (True, True)),
+    ):
+        outcome = replace(trainer._step([batch]), flags=torch.tensor(flags))
+        trainer.ledger.enqueue([batch], outcome)
+        trainer.ledger.settle()
+        assert (trainer.ledger.stopping, trainer.ledger.time_is_up) == expected
+    trainer.save()  # all processes do so at this step
+    assert not trainer.ledger.time_is_up
 
 
 @pytest.fixture

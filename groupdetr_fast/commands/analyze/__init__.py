@@ -15,7 +15,7 @@ from ..flags import FLAGS, read_flags
 from .ablation import AblationCommand
 from .agreement import AgreementCommand
 from .assignment import AssignmentCommand
-from .common import Analysis
+from .common import Analysis, Sweep
 from .cost import CostCommand
 from .distances import DistancesCommand
 from .group_ap import GroupApCommand
@@ -77,6 +77,7 @@ def parse_analysis(arguments: Sequence[str]) -> Callable[[], None]:
         config = replace(config, data=DataConfig(), augmentation=replace(config.augmentation, flip=flip))
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values |= {"command": shlex.join(("groupdetr", "analyze", *arguments)), "output": Analysis.output}
+    values["checkpoint_minutes"] = Sweep.checkpoint_minutes
     kind = _COMMANDS[name]
     default = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
     return tyro.cli(kind, args=rest, prog=f"groupdetr analyze {name}", default=default, config=FLAGS)

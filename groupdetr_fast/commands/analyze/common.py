@@ -77,11 +77,12 @@ class Sweep(Analysis):
 
     Attributes:
         seeds: runs of every setting, with the seeds ``seed``, ``seed + 1``, ...
-        jobs: runs at a time; None for two, or with a GPU for one for two cores.
+        jobs: runs at a time; None for two, or with a GPU one for each core, or for two cores if workers load images.
         memory_gib: limit of the memory of all runs together in GiB, or None for 80 % of what is free at the start.
         gpu_memory_gib: the same for the memory of each GPU, or None for 90 % of what is free at the start.
         nms_threshold: IoU above which non-maximum suppression drops a box.
         evaluate_every: epochs between evaluations.
+        checkpoint_minutes: minutes after which a run writes a checkpoint within an epoch; 0 for none.
         top_k: detections per image in evaluation.
         output: folder of the results; the runs are in its folder ``runs`` and serve every measurement.
     """
@@ -92,6 +93,7 @@ class Sweep(Analysis):
     gpu_memory_gib: float | None = None
     nms_threshold: float = 0.7
     evaluate_every: int = 1
+    checkpoint_minutes: float = 1.0
     top_k: int = CocoTrainingConfig.top_k
 
     def __post_init__(self) -> None:
@@ -102,11 +104,12 @@ class Sweep(Analysis):
 
     def training(self) -> CocoTrainingConfig:
         """See :class:`Analysis`."""
-        return replace(super().training(), evaluate_every=self.evaluate_every, top_k=self.top_k)
+        own = ("evaluate_every", "checkpoint_minutes", "top_k")
+        return replace(super().training(), **{name: getattr(self, name) for name in own})
 
     def resolved_jobs(self) -> int:
         """``jobs``, or what None stands for on this machine."""
-        return default_jobs() if self.jobs is None else self.jobs
+        return default_jobs(self.data.resolved_workers()) if self.jobs is None else self.jobs
 
     def seed_range(self) -> range:
         """The seeds of every setting."""
