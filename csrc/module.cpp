@@ -7,6 +7,7 @@
 #endif
 
 #include "architectures.h"
+#include "linear_assignment_way.h"
 
 namespace {
 
@@ -25,12 +26,26 @@ PyObject* cuda_driver_version(PyObject*, PyObject*) {
   return PyLong_FromLong(version);
 }
 
+#ifdef USE_CUDA
+PyObject* choose_assignment_way(PyObject*, PyObject* arguments) {
+  int shared_costs = 0, fixed_point = 0;
+  if (!PyArg_ParseTuple(arguments, "ii", &shared_costs, &fixed_point)) return nullptr;
+  groupdetr::choose_assignment_way(shared_costs, fixed_point);
+  Py_RETURN_NONE;
+}
+#endif
+
 PyMethodDef methods[] = {
     {"has_code", has_code, METH_VARARGS,
      "has_code(architectures: str, capability: int) -> bool: whether code for one of them runs on such a GPU (75: "
      "7.5)"},
     {"cuda_driver_version", cuda_driver_version, METH_NOARGS,
      "The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver, or if built without CUDA"},
+#ifdef USE_CUDA
+    {"choose_assignment_way", choose_assignment_way, METH_VARARGS,
+     "choose_assignment_way(shared_costs: int, fixed_point: int): 0, 1, or -1 to leave it to the environment and the "
+     "GPU"},
+#endif
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -114,20 +114,25 @@ def compile_cuda(source: Path, architecture: int) -> list[Usage]:
         FileNotFoundError: if there is no nvcc.
         subprocess.CalledProcessError: if it does not compile; the compiler's message is in ``stderr``.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        log = make_cubin(source, architecture, Path(folder, "kernels.cubin"))
+    return sorted(
+        usage._replace(kernel=f"{source.stem}/{plain_name(usage.kernel)}") for usage in _usages(log, architecture)
+    )
+
+
+def make_cubin(source: Path, architecture: int, target: Path) -> str:
+    """Compile a source of a folder ``csrc/cuda`` as :func:`compile_cuda` does; what the compiler says of it."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("compiling CUDA kernels needs nvcc (set CUDA_HOME)")
-    includes = [f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{folder}" for folder in (source.parents[1], *include_paths())]
     options = ["-O3", "-std=c++20", *COMMON_NVCC_FLAGS, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    with tempfile.TemporaryDirectory() as folder:
-        target = [f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-o", f"{folder}/kernels.cubin"]
-        command = [nvcc, *options, *includes, *target, str(source)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sorted(
-        usage._replace(kernel=f"{source.stem}/{_plain_name(usage.kernel)}") for usage in _usages(log, architecture)
-    )
+    output = [f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-o", str(target)]
+    command = [nvcc, *options, *includes, *output, str(source)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _usages(log: str, architecture: int) -> Iterator[Usage]:
@@ -152,7 +157,7 @@ def _usages(log: str, architecture: int) -> Iterator[Usage]:
         )
 
 
-def _plain_name(symbol: str) -> str:
+def plain_name(symbol: str) -> str:
     """``solve<float, 32, true>`` of a mangled name; the name itself without c++filt.
 
     The namespace of a file has a number that changes from build to build.

@@ -69,18 +69,8 @@ def inner_loop(assembly: str) -> list[str]:
     It is the longest loop that multiplies and has no other such loop in it. Of a kernel without products, it is the
     longest one that has no other in it; without any loop, the list is empty.
     """
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    jumps: list[tuple[str, int]] = []
-    for line in assembly.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label.group(1)] = len(opcodes)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w]*)(.*);", line):
-            opcodes.append(instruction.group(1))
-            if opcodes[-1] == "BRA" and (target := re.search(r"`\((\.L\w+)\)", instruction.group(2))):
-                jumps.append((target.group(1), len(opcodes)))
-    # A jump to itself is what a kernel ends with.
-    loops = {(labels[label], end) for label, end in jumps if label in labels and labels[label] < end - 1}
+    suffixed, loops = loops_of(assembly)
+    opcodes = [opcode.partition(".")[0] for opcode in suffixed]
     multiplying = {loop for loop in loops if any(PRODUCTS.fullmatch(opcode) for opcode in opcodes[slice(*loop)])}
     candidates = multiplying or loops
     inner = [
@@ -89,6 +79,23 @@ def inner_loop(assembly: str) -> list[str]:
         if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in candidates)
     ]
     return opcodes[slice(*max(inner, key=lambda loop: loop[1] - loop[0]))] if inner else []
+
+
+def loops_of(assembly: str) -> tuple[list[str], set[tuple[int, int]]]:
+    """The opcodes of a kernel as ``DADD`` or ``LDS.U8``, and its loops as slices of them."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[str, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label.group(1)] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*);", line):
+            opcodes.append(instruction.group(1))
+            jumped = re.search(r"`\((\.L\w+)\)", instruction.group(2))
+            if opcodes[-1].partition(".")[0] == "BRA" and jumped:
+                jumps.append((jumped.group(1), len(opcodes)))
+    # A jump to itself is what a kernel ends with.
+    return opcodes, {(labels[label], end) for label, end in jumps if label in labels and labels[label] < end - 1}
 
 
 def count_kinds(opcodes: Sequence[str]) -> Counter[str]:
@@ -115,17 +122,27 @@ def measure(case: CompileCase, architecture: int) -> Loop:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes())
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        assembly = _output(tools / "nvdisasm", "-c", cubin)
-        resources = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        assembly = disassembled(cubin)
+        resources = _output(_tool("cuobjdump"), "--dump-resource-usage", cubin)
     registers = int(re.search(r"REG:(\d+)", resources).group(1))
     opcodes = inner_loop(assembly)
     kinds = count_kinds(opcodes)
     blocks = blocks_at_a_time(architecture, case.num_warps, registers, compiled.metadata.shared)
     return Loop(case.name, architecture, blocks, len(opcodes), *(kinds[kind] for kind in Loop._fields[4:]))
+
+
+def disassembled(cubin: Path) -> str:
+    """The machine code of all kernels in a file, a section for each."""
+    return _output(_tool("nvdisasm"), "-c", cubin)
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
 
 
 def _output(*command: object) -> str:

@@ -139,7 +139,8 @@ def name_of(work: Row) -> str:
 
 
 def peers(contenders: dict[str, Times]) -> dict[str, Times]:
-    return {name: times for name, times in contenders.items() if name != OURS}
+    """All but this package, and other ways of it, whose names begin with its own."""
+    return {name: times for name, times in contenders.items() if not name.startswith(OURS)}
 
 
 def best(contenders: dict[str, Times], of: Callable[[Times], float | None]) -> tuple[str, float] | None:

@@ -21,7 +21,16 @@ from harness import cases
 from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa, padded_sdpa
 from harness.results import OURS
 
-from .operators import COST, make_predictions, name_of, per_group, random_classes, total_costs
+from .operators import (
+    ASSIGNMENT_WAYS,
+    COST,
+    assign,
+    make_predictions,
+    name_of,
+    per_group,
+    random_classes,
+    total_costs,
+)
 
 __all__ = [
     "Contender",
@@ -261,6 +270,10 @@ def assignment(case: cases.Matching, device: torch.device) -> Work:
 
     contenders = {
         OURS: ready(lambda cost: ops.linear_assignment(per_group(cost, case), sizes)),
+        **{
+            f"{OURS}, {name}": ready(lambda cost, way=way: assign(per_group(cost, case), sizes, way))
+            for name, way in ASSIGNMENT_WAYS.items()
+        },
         "torch-linear-assignment": Contender(torch_linear_assignment, in_graph=False),
         "torch-linear-assignment, no checks": Contender(without_checks),
         "scipy": Contender(scipy, in_graph=False),

@@ -1,0 +1,200 @@
+"""What the searches of linear_assignment are made of, without a GPU: turns, and instructions on doubles in a turn.
+
+    python benchmarks assignment_search turns           of the problems of a training step
+    python benchmarks assignment_search instructions    of the GPU kernel, from its machine code
+    python benchmarks assignment_search instructions --csrc OTHER_CHECKOUT/csrc
+
+A turn looks at the costs of one target and at all matched queries, and waits for the turn before it. The turns are
+those of the kernel's algorithm, written down once more for NumPy, which also solves the problems in float32.
+"""
+
+import argparse
+import csv
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import groupdetr_fast as gd
+from harness import cases
+from harness.places import RESULTS, ROOT
+
+from .compilation import SHARED_MEMORY, make_cubin, plain_name
+from .inner_loops import disassembled, loops_of
+from .operators import COST, per_group
+
+# Those that the units for doubles execute, conversions from and to doubles among them.
+DOUBLES = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.\S*F64|[IF]2[IF]\.\S*F64")
+EXPONENTS = 26  # apart, at most, of costs that fixed point takes (FixedPoint::kSpread of csrc/linear_assignment.h)
+
+
+class Turns(NamedTuple):
+    """The problems of a case: turns of the search of all targets of one, by size of the problem.
+
+    ``exact`` is the share of problems that can be summed in fixed point, ``float32_worse`` that of those whose
+    assignment costs more if it is summed in float32.
+    """
+
+    case: str
+    problems: int
+    mean: float
+    most: int
+    exponents: int
+    exact: float
+    float32_worse: float
+
+
+def search(cost: np.ndarray, dtype: type) -> tuple[np.ndarray, int]:
+    """The query of every target of ``cost`` [T, N], T <= N, summed in ``dtype``; and the turns that it took."""
+    cost = cost.astype(dtype)
+    shift, cheapest = cost.min(1), cost.argmin(1)
+    slot_row, slot_column, waiting = [], [], []
+    for row, column in enumerate(cheapest):
+        if column in slot_column:
+            waiting.append(row)
+        else:
+            slot_row.append(row)
+            slot_column.append(column)
+    row_slot = {row: slot for slot, row in enumerate(slot_row)}
+    dual = np.zeros(len(slot_row), dtype)
+    turns = 0
+    for source in waiting:
+        slots = np.array(slot_column)
+        free = np.ones(cost.shape[1], bool)
+        free[slots] = False
+        distance, previous = np.full(len(slots), np.inf, dtype), np.zeros(len(slots), int)
+        scanned = np.zeros(len(slots), bool)
+        row, offset, path = source, dtype(0), (dtype(np.inf), source, -1)
+        while True:
+            turns += 1
+            column = np.flatnonzero(free)[cost[row, free].argmin()]
+            length = offset + (cost[row, column] - shift[row])
+            if length < path[0]:
+                path = (length, row, column)
+            lengths = cost[row, slots] - shift[row] - dual + offset
+            shorter = ~scanned & (lengths < distance)
+            distance[shorter], previous[shorter] = lengths[shorter], row
+            slot = np.where(scanned, np.inf, distance).argmin()
+            if scanned.all() or not distance[slot] < path[0]:
+                break
+            scanned[slot] = True
+            row = slot_row[slot]
+            offset = distance[slot] - (cost[row, slots[slot]] - shift[row] - dual[slot])
+        dual = np.append(np.where(scanned, dual + (distance - path[0]), dual), dtype(0))
+        slot, row = len(slots), path[1]
+        slot_column.append(path[2])
+        slot_row.append(row)
+        while row != source:
+            slot_row[slot], row_slot[row], slot = row, slot, row_slot[row]
+            row = previous[slot]
+        slot_row[slot], row_slot[source] = source, slot
+    return np.array([slot_column[row_slot[row]] for row in range(len(cost))]), turns
+
+
+def turns_of(case: cases.Matching) -> Turns:
+    out, targets = case.make()
+    cost = gd.ops.matching_cost(out.logits, out.boxes, gd.PackedTargets.from_list(targets), **COST)
+    problems = per_group(cost, case).flatten(0, -3).numpy()
+    exponents = np.frexp(np.abs(problems))[1].reshape(len(problems), -1)
+    least = np.where(problems.reshape(len(problems), -1) == 0, 999, exponents).min(1)
+    apart = np.maximum(exponents.max(1) - least, 0)
+    turns, worse = [], 0
+    for problem in problems:
+        best, number = search(problem, np.float64)
+        rounded, _ = search(problem, np.float32)
+        totals = [np.take_along_axis(problem.astype(float), found[:, None], 1).sum() for found in (best, rounded)]
+        turns.append(number)
+        worse += totals[1] > totals[0]
+    exact = float((apart <= EXPONENTS).mean())
+    mean, share = round(float(np.mean(turns)), 1), worse / len(problems)
+    return Turns(str(case), len(problems), mean, max(turns), int(apart.max()), exact, round(share, 4))
+
+
+class Instructions(NamedTuple):
+    """The loop of a turn in a kernel: all its instructions, and those on doubles for a slot and for the rest."""
+
+    kernel: str
+    architecture: int
+    instructions: int
+    of_slot: float
+    of_turn: int
+
+
+def instructions_of(source: Path, architecture: int) -> Iterator[Instructions]:
+    """Of the kernels for float32 whose arrays are in shared memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        make_cubin(source, architecture, cubin)
+        assembly = disassembled(cubin)
+    for section in re.split(r"\n\s*\.section\s+\.text\.", assembly)[1:]:
+        name = plain_name(section[: section.index(",")])
+        if "<float" in name and name.endswith("true>"):
+            for instructions in turns_in(section):
+                yield Instructions(name, architecture, *instructions)
+
+
+def turns_in(assembly: str) -> Iterator[tuple[int, float, int]]:
+    """Every loop of a turn: one for sums in doubles, and one for fixed point where a kernel has that.
+
+    It is the smallest loop in which lanes look for a minimum and that has the loop over slots in it. Each copy of the
+    latter's body reads one flag, a byte.
+    """
+    opcodes, loops = loops_of(assembly)
+    inner = {loop for loop in loops if not any(loop != other and within(other, loop) for other in loops)}
+    over_slots = {loop for loop in inner if flags(opcodes[slice(*loop)]) > 1 and "STS" in names(opcodes[slice(*loop)])}
+    of_turns = [
+        (loop, body)
+        for loop in loops
+        for body in over_slots
+        if within(body, loop) and loop != body and "REDUX" in names(opcodes[slice(*loop)])
+    ]
+    for body in sorted(over_slots):
+        around = [loop for loop, inside in of_turns if inside == body]
+        if not around:
+            continue
+        turn = opcodes[slice(*min(around, key=lambda loop: loop[1] - loop[0]))]
+        of_body = opcodes[slice(*body)]
+        of_slot = doubles(of_body) / flags(of_body)
+        yield len(turn), of_slot, round(doubles(turn) - of_slot * flags(turn))
+
+
+def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def names(opcodes: Sequence[str]) -> set[str]:
+    return {opcode.partition(".")[0] for opcode in opcodes}
+
+
+def flags(opcodes: Sequence[str]) -> int:
+    return sum(opcode.startswith("LDS.U8") for opcode in opcodes)
+
+
+def doubles(opcodes: Sequence[str]) -> int:
+    return sum(DOUBLES.match(opcode) is not None for opcode in opcodes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["turns", "instructions"])
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 120], choices=SHARED_MEMORY)
+    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="the sources, by default our own")
+    parser.add_argument("--csv", type=Path, help="where the table goes (default: in results, as assignment_WHAT.csv)")
+    options = parser.parse_args()
+    if options.what == "turns":
+        torch.manual_seed(0)
+        kinds = ("trained", "random", "early", "crowded")
+        rows = [turns_of(replace(case, predictions=kind)) for case in cases.GPU_MATCHING for kind in kinds]
+    else:
+        source = options.csrc / "cuda" / "linear_assignment.cu"
+        rows = [row for architecture in options.architectures for row in instructions_of(source, architecture)]
+    target = options.csv or RESULTS / f"assignment_{options.what}.csv"
+    with target.open("w", newline="") as file:
+        csv.writer(file).writerows([rows[0]._fields, *rows])
+    for row in [rows[0]._fields, *rows]:
+        print("  ".join(map(str, row)))
