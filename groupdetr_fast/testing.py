@@ -68,9 +68,10 @@ def assignment_way(*, shared_costs: bool | None = None, fixed_point: bool | None
     Raises:
         RuntimeError: if the package was built without CUDA.
     """
-    if reason := _gpus.why_not_built():
-        raise RuntimeError(reason)
-    choose = _gpus.extension().choose_assignment_way
+    extension = _gpus.extension()
+    if extension is None or not extension.architectures:
+        raise RuntimeError(_gpus.why_not_built())
+    choose = extension.choose_assignment_way
     choose(*(-1 if way is None else int(way) for way in (shared_costs, fixed_point)))
     try:
         yield

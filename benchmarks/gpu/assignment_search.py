@@ -141,26 +141,18 @@ def instructions_of(source: Path, architecture: int) -> Iterator[Instructions]:
 def turns_in(assembly: str) -> Iterator[tuple[int, float, int]]:
     """Every loop of a turn: one for sums in doubles, and one for fixed point where a kernel has that.
 
-    It is the smallest loop in which lanes look for a minimum and that has the loop over slots in it. Each copy of the
-    latter's body reads one flag, a byte.
+    It is the smallest loop in which lanes look for a minimum around the loop over slots that stores a row, 32 bits.
+    Each copy of the latter's body reads one flag, a byte.
     """
     opcodes, loops = loops_of(assembly)
     inner = {loop for loop in loops if not any(loop != other and within(other, loop) for other in loops)}
-    over_slots = {loop for loop in inner if flags(opcodes[slice(*loop)]) > 1 and "STS" in names(opcodes[slice(*loop)])}
-    of_turns = [
-        (loop, body)
-        for loop in loops
-        for body in over_slots
-        if within(body, loop) and loop != body and "REDUX" in names(opcodes[slice(*loop)])
-    ]
-    for body in sorted(over_slots):
-        around = [loop for loop, inside in of_turns if inside == body]
-        if not around:
-            continue
-        turn = opcodes[slice(*min(around, key=lambda loop: loop[1] - loop[0]))]
+    for body in sorted(inner):
         of_body = opcodes[slice(*body)]
-        of_slot = doubles(of_body) / flags(of_body)
-        yield len(turn), of_slot, round(doubles(turn) - of_slot * flags(turn))
+        around = [loop for loop in loops if within(body, loop) and "REDUX" in names(opcodes[slice(*loop)])]
+        if around and flags(of_body) > 1 and "STS" in of_body:
+            of_turn = opcodes[slice(*min(around, key=lambda loop: loop[1] - loop[0]))]
+            of_slot = doubles(of_body) / flags(of_body)
+            yield len(of_turn), of_slot, round(doubles(of_turn) - of_slot * flags(of_turn))
 
 
 def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

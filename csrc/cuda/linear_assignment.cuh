@@ -44,10 +44,27 @@ struct AssignmentBatch {
 
 namespace {
 
+// So many blocks of 128 threads that search shared costs fit a multiprocessor by their registers.
+template <typename T>
+constexpr int kBlocksWithSharedCosts = sizeof(T) == sizeof(float) ? 8 : 6;
+
+// How many blocks fit at least, by their registers. Searches wait most of the time, and batches of a thousand problems
+// are common: what does not run at the same time runs one after the other.
+template <typename T, int kThreads, bool kSharedCosts, bool kSharedWorkspace>
+constexpr int blocks_at_least() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  constexpr int kBlocksOf128 = 8;  // of 1024 threads
+#else
+  constexpr int kBlocksOf128 = 9;
+#endif
+  if (kSharedCosts) return kBlocksWithSharedCosts<T>;
+  return kThreads == 128 ? kBlocksOf128 : kThreads == 512 && kSharedWorkspace ? 2 : 1;
+}
+
 // kThreads prepare, and the first kSearchThreads of them search. kFixedPoint: in integers, problem by problem, where
 // that is exact. kSharedCosts: what is searched is a copy of the costs in shared memory, behind the workspace.
 template <typename T, int kThreads, int kSearchThreads, bool kFixedPoint, bool kSharedCosts, bool kSharedWorkspace>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, blocks_at_least<T, kThreads, kSharedCosts, kSharedWorkspace>())
     solve_assignments(AssignmentBatch batch, const T* __restrict__ cost, const int64_t* __restrict__ num_targets,
                       int64_t* __restrict__ result, char* __restrict__ global_workspace, size_t workspace_bytes) {
   static_assert(kSharedWorkspace || !kSharedCosts);
@@ -150,8 +167,9 @@ AssignmentPlan plan_assignment(const AssignmentBatch& batch, const AssignmentDev
     constexpr size_t kStaticBytes = 256, kSystemBytes = 1 << 10;  // per block, the latter of a multiprocessor alone
     const size_t with_costs = bytes + static_cast<size_t>(rows) * columns * sizeof(T);
     const size_t of_block = with_costs + kStaticBytes + kSystemBytes;
-    const size_t blocks =
-        std::min<size_t>(device.shared_of_multiprocessor / of_block, device.threads_of_multiprocessor / kThreads);
+    const size_t blocks = std::min({device.shared_of_multiprocessor / of_block,
+                                    static_cast<size_t>(device.threads_of_multiprocessor / kThreads),
+                                    static_cast<size_t>(kBlocksWithSharedCosts<T>)});
     if (with_costs + kStaticBytes <= device.shared_of_block && batch.problems <= device.multiprocessors * blocks) {
       return {kThreads, rows <= kRowsOfWarp ? 32 : kThreads, bytes, true, fixed_point, true, with_costs};
     }

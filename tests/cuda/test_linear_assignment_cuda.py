@@ -206,7 +206,9 @@ def test_costs_go_to_shared_memory_where_all_problems_run_at_the_same_time(solve
     assert not solve.plan(1056 + 132, 20, 300).shared_costs
     assert solve.plan(128 * 3, 20, 300, RTX_4090).shared_costs
     assert not solve.plan(128 * 3 + 1, 20, 300, RTX_4090).shared_costs
-    assert solve.plan(40 * 8, 3, 100, T4).shared_costs  # threads are what limits it
+    assert solve.plan(132 * 8, 3, 100).shared_costs  # registers are what limits it, and threads below
+    assert not solve.plan(132 * 8 + 1, 3, 100).shared_costs
+    assert solve.plan(40 * 8, 3, 100, T4).shared_costs
     assert not solve.plan(40 * 8 + 1, 3, 100, T4).shared_costs
     assert not solve.plan(1, 100, 300, dtype="float64").shared_costs
 
