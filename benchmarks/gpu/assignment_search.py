@@ -24,12 +24,14 @@ import groupdetr_fast as gd
 from harness import cases
 from harness.places import RESULTS, ROOT
 
-from .compilation import SHARED_MEMORY, make_cubin, plain_name
+from .compilation import make_cubin, plain_name
 from .inner_loops import disassembled, loops_of
 from .operators import COST, per_group
 
 # Those that the units for doubles execute, conversions from and to doubles among them.
 DOUBLES = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.\S*F64|[IF]2[IF]\.\S*F64")
+# Those whose loops are told apart here; GPUs of compute capability 8.6 and 8.9 run the code for 8.0.
+ARCHITECTURES = [80, 90]
 EXPONENTS = 26  # apart, at most, of costs that fixed point takes (FixedPoint::kSpread of csrc/linear_assignment.h)
 
 
@@ -148,7 +150,7 @@ def turns_in(assembly: str) -> Iterator[tuple[int, float, int]]:
     inner = {loop for loop in loops if not any(loop != other and within(other, loop) for other in loops)}
     for body in sorted(inner):
         of_body = opcodes[slice(*body)]
-        around = [loop for loop in loops if within(body, loop) and "REDUX" in names(opcodes[slice(*loop)])]
+        around = [loop for loop in loops if within(body, loop) and has_reduction(opcodes[slice(*loop)])]
         if around and flags(of_body) > 1 and "STS" in of_body:
             of_turn = opcodes[slice(*min(around, key=lambda loop: loop[1] - loop[0]))]
             of_slot = doubles(of_body) / flags(of_body)
@@ -159,8 +161,8 @@ def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def names(opcodes: Sequence[str]) -> set[str]:
-    return {opcode.partition(".")[0] for opcode in opcodes}
+def has_reduction(opcodes: Sequence[str]) -> bool:
+    return any(opcode.partition(".")[0].endswith("REDUX") for opcode in opcodes)
 
 
 def flags(opcodes: Sequence[str]) -> int:
@@ -174,7 +176,7 @@ def doubles(opcodes: Sequence[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["turns", "instructions"])
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 120], choices=SHARED_MEMORY)
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="the sources, by default our own")
     parser.add_argument("--csv", type=Path, help="where the table goes (default: in results, as assignment_WHAT.csv)")
     options = parser.parse_args()
