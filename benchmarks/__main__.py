@@ -15,6 +15,7 @@ COMMANDS = {
     "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compile_gpu", "every GPU kernel, compiled without a GPU: registers, spills and inner loops"),
     "inner_loops": ("gpu.inner_loops", "instructions of inner loops alone, also against those of another commit"),
+    "assignment_search": ("gpu.assignment_search", "turns of assignments, and doubles in a turn, without a GPU"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
     "speed": ("paper.speed", "the picture of the first page: how many times as fast as what else there is"),
@@ -25,7 +26,7 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n\n" + "\n".join(f"{name:14}{text}" for name, (_, text) in COMMANDS.items()),
+        description=f"{__doc__}\n\n" + "\n".join(f"{name:18}{text}" for name, (_, text) in COMMANDS.items()),
         usage="python benchmarks COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,6 +9,7 @@
 
 #include "architectures.h"
 #include "choices.h"
+#include "linear_assignment_way.h"
 
 namespace {
 
@@ -32,6 +33,14 @@ PyObject* choose_deformable_tiles(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "p", &chosen)) return nullptr;
   return PyBool_FromLong(groupdetr::deformable_tiles.exchange(chosen != 0));
 }
+#ifdef USE_CUDA
+PyObject* choose_assignment_way(PyObject*, PyObject* arguments) {
+  int shared_costs = 0, fixed_point = 0;
+  if (!PyArg_ParseTuple(arguments, "ii", &shared_costs, &fixed_point)) return nullptr;
+  groupdetr::choose_assignment_way(shared_costs, fixed_point);
+  Py_RETURN_NONE;
+}
+#endif
 
 PyMethodDef methods[] = {
     {"has_code", has_code, METH_VARARGS,
@@ -43,6 +52,11 @@ PyMethodDef methods[] = {
      "choose_deformable_tiles(chosen: bool) -> bool: whether deformable attention's backward pass goes by tiles on "
      "GPUs "
      "from now on; what was chosen before"},
+#ifdef USE_CUDA
+    {"choose_assignment_way", choose_assignment_way, METH_VARARGS,
+     "choose_assignment_way(shared_costs: int, fixed_point: int): 0, 1, or -1 to leave it to the environment and the "
+     "GPU"},
+#endif
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

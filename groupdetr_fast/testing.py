@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["assert_matches_reference", "error_and_bound", "ms_deform_attn_inputs", "peak_bytes", "poisoned_memory"]
+from . import _gpus
+
+__all__ = [
+    "assert_matches_reference",
+    "assignment_way",
+    "error_and_bound",
+    "ms_deform_attn_inputs",
+    "peak_bytes",
+    "poisoned_memory",
+]
 
 # Where the reference itself is exact (one key, one sample), twice its error is 0: allow this many units in the last
 # place of the largest value instead.
@@ -45,6 +54,29 @@ def error_and_bound(
     floor = _FLOOR_IN_ULPS * (eps or torch.finfo(actual.dtype).eps) * exact.abs().max().item()
     allowed = 2 * (expected.double() - exact).abs().max().item() + floor
     return (actual.double() - exact).abs().max().item(), allowed
+
+
+@contextmanager
+def assignment_way(*, shared_costs: bool | None = None, fixed_point: bool | None = None) -> Iterator[None]:
+    """Inside, which way the GPU kernel of ``linear_assignment`` goes; its results are the same either way.
+
+    Args:
+        shared_costs: whether it copies costs to shared memory where all problems then still run at the same time; None:
+            what the environment variable ``GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS`` says.
+        fixed_point: whether it adds up float32 costs as integers where that is exact; None: where doubles are slow.
+
+    Raises:
+        RuntimeError: if the package was built without CUDA.
+    """
+    extension = _gpus.extension()
+    if extension is None or not extension.architectures:
+        raise RuntimeError(_gpus.why_not_built())
+    choose = extension.choose_assignment_way
+    choose(*(-1 if way is None else int(way) for way in (shared_costs, fixed_point)))
+    try:
+        yield
+    finally:
+        choose(-1, -1)
 
 
 @contextmanager

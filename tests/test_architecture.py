@@ -20,7 +20,7 @@ ALLOWED = {
     "_gpus": set(),
     "_library": {"_gpus"},
     "_eager": {"_library"},
-    "testing": set(),
+    "testing": {"_gpus"},
     "ops": {"_eager", "_gpus", "_library", "boxes", "groups", "targets"},
     "layers": {"ops", "boxes", "groups", "targets"},
     "models": {"layers", "ops", "boxes", "groups", "targets"},

@@ -105,7 +105,9 @@ def knows(nvcc: str, architecture: int) -> bool:
 
 
 def compile_cuda(source: Path, architecture: int) -> Compiled:
-    """Compile all kernels of a source. Their code knows the lines that it comes from, which changes nothing else.
+    """Compile all kernels of a source, which is in csrc/cuda of some checkout.
+
+    Their code knows the lines that it comes from, which changes nothing else.
 
     Raises:
         FileNotFoundError: if there is no nvcc.
@@ -116,7 +118,7 @@ def compile_cuda(source: Path, architecture: int) -> Compiled:
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("compiling CUDA kernels needs nvcc (set CUDA_HOME)")
-    includes = [f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{folder}" for folder in (source.parents[1], *include_paths())]
     options = ["-O3", "-std=c++20", *COMMON_NVCC_FLAGS, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")

@@ -16,6 +16,8 @@ from groupdetr_fast._gpus import extension
 from groupdetr_fast.testing import ms_deform_attn_inputs
 from harness import cases
 
+from .operators import ASSIGNMENT_WAYS, assign
+
 
 def small(device: torch.device) -> None:
     """Forward and backward of every op in a half type and in float32.
@@ -67,8 +69,9 @@ def _criterion(dtype: torch.dtype, device: torch.device) -> None:
     logits, boxes = out.logits.to(dtype).to(device), out.boxes.to(device)
     packed = gd.PackedTargets.from_list(targets).to(device)
     cost = gd.ops.matching_cost(logits, boxes, packed)
-    index = gd.ops.linear_assignment(cost.unflatten(-1, (2, 70)).transpose(-2, -3), packed.num_targets[:, None])
-    assert (index.cpu() >= 0).all()
+    problems = cost.unflatten(-1, (2, 70)).transpose(-2, -3)
+    for way in ({}, *ASSIGNMENT_WAYS.values()):
+        assert (assign(problems, packed.num_targets[:, None], way).cpu() >= 0).all()
     classes = torch.randint(-1, 33, logits.shape[:-1]).to(device)
     _check(gd.ops.sigmoid_focal_loss(logits.requires_grad_(), classes), [logits])
 

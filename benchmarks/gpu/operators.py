@@ -25,12 +25,15 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
+from groupdetr_fast.testing import assignment_way
 from harness import cases
 
 __all__ = [
+    "ASSIGNMENT_WAYS",
     "COST",
     "OPS",
     "Operator",
+    "assign",
     "attention",
     "cross_attention",
     "deformable",
@@ -46,6 +49,12 @@ __all__ = [
 ]
 
 OPS = torch.ops.groupdetr_fast
+# Ways of linear_assignment's kernel that not every GPU takes by itself.
+ASSIGNMENT_WAYS = {
+    "costs in shared memory": {"shared_costs": True},
+    "sums in fixed point": {"fixed_point": True},
+    "both": {"shared_costs": True, "fixed_point": True},
+}
 COST = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "alpha": 0.25, "gamma": 2.0}
 
 
@@ -159,14 +168,21 @@ def matching(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> 
     )
     cost = per_group(gd.ops.matching_cost(out.logits, out.boxes, packed, **COST), case)
     sizes = packed.num_targets[:, None].expand(cost.shape[:-2])
-    yield Operator(
-        "linear_assignment",
-        str(case),
-        ("total costs",),
-        lambda cost, sizes: total_costs(cost, OPS.linear_assignment(cost, sizes)),
-        lambda cost, sizes: total_costs(cost, linear_assignment_reference(cost, sizes)),
-        (cost, sizes),
-    )
+    for name, way in {"": {}, **ASSIGNMENT_WAYS}.items():
+        yield Operator(
+            "linear_assignment",
+            f"{case}, {name}" if name else str(case),
+            ("total costs",),
+            lambda cost, sizes, way=way: total_costs(cost, assign(cost, sizes, way)),
+            lambda cost, sizes: total_costs(cost, linear_assignment_reference(cost, sizes)),
+            (cost, sizes),
+        )
+
+
+def assign(cost: Tensor, sizes: Tensor, way: dict[str, bool]) -> Tensor:
+    """``linear_assignment`` by a way of :data:`ASSIGNMENT_WAYS`; on the CPU, which has none, as always."""
+    with assignment_way(**way) if way and cost.is_cuda else contextlib.nullcontext():
+        return gd.ops.linear_assignment(cost, sizes)
 
 
 def make_predictions(

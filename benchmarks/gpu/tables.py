@@ -139,8 +139,8 @@ def name_of(work: Row) -> str:
 
 
 def peers(contenders: dict[str, Times]) -> dict[str, Times]:
-    """Those of others; ``groupdetr_fast, tiles`` is another kernel of ours."""
-    return {name: times for name, times in contenders.items() if name != OURS and not name.startswith(f"{OURS},")}
+    """Those of others: the names of other ways of this package begin with its own."""
+    return {name: times for name, times in contenders.items() if not name.startswith(OURS)}
 
 
 def best(contenders: dict[str, Times], of: Callable[[Times], float | None]) -> tuple[str, float] | None:

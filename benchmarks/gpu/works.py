@@ -22,8 +22,10 @@ from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa
 from harness.results import OURS
 
 from .operators import (
+    ASSIGNMENT_WAYS,
     COST,
     OPS,
+    assign,
     deformable_backward_by_tiles,
     make_predictions,
     name_of,
@@ -289,6 +291,10 @@ def assignment(case: cases.Matching, device: torch.device) -> Work:
 
     contenders = {
         OURS: ready(lambda cost: ops.linear_assignment(per_group(cost, case), sizes)),
+        **{
+            f"{OURS}, {name}": ready(lambda cost, way=way: assign(per_group(cost, case), sizes, way))
+            for name, way in ASSIGNMENT_WAYS.items()
+        },
         "torch-linear-assignment": Contender(torch_linear_assignment, in_graph=False),
         "torch-linear-assignment, no checks": Contender(without_checks),
         "scipy": Contender(scipy, in_graph=False),

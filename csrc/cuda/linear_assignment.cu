@@ -1,9 +1,13 @@
 // Checks and launch of linear_assignment on the GPU; registers key CUDA.
 
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
 #include <optional>
 
 #include "../cuda_common.h"
 #include "../linear_assignment_arguments.h"
+#include "../linear_assignment_way.h"
 #include "linear_assignment.cuh"
 
 namespace groupdetr {
@@ -12,9 +16,61 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// -1, or what choose_assignment_way() was given.
+std::atomic<int> chosen_shared_costs = -1, chosen_fixed_point = -1;
+
+// Costs in shared memory have not been timed on a GPU yet, so whoever wants them says so.
+bool wants_shared_costs() {
+  static const bool asked = [] {
+    const char* const value = std::getenv("GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  const int chosen = chosen_shared_costs;
+  return chosen < 0 ? asked : chosen != 0;
+}
+
+int attribute(cudaDeviceAttr which, int32_t device_index) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_index));
+  return value;
+}
+
+AssignmentDevice find_device(int32_t index) {
+  AssignmentDevice device = {};
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.threads_of_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
+  device.shared_of_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  device.shared_of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  // 2 on GPUs for data centres, 32 or 64 on others.
+  constexpr int kSlow = 16;
+  device.slow_doubles = attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, index) >= kSlow;
+  return device;
+}
+
+// The same, asked once a device.
+AssignmentDevice device_of(int32_t index) {
+  static std::array<std::once_flag, 64> asked;
+  static std::array<AssignmentDevice, 64> known;
+  AssignmentDevice device;
+  if (index < 0 || index >= static_cast<int32_t>(known.size())) {
+    device = find_device(index);
+  } else {
+    std::call_once(asked[index], [index] { known[index] = find_device(index); });
+    device = known[index];
+  }
+  const int fixed_point = chosen_fixed_point;
+  if (fixed_point >= 0) device.slow_doubles = fixed_point != 0;
+  return device;
+}
+
 template <typename T>
 void launch(const AssignmentBatch& batch, const Tensor& cost, const Tensor& num_targets, Tensor& result) {
-  const AssignmentPlan plan = plan_assignment<T>(batch);
+  const AssignmentDevice device = device_of(cost.get_device_index());
+  AssignmentPlan plan = plan_assignment<T>(batch, device, wants_shared_costs());
+  if (allow_shared_memory<T>(plan) != cudaSuccess) {
+    cudaGetLastError();  // so that nobody else takes it for their own
+    plan = plan_assignment<T>(batch, device, false);
+  }
   std::optional<Tensor> workspace;
   if (!plan.in_shared_memory) {
     const int64_t bytes = batch.problems * static_cast<int64_t>(plan.workspace_bytes);
@@ -69,6 +125,12 @@ Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_
 }
 
 }  // namespace
+
+void choose_assignment_way(int shared_costs, int fixed_point) {
+  chosen_shared_costs = shared_costs;
+  chosen_fixed_point = fixed_point;
+}
+
 }  // namespace groupdetr
 
 STABLE_TORCH_LIBRARY_IMPL(groupdetr_fast, CUDA, m) {

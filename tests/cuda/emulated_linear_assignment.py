@@ -4,6 +4,7 @@ As a script, runs a library given by its path over problems of many sizes, for A
 """
 
 import ctypes
+import itertools
 import sys
 from pathlib import Path
 
@@ -29,13 +30,44 @@ class Batch(ctypes.Structure):
     )
 
 
+class Device(ctypes.Structure):
+    """``AssignmentDevice`` of csrc/cuda/linear_assignment.cuh."""
+
+    _fields_ = (
+        ("multiprocessors", ctypes.c_int32),
+        ("threads_of_multiprocessor", ctypes.c_int32),
+        ("shared_of_multiprocessor", ctypes.c_size_t),
+        ("shared_of_block", ctypes.c_size_t),
+        ("slow_doubles", ctypes.c_bool),
+    )
+
+
+class Plan(ctypes.Structure):
+    """``AssignmentPlan`` of csrc/cuda/linear_assignment.cuh."""
+
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("search_threads", ctypes.c_int32),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("in_shared_memory", ctypes.c_bool),
+        ("fixed_point", ctypes.c_bool),
+        ("shared_costs", ctypes.c_bool),
+        ("dynamic_bytes", ctypes.c_size_t),
+    )
+
+
+H200 = (132, 2048, 228 << 10, 227 << 10)
+RTX_4090 = (128, 1536, 100 << 10, 99 << 10)
+T4 = (40, 1024, 64 << 10, 64 << 10)
+
+
 class EmulatedLinearAssignment:
     """Callable as the op is: ``cost`` [..., T, N] with contiguous queries and ``num_targets`` [...]."""
 
     def __init__(self, library):
         self._library = Library(library)
 
-    def __call__(self, cost, num_targets, **options):
+    def __call__(self, cost, num_targets, *, shared_costs=False, fixed_point=False, **options):
         *leading, targets, queries = cost.shape
         batch = Batch(num_targets.size, targets, queries, len(leading), cost.strides[-2] // cost.itemsize)
         for dim, size in enumerate(leading):
@@ -44,8 +76,16 @@ class EmulatedLinearAssignment:
             batch.num_targets_strides[dim] = num_targets.strides[dim] // num_targets.itemsize
         result = np.full(cost.shape[:-1], -7)
         pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (cost, num_targets, result)]
-        self._library.call(f"linear_assignment_{cost.dtype}", ctypes.byref(batch), *pointers, **options)
+        device = ctypes.byref(Device(*H200, fixed_point))
+        function = f"linear_assignment_{cost.dtype}"
+        self._library.call(function, ctypes.byref(batch), device, shared_costs, *pointers, **options)
         return result
+
+    def plan(self, problems, targets, queries, device=H200, *, dtype="float32", shared_costs=True, slow_doubles=False):
+        batch, plan = Batch(problems, targets, queries), Plan()
+        device = Device(*device, slow_doubles)
+        self._library.call(f"plan_{dtype}", *map(ctypes.byref, (batch, device)), shared_costs, ctypes.byref(plan))
+        return plan
 
 
 def emulate(checks="races", **options):
@@ -60,14 +100,16 @@ def crowd(random, *shape):
 def main():
     solve = EmulatedLinearAssignment(sys.argv[1])
     random = np.random.default_rng(0)
-    for shape in [(1, 1, 1), (3, 5, 33), (2, 17, 6), (2, 35, 40), (2, 3, 0), (1, 9, 1030), (1, 34, 1025), (1, 33, 7)]:
-        for dtype in (np.float32, np.float64) if len(sys.argv) == 2 else (np.float32,):
-            cost = random.standard_normal(shape).astype(dtype)
-            num_targets = random.integers(0, shape[-2] + 3, shape[0])
-            num_targets[0] = shape[-2]
-            solve(cost, num_targets)
-            cost[random.random(shape) < 0.3] = np.nan
-            solve(cost, num_targets)
+    shapes = [(1, 1, 1), (3, 5, 33), (2, 17, 6), (2, 35, 40), (2, 3, 0), (1, 9, 1030), (1, 34, 1025), (1, 33, 7)]
+    dtypes = (np.float32, np.float64) if len(sys.argv) == 2 else (np.float32,)
+    for shape, dtype, shared_costs in itertools.product(shapes, dtypes, (False, True)):
+        way = {"shared_costs": shared_costs, "fixed_point": shared_costs}
+        cost = random.standard_normal(shape).astype(dtype)
+        num_targets = random.integers(0, shape[-2] + 3, shape[0])
+        num_targets[0] = shape[-2]
+        solve(cost, num_targets, **way)
+        cost[random.random(shape) < 0.3] = np.nan
+        solve(cost, num_targets, **way)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The launcher of csrc/cuda/linear_assignment.cuh as C functions.
+// The plan and the launcher of csrc/cuda/linear_assignment.cuh as C functions.
 
 #include <cstdlib>
 
@@ -7,8 +7,11 @@
 namespace {
 
 template <typename T>
-int solve(const groupdetr::AssignmentBatch* batch, const T* cost, const int64_t* num_targets, int64_t* result) {
-  const groupdetr::AssignmentPlan plan = groupdetr::plan_assignment<T>(*batch);
+int solve(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device, bool shared_costs,
+          const T* cost, const int64_t* num_targets, int64_t* result) {
+  const groupdetr::AssignmentPlan plan = groupdetr::plan_assignment<T>(*batch, *device, shared_costs);
+  const cudaError_t allowed = groupdetr::allow_shared_memory<T>(plan);
+  if (allowed != cudaSuccess) return allowed;
   void* workspace = plan.in_shared_memory ? nullptr : std::malloc(batch->problems * plan.workspace_bytes);
   const cudaError_t error = groupdetr::launch_assignment(plan, *batch, cost, num_targets, result, workspace, nullptr);
   std::free(workspace);
@@ -17,18 +20,28 @@ int solve(const groupdetr::AssignmentBatch* batch, const T* cost, const int64_t*
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int linear_assignment_float32(const groupdetr::AssignmentBatch* batch,
-                                                                                const float* cost,
-                                                                                const int64_t* num_targets,
-                                                                                int64_t* result) {
-  return solve(batch, cost, num_targets, result);
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int linear_assignment_float32(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device,
+                                     bool shared_costs, const float* cost, const int64_t* num_targets,
+                                     int64_t* result) {
+  return solve(batch, device, shared_costs, cost, num_targets, result);
+}
+EXPORT int plan_float32(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device,
+                        bool shared_costs, groupdetr::AssignmentPlan* plan) {
+  *plan = groupdetr::plan_assignment<float>(*batch, *device, shared_costs);
+  return cudaSuccess;
 }
 
 #if !defined(FLOAT32_ONLY)
-extern "C"
-    __attribute__((visibility("default"))) int linear_assignment_float64(const groupdetr::AssignmentBatch* batch,
-                                                                         const double* cost, const int64_t* num_targets,
-                                                                         int64_t* result) {
-  return solve(batch, cost, num_targets, result);
+EXPORT int linear_assignment_float64(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device,
+                                     bool shared_costs, const double* cost, const int64_t* num_targets,
+                                     int64_t* result) {
+  return solve(batch, device, shared_costs, cost, num_targets, result);
+}
+EXPORT int plan_float64(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device,
+                        bool shared_costs, groupdetr::AssignmentPlan* plan) {
+  *plan = groupdetr::plan_assignment<double>(*batch, *device, shared_costs);
+  return cudaSuccess;
 }
 #endif

@@ -12,7 +12,7 @@
 //
 // Static arrays in shared memory have to be declared `static __shared__`; dynamic shared memory is
 // `extern __shared__ double dynamic_shared_memory[]`, outside of any namespace. It is full of random bytes when a block
-// starts.
+// starts. A kernel gets more than 48 KiB of it after cudaFuncSetAttribute alone, and at most what an H100 has.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +25,7 @@ namespace cuda_on_cpu {
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxDynamicShared = 227 << 10;
+constexpr size_t kDynamicSharedWithoutAsking = 48 << 10;
 
 struct Extent {
   unsigned x, y, z;
@@ -56,8 +57,11 @@ void preemption_point();
 int lane();
 uint32_t unfinished_lanes();
 
-// False, and the launch is over, if something went wrong.
-bool launch(Extent grid, Extent block, size_t dynamic_shared, const std::function<void()>& kernel);
+// Lets launches of the kernel at `code` ask for so many bytes of dynamic shared memory; false if no block gets as many.
+bool allow_dynamic_shared(const void* code, size_t bytes);
+
+// Launches `kernel`, whose code lies at `code`. False, and the launch is over, if something went wrong.
+bool launch(Extent grid, Extent block, size_t dynamic_shared, const void* code, const std::function<void()>& kernel);
 
 }  // namespace cuda_on_cpu
 

@@ -160,6 +160,12 @@ EXPORT int run_count(int* counts, bool atomic, int blocks) {
 EXPORT int run_reverse(const int* input, int* output, bool with_barrier) {
   return launch(1, 64, 64 * sizeof(int), reverse, input, output, with_barrier);
 }
+EXPORT int run_reverse_with_shared_memory(const int* input, int* output, size_t bytes, size_t allowed) {
+  const cudaError_t error = allowed == 0 ? cudaSuccess
+                                         : cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                                static_cast<int>(allowed));
+  return error != cudaSuccess ? error : launch(1, 64, bytes, reverse, input, output, true);
+}
 EXPORT int run_warp_calls(const int* input, int* output) { return launch(1, 64, 0, warp_calls, input, output); }
 EXPORT int run_atomics(const float* input, float* sums, unsigned long long* wide, int* words) {
   return launch(1, 64, 0, atomics, input, sums, wide, words);

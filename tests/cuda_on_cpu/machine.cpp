@@ -213,7 +213,16 @@ void run_block() {
 
 }  // namespace
 
-bool launch(Extent grid, Extent block, size_t dynamic_shared, const std::function<void()>& kernel) {
+bool allow_dynamic_shared(const void* code, size_t bytes) {
+  if (bytes > kMaxDynamicShared) return false;
+  machine.allowed_dynamic_shared[code] = std::max(bytes, kDynamicSharedWithoutAsking);
+  return true;
+}
+
+bool launch(Extent grid, Extent block, size_t dynamic_shared, const void* code, const std::function<void()>& kernel) {
+  const auto allowed = machine.allowed_dynamic_shared.find(code);
+  const size_t most_shared =
+      allowed == machine.allowed_dynamic_shared.end() ? kDynamicSharedWithoutAsking : allowed->second;
   machine.error.clear();
   machine.random_state = machine.schedule;
   machine.kernel = kernel;
@@ -223,7 +232,7 @@ bool launch(Extent grid, Extent block, size_t dynamic_shared, const std::functio
   blockDim = {block.x, block.y, block.z};
   gridDim = {grid.x, grid.y, grid.z};
   machine.num_threads = block.x * block.y * block.z;
-  if (machine.num_threads < 1 || machine.num_threads > kMaxThreads || dynamic_shared > kMaxDynamicShared ||
+  if (machine.num_threads < 1 || machine.num_threads > kMaxThreads || dynamic_shared > most_shared ||
       grid.x * grid.y * grid.z == 0) {
     machine.error = "the launch configuration is not valid";
     return false;

@@ -4,6 +4,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda_on_cpu.h"
@@ -43,6 +44,7 @@ struct Machine {
   std::function<void()> kernel;
   Extent grid, block;
   size_t dynamic_shared = 0;
+  std::unordered_map<const void*, size_t> allowed_dynamic_shared;  // by code of kernels
   std::string error;
 
   // The block that runs.

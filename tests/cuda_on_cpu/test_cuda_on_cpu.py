@@ -120,6 +120,26 @@ def test_missing_barrier(library, schedule):
     assert not np.array_equal(output, values[::-1])
 
 
+def test_much_shared_memory_must_be_asked_for():
+    library = Library(build(FOLDER / "kernels.cpp", "plain"))
+    values = np.arange(64, dtype=np.int32)
+
+    def reverse(kilobytes, allowed):
+        output = np.zeros(64, np.int32)
+        sizes = (ctypes.c_size_t(size << 10) for size in (kilobytes, allowed))
+        library.call("run_reverse_with_shared_memory", pointer(values), pointer(output), *sizes)
+        return output
+
+    assert np.array_equal(reverse(48, 0), values[::-1])
+    with pytest.raises(KernelError, match="launch configuration"):
+        reverse(49, 0)
+    with pytest.raises(KernelError):
+        reverse(49, 228)
+    assert np.array_equal(reverse(227, 227), values[::-1])
+    with pytest.raises(KernelError, match="launch configuration"):
+        reverse(101, 100)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("which", "message"),

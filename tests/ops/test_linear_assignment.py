@@ -103,6 +103,20 @@ def test_float32_is_summed_in_float64(device):
     assert_optimal(cost, 12, ops.linear_assignment(cost.to(device), torch.tensor(12, device=device)))
 
 
+def test_two_targets_that_sums_in_float32_cannot_tell_apart(device):
+    """Costs as a matcher's, in a range of 8: no search that adds them up in float32 is right for both orders."""
+    small = 2.0**-21
+    cost = torch.tensor([[0.0, 8.0], [-small, 8.0]])
+    gaps = cost[:, 1] - cost[:, 0]  # what a target pays to give up its cheapest query
+    assert gaps[0] == gaps[1]
+    assert gaps.double()[0] != (cost[1, 1].double() - cost[1, 0].double())
+    for order, expected in (([0, 1], [1, 0]), ([1, 0], [0, 1])):
+        ordered = cost[order]
+        assigned = ops.linear_assignment(ordered.to(device), torch.tensor(2, device=device))
+        assert assigned.tolist() == expected
+        assert_optimal(ordered, 2, assigned)
+
+
 @pytest.mark.parametrize(
     ("leading", "rows", "columns"), [((2,), 0, 5), ((2,), 3, 0), ((0,), 3, 5), ((2, 0), 0, 0), ((), 0, 0)], ids=str
 )

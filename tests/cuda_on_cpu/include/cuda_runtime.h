@@ -48,14 +48,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const auto call = [kernel, ... values = static_cast<Parameters>(arguments)] { kernel(values...); };
   const dim3 &grid = config->gridDim, &block = config->blockDim;
-  const bool fine =
-      cuda_on_cpu::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes, call);
+  const bool fine = cuda_on_cpu::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes,
+                                        reinterpret_cast<const void*>(kernel), call);
   return fine ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  const bool fine = cuda_on_cpu::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return fine ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t = nullptr) {
