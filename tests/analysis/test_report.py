@@ -72,6 +72,11 @@ def draw_agreement():
     return plots.draw_agreement([{"step": step, "decoder": 0.9, "memory": 0.5} for step in (0, 20, 40)])
 
 
+def draw_spread():
+    spread = {"content_first": 0.02, "content_last": 0.1, "box_queries": 0.2, "box_images": 0.01, "loss": 9.0}
+    return plots.draw_spread([{"step": step, **spread} for step in (0, 20, 40)])
+
+
 FIGURES = {
     "assignment": draw_assignment,
     "sweep_groups": draw_sweep,
@@ -81,6 +86,7 @@ FIGURES = {
     "reference_points": draw_reference_points,
     "group_ap": draw_group_ap,
     "agreement": draw_agreement,
+    "spread": draw_spread,
 }
 
 
