@@ -7,6 +7,7 @@ one image to the next.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def spread_of_queries(model: Detector, criterion: Criterion, held: Sequence[Batc
         ValueError: for a detector that predicts masks instead of boxes.
     """
     losses, contents, boxes = [], [], []
-    layers = model.get_submodule("decoder.layers")
+    layers: Any = model.get_submodule("decoder.layers")
     norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training]
     with in_eval_mode(model), _statistics_of_the_batch(norms):
         for batch in held:
