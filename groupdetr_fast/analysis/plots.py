@@ -195,15 +195,17 @@ def draw_spread(rows: Rows) -> Figure:
     """The spread of contents and of boxes, and the loss, against the training step.
 
     Args:
-        rows: with ``step``, ``content_first``, ``content_last``, ``box_queries``, ``box_images`` and ``loss``.
+        rows: with ``step`` and what ``spread.spread_of_queries`` returns.
     """
     figure, (contents, boxes, loss) = _figure(3, width=4)
     steps = [row["step"] for row in rows]
     for axis, name, label in (
-        (contents, "content_first", "after the first layer"),
-        (contents, "content_last", "after the last layer"),
-        (boxes, "box_queries", "over the queries of an image"),
-        (boxes, "box_images", "over the images of a query"),
+        (contents, "content_first", "over queries, first layer"),
+        (contents, "content_last", "over queries, last layer"),
+        (contents, "content_images", "over images, last layer"),
+        (contents, "memory_images", "over images, encoder"),
+        (boxes, "box_queries", "over queries"),
+        (boxes, "box_images", "over images"),
         (loss, "loss", None),
     ):
         axis.plot(steps, [row[name] for row in rows], marker=".", label=label)

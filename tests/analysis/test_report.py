@@ -73,7 +73,8 @@ def draw_agreement():
 
 
 def draw_spread():
-    spread = {"content_first": 0.02, "content_last": 0.1, "box_queries": 0.2, "box_images": 0.01, "loss": 9.0}
+    names = ["content_first", "content_last", "content_images", "memory_images", "box_queries", "box_images", "loss"]
+    spread = dict.fromkeys(names, 0.1)
     return plots.draw_spread([{"step": step, **spread} for step in (0, 20, 40)])
 
 

@@ -60,10 +60,16 @@ def test_the_numbers_are_those_of_a_loop():
         module.train()
     with torch.no_grad():
         boxes = model(batch.images, batch.masks).boxes[-1]
+        tokens = model.encode(batch.images, batch.masks).tokens
     for content, name in zip(contents, ("content_first", "content_last"), strict=True):
         apart = [(query - image.mean(0)).square().sum() for image in content for query in image]
         long = [query.square().sum() for image in content for query in image]
         assert found[name] == pytest.approx((sum(apart) / sum(long)).sqrt().item(), rel=1e-5)
+    last = contents[-1]
+    apart = [(image[q] - last[:, q].mean(0)).square().sum() for image in last for q in range(4)]
+    assert found["content_images"] == pytest.approx((sum(apart) / last.square().sum()).sqrt().item(), rel=1e-5)
+    apart = sum((image - tokens.mean(0)).square().sum() for image in tokens)
+    assert found["memory_images"] == pytest.approx((apart / tokens.square().sum()).sqrt().item(), rel=1e-5)
     over_queries = [(box - image.mean(0)).square().mean() for image in boxes for box in image]
     over_images = [(image[q] - boxes[:, q].mean(0)).square().mean() for image in boxes for q in range(4)]
     assert found["box_queries"] == pytest.approx((sum(over_queries) / 12).sqrt().item(), rel=1e-5)
@@ -82,6 +88,7 @@ def test_a_single_query_differs_from_none():
     model, criterion = small("conditional_detr_r50", num_queries=1)
     found = spread_of_queries(model, criterion, [images(2, seed=0)])
     assert found["content_first"] == found["content_last"] == found["box_queries"] == 0
+    assert found["content_images"] > 0
 
 
 def test_masks_are_refused():

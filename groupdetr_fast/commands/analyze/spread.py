@@ -29,18 +29,20 @@ class SpreadCommand(OverSteps):
             "spread",
             spread_of_queries,
             lambda row: (
-                f"loss {row['loss']:.2f}; contents differ by {row['content_first']:.1%} after the first layer, "
-                f"{row['content_last']:.1%} after the last; boxes by {row['box_queries']:.3f} over queries, "
-                f"{row['box_images']:.3f} over images"
+                f"loss {row['loss']:.2f}; over queries, contents differ by {row['content_first']:.1%} after the first "
+                f"layer and {row['content_last']:.1%} after the last, boxes by {row['box_queries']:.3f}; over images, "
+                f"memory by {row['memory_images']:.1%}, contents by {row['content_images']:.1%}, boxes by "
+                f"{row['box_images']:.3f}"
             ),
         )
         self.write(
             "spread",
             plots.draw_spread(rows),
             "Spread of the queries",
-            "By how much the contents of an image's queries differ, relative to their length, after the first and the "
-            "last decoder layer; and the boxes of an image's queries, and of one query over images, relative to the "
-            f"image. Root mean squares over {self.images} images of the evaluation set, group 0; seed "
+            "By how much contents differ, relative to their length: those of an image's queries after the first and "
+            "the last decoder layer, those of a query over images after the last, and the encoder's tokens over "
+            "images; and by how much boxes differ, relative to the image: those of an image's queries, and those of a "
+            f"query over images. Root mean squares over {self.images} images of the evaluation set, group 0; seed "
             f"{self.optimization.seed}.",
             rows,
             rows,
