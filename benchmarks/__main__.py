@@ -11,6 +11,7 @@ COMMANDS = {
     "step_profile": ("cpu.step_profile", "where the extra time of 11 groups goes"),
     "step_host": ("cpu.step_host", "what the host does in a step beside the model"),
     "op_host": ("cpu.op_host", "what an eager call of an op costs the host, without a GPU"),
+    "beside_dab_detr": ("cpu.beside_dab_detr", "the original DAB-DETR beside ours, step by step"),
     "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compilation", "every GPU kernel, compiled without a GPU: registers and spills"),
     "inner_loops": ("gpu.inner_loops", "instructions of the inner loops of Triton kernels, without a GPU"),
@@ -24,7 +25,7 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n\n" + "\n".join(f"{name:14}{text}" for name, (_, text) in COMMANDS.items()),
+        description=f"{__doc__}\n\n" + "\n".join(f"{name:16}{text}" for name, (_, text) in COMMANDS.items()),
         usage="python benchmarks COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
