@@ -240,7 +240,7 @@ def _endless(loader: Any) -> Iterator[Batch]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", type=Path, required=True, help="checkout of the original repository")
-    parser.add_argument("--steps", type=int, default=564, help="optimiser steps of 16 images")
+    parser.add_argument("--steps", type=int, default=376, help="optimiser steps of 16 images")
     parser.add_argument("--every", type=int, default=94, help="steps between two rows")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--images", type=int, default=64, help="on which contents and boxes are compared")
