@@ -4,9 +4,7 @@ Groups train the same decoder and encoder. Where their gradients point the same 
 where they do not, the sum has something that no single group has.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,16 +16,12 @@ from ..data import Batch
 from ..groups import QueryGroups
 from ..models.detector import Detector, in_eval_mode
 from ..random_state import random_state_kept
-from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
-from .steps import trainer_of
+from .steps import Criterion, Row
 
-__all__ = ["gradient_agreement", "train_and_measure"]
-
-Row = dict[str, float]
+__all__ = ["gradient_agreement", "mean_agreement"]
 
 
-def gradient_agreement(model: Detector, criterion: Callable[..., dict[str, Tensor]], batch: Batch) -> Row:
+def gradient_agreement(model: Detector, criterion: Criterion, batch: Batch) -> Row:
     """The cosine between the gradients of two groups, on average over all pairs of groups.
 
     Every group is decoded and matched by itself, as in training, but without dropout, denoising queries and the
@@ -76,38 +70,10 @@ def gradient_agreement(model: Detector, criterion: Callable[..., dict[str, Tenso
     }
 
 
-def train_and_measure(
-    config: CocoTrainingConfig, folder: Path, *, steps: int, every: int, batches: int
-) -> Iterator[Row]:
-    """Train, and measure the agreement on held images at the beginning and after every so many optimiser steps.
-
-    Args:
-        config: the training.
-        folder: for its files.
-        steps: optimiser steps.
-        every: steps between two measurements.
-        batches: of the evaluation set, over which a measurement is averaged.
-
-    Yields:
-        ``"step"`` and what :func:`gradient_agreement` returns.
-    """
-    trainer = trainer_of(config, folder)
-    model, criterion = trainer.gradients.bare, trainer.gradients.criterion
-    if not isinstance(model, Detector):
-        raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")
-    device = trainer.accelerator.device
-    images = evaluation_loader(evaluation_samples(evaluation_set(config), config, device), config)
-    held = [batch.to(device) for batch in itertools.islice(images, batches)]
-    yield _measure(model, criterion, held, 0)
-    for done, step in enumerate(itertools.islice(trainer.endless_steps(), steps), start=1):
-        trainer.run_step(step)
-        if done % every == 0 or done == steps:
-            yield _measure(model, criterion, held, done)
-
-
-def _measure(model: Detector, criterion: Callable[..., dict[str, Tensor]], held: Sequence[Batch], step: int) -> Row:
+def mean_agreement(model: Detector, criterion: Criterion, held: Sequence[Batch]) -> Row:
+    """The mean of :func:`gradient_agreement` over batches; a measurement of ``steps.train_and_measure``."""
     rows = [gradient_agreement(model, criterion, batch) for batch in held]
-    return {"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}}
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _as_leaf(part: Any) -> Any:

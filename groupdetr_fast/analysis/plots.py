@@ -19,6 +19,7 @@ __all__ = [
     "draw_distances",
     "draw_group_ap",
     "draw_reference_points",
+    "draw_spread",
     "draw_sweep",
     "save_figure",
 ]
@@ -187,6 +188,32 @@ def draw_agreement(rows: Rows) -> Figure:
     axis.axhline(0, color="0.5", linewidth=0.8)
     axis.set_ylim(top=1.05)
     axis.legend(fontsize=8)
+    return figure
+
+
+def draw_spread(rows: Rows) -> Figure:
+    """The spread of contents and of boxes, and the loss, against the training step.
+
+    Args:
+        rows: with ``step`` and what ``spread.spread_of_queries`` returns.
+    """
+    figure, (contents, boxes, loss) = _figure(3, width=4)
+    steps = [row["step"] for row in rows]
+    for axis, name, label in (
+        (contents, "content_first", "over queries, first layer"),
+        (contents, "content_last", "over queries, last layer"),
+        (contents, "content_images", "over images, last layer"),
+        (contents, "memory_images", "over images, encoder"),
+        (boxes, "box_queries", "over queries"),
+        (boxes, "box_images", "over images"),
+        (loss, "loss", None),
+    ):
+        axis.plot(steps, [row[name] for row in rows], marker=".", label=label)
+    for axis, words in ((contents, "spread of contents"), (boxes, "spread of boxes"), (loss, "loss")):
+        axis.set(xlabel="training step", ylabel=words)
+        _start_at_zero(axis)
+    contents.legend(fontsize=8)
+    boxes.legend(fontsize=8)
     return figure
 
 

@@ -17,7 +17,17 @@ from .plots import save_figure
 __all__ = ["Measurement", "write_measurement", "write_page"]
 
 PAGE = "index.html"
-ORDER = ("assignment", "sweep_groups", "ablation", "cost", "reference_points", "distances", "group_ap", "agreement")
+ORDER = (
+    "assignment",
+    "sweep_groups",
+    "ablation",
+    "cost",
+    "reference_points",
+    "distances",
+    "group_ap",
+    "agreement",
+    "spread",
+)
 
 
 @dataclass(frozen=True)

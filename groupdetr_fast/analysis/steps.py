@@ -1,14 +1,30 @@
 """A training whose steps alone are of interest: no evaluations, no checkpoints."""
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..build import build_criterion
+from ..data import Batch
+from ..models.detector import Detector
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import order_of_training, training_loader, training_samples, training_set
+from ..runs.loaders import (
+    evaluation_loader,
+    evaluation_samples,
+    evaluation_set,
+    order_of_training,
+    training_loader,
+    training_samples,
+    training_set,
+)
 from ..training.engine import Trainer, TrainerSettings
 from ..training.setup import build_accelerator
 
-__all__ = ["trainer_of"]
+__all__ = ["Criterion", "Row", "train_and_measure", "trainer_of"]
+
+Row = dict[str, float]
+Criterion = Callable[..., dict[str, Any]]
 
 
 def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
@@ -20,3 +36,42 @@ def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
     samples = training_samples(dataset, config, accelerator.device)
     loader = training_loader(samples, config, *order_of_training(dataset, config))
     return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
+
+
+def train_and_measure(
+    config: CocoTrainingConfig,
+    folder: Path,
+    measure: Callable[[Detector, Criterion, Sequence[Batch]], Row],
+    *,
+    steps: int,
+    every: int,
+    batches: int,
+) -> Iterator[Row]:
+    """Train, and measure on held images at the beginning and after every so many optimiser steps.
+
+    Args:
+        config: the training.
+        folder: for its files.
+        measure: called with the bare model, its criterion and the held batches; leaves the model as it was.
+        steps: optimiser steps.
+        every: steps between two measurements.
+        batches: of the evaluation set, which are held for the measurements.
+
+    Yields:
+        ``"step"`` and what ``measure`` returns.
+
+    Raises:
+        ValueError: for a model of transformers, which cannot decode one group at a time.
+    """
+    trainer = trainer_of(config, folder)
+    model, criterion = trainer.gradients.bare, trainer.gradients.criterion
+    if not isinstance(model, Detector):
+        raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")
+    device = trainer.accelerator.device
+    images = evaluation_loader(evaluation_samples(evaluation_set(config), config, device), config)
+    held = [batch.to(device) for batch in itertools.islice(images, batches)]
+    yield {"step": 0, **measure(model, criterion, held)}
+    for done, step in enumerate(itertools.islice(trainer.endless_steps(), steps), start=1):
+        trainer.run_step(step)
+        if done % every == 0 or done == steps:
+            yield {"step": done, **measure(model, criterion, held)}

@@ -72,6 +72,12 @@ def draw_agreement():
     return plots.draw_agreement([{"step": step, "decoder": 0.9, "memory": 0.5} for step in (0, 20, 40)])
 
 
+def draw_spread():
+    names = ["content_first", "content_last", "content_images", "memory_images", "box_queries", "box_images", "loss"]
+    spread = dict.fromkeys(names, 0.1)
+    return plots.draw_spread([{"step": step, **spread} for step in (0, 20, 40)])
+
+
 FIGURES = {
     "assignment": draw_assignment,
     "sweep_groups": draw_sweep,
@@ -81,6 +87,7 @@ FIGURES = {
     "reference_points": draw_reference_points,
     "group_ap": draw_group_ap,
     "agreement": draw_agreement,
+    "spread": draw_spread,
 }
 
 

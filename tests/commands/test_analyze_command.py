@@ -14,6 +14,7 @@ from groupdetr_fast.commands import analyze
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.runs.config import ModelConfig
 from groupdetr_fast.runs.recipes import digits_demo
+from groupdetr_fast.training.optimization import OptimizationConfig
 
 METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
 FILES = ("train_images", "train_annotations", "val_images", "val_annotations")
@@ -206,6 +207,26 @@ def test_the_agreement_of_groups_is_measured_while_they_train(flags, tmp_path, c
     assert "step 2: cosine" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="the agreement of groups needs at least 2 groups, got 1"):
         cli.main(["analyze", "agreement", *flags, "--num-groups", "1"])
+
+
+def test_the_spread_of_queries_is_measured_while_they_train(flags, tmp_path, capsys):
+    cli.main(["analyze", "spread", "--steps", "3", "--every", "2", "--batches", "1", *flags])
+    rows = rows_of(tmp_path / "analysis", "spread")
+    assert [int(row["step"]) for row in rows] == [0, 2, 3]
+    assert len({row["content_first"] for row in rows}) == 3  # it trains
+    assert "step 0: loss" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="compile hides the decoder layers, whose contents are measured: leave it out"):
+        analyze.SpreadCommand(optimization=OptimizationConfig(compile=True))
+
+
+def test_measuring_over_steps_leaves_the_training_as_it_is(flags, tmp_path):
+    """The same losses at the end, whether measured in between or not."""
+    losses = []
+    for every in ("1", "3"):
+        output = ["--output", str(tmp_path / every)]
+        cli.main(["analyze", "spread", "--steps", "3", "--every", every, "--batches", "1", *flags, *output])
+        losses.append(rows_of(tmp_path / every, "spread")[-1])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

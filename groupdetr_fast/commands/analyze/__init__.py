@@ -21,6 +21,7 @@ from .distances import DistancesCommand
 from .group_ap import GroupApCommand
 from .reference_points import ReferencePointsCommand
 from .report import ReportCommand
+from .spread import SpreadCommand
 from .sweep_groups import SweepGroupsCommand
 
 __all__ = ["AnalyzeCommand", "parse_analysis"]
@@ -36,6 +37,7 @@ _COMMANDS = {
     "distances": DistancesCommand,
     "group-ap": GroupApCommand,
     "agreement": AgreementCommand,
+    "spread": SpreadCommand,
 }
 
 

@@ -1,10 +1,11 @@
 """What the measurements of ``groupdetr analyze`` share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from matplotlib.figure import Figure
 
@@ -13,6 +14,7 @@ from ...analysis.experiments import Cell, Row
 from ...analysis.json_files import to_json
 from ...analysis.report import Measurement, write_measurement
 from ...analysis.run import Run, RunResults
+from ...analysis.steps import train_and_measure
 from ...analysis.sweep import default_jobs, run_sweep
 from ...data import AugmentationConfig
 from ...data.config import DataConfig
@@ -21,7 +23,7 @@ from ...runs.config import CocoTrainingConfig, ModelConfig
 from ...runs.recipes import with_digits
 from ...training.optimization import OptimizationConfig
 
-__all__ = ["USAGES", "Analysis", "OfCheckpoint", "Sweep", "count_of", "header_of"]
+__all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of"]
 
 USAGES = ("AP_one_group", "AP_one_group_nms", "AP_all_queries", "AP_all_queries_nms")
 
@@ -69,6 +71,47 @@ class Analysis:
         """Write the measurement's files; ``settings`` are those of the training unless given."""
         settings = to_json(self.training()) if settings is None else settings
         write_measurement(Measurement(name, title, caption, self.command, rows, summary, settings), figure, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverSteps(Analysis):
+    """What the measurements have in common that look at a training every so many steps.
+
+    Attributes:
+        steps: optimiser steps to train.
+        every: steps between two measurements.
+        batches: of the evaluation set, over which a measurement is averaged.
+    """
+
+    steps: int = 200
+    every: int = 20
+    batches: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "every", "batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def rows_of(self, name: str, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
+        """Train and measure.
+
+        Args:
+            name: of the folder for the training's files.
+            measure: see ``analysis.steps.train_and_measure``.
+            words: what to print of a measurement as soon as it is made.
+        """
+        torch.set_num_threads(self.threads)
+        rows = []
+        limits = {"steps": self.steps, "every": self.every, "batches": self.batches}
+        for row in train_and_measure(self.training(), self.output / name, measure, **limits):
+            rows.append(row)
+            print(f"step {row['step']}: {words(row)}", flush=True)
+        return rows
+
+    @property
+    def images(self) -> int:
+        """Images of a measurement, if the evaluation set has as many."""
+        return self.batches * self.optimization.images_per_batch
 
 
 @dataclass(frozen=True, kw_only=True)
