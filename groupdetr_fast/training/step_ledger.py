@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import gather_object
 
 from .device_step import HostCopy, StepOutcome
@@ -24,14 +25,16 @@ class StepLedger:
     Args:
         state: of the training.
         max_skipped_steps: of an epoch.
+        clip_norm: beyond which the gradient of a step counts as clipped; 0 for never.
 
     Attributes:
         stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
     """
 
-    def __init__(self, state: TrainingState, max_skipped_steps: int):
+    def __init__(self, state: TrainingState, max_skipped_steps: int, clip_norm: float = 0.0):
         self.state = state
         self.max_skipped_steps = max_skipped_steps
+        self.clip_norm = clip_norm
         self.stopping = False
         self._enqueued: _EnqueuedStep | None = None
 
@@ -50,7 +53,8 @@ class StepLedger:
         self.settle()
         current = self.state.current
         ids = [batch.image_ids for batch in batches]
-        self._enqueued = _EnqueuedStep(current.batches, ids, outcome, HostCopy(outcome.flags))
+        numbers = HostCopy(torch.cat((outcome.flags, outcome.norm[None])))
+        self._enqueued = _EnqueuedStep(current.batches, ids, outcome, numbers)
         current.batches += len(batches)
 
     def settle(self) -> None:
@@ -62,15 +66,18 @@ class StepLedger:
         step, self._enqueued = self._enqueued, None
         if step is None:
             return
-        broken, *stopping = step.flags.tolist()
+        broken, *stopping, norm = step.numbers.tolist()
         self.stopping |= any(stopping)
         overflowed = step.outcome.overflowed
         if broken:
             self._note_skipped(step)
             return
         if not overflowed:
-            self.state.current.steps += 1
-            self.state.current.sums += step.outcome.losses
+            current = self.state.current
+            current.steps += 1
+            current.sums += step.outcome.losses
+            current.norms += norm
+            current.clipped += 0 < self.clip_norm < norm
         if overflowed is not None:
             self._note_scaled(overflowed)
 
@@ -114,4 +121,4 @@ class _EnqueuedStep(NamedTuple):
     first: int  # batches of the epoch before it
     image_ids: list[list[int]]  # of each batch
     outcome: StepOutcome
-    flags: HostCopy
+    numbers: HostCopy  # its flags, and the norm of its gradient
