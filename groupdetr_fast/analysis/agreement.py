@@ -84,7 +84,7 @@ def train_and_measure(
     Args:
         config: the training.
         folder: for its files.
-        steps: optimiser steps.
+        steps: optimiser steps; 0 to measure the model as it is.
         every: steps between two measurements.
         batches: of the evaluation set, over which a measurement is averaged.
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from digit_runs import weights
 
-import groupdetr_fast as gd
 from groupdetr_fast.models.checkpoints import CheckpointHeader
 from groupdetr_fast.runs.config import ModelConfig
 from groupdetr_fast.runs.train import train
@@ -84,7 +83,6 @@ def test_queries_have_their_rate(config):
         train(replace(with_optimization(config, query_lr=None), resume=True))
 
 
-def test_the_detector_takes_both_settings(config, tmp_path):
-    assert gd.Detector is not None
+def test_both_are_settings_of_the_run(config):
     changed = config.with_settings(query_lr=1e-3, group_init_noise=0.1)
     assert (changed.optimization.query_lr, changed.model.group_init_noise) == (1e-3, 0.1)
