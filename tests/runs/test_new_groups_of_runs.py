@@ -1,6 +1,8 @@
 """Where the groups of a run begin, and the rate at which their queries are trained."""
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,29 @@ def test_a_run_with_equal_groups_trains_and_keeps_to_its_beginning(config, capsy
     torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match=r"was begun with model.group_init_noise = 0.0, which cannot become 0.2"):
         train(replace(with_model(config, group_init_noise=0.2), resume=True))
+
+
+def test_the_example_says_how_far_queries_have_moved(config, capsys, monkeypatch):
+    """The beginning that it makes anew is that of the run: what has the rate 0 has not moved."""
+    config = with_optimization(config, lr=0.0, backbone_lr=0.0, query_lr=1e-3)
+    train(config)
+    still = replace(with_optimization(config, query_lr=0.0), output=config.output.with_name("still"))
+    train(still)
+    path = Path(__file__).parents[2] / "examples" / "moved_queries.py"
+    spec = importlib.util.spec_from_file_location("moved_queries", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["moved_queries", str(config.output), str(still.output)])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    found, begun = (weights(each.output, 1)[QUERIES] for each in (config, still))
+    moved, first, second = (found - begun).square().mean().sqrt(), *found.chunk(2)
+    between = (second - first).square().mean().sqrt()
+    assert [line for line in lines if not line.startswith(" ")] == ["run, epoch_0001", "still, epoch_0001"]
+    assert f"moved {moved:.4f}, between groups {between:.3f}," in lines[1]
+    assert "moved 0.0000" in lines[4]
+    assert lines[2::3] == ["  matrices of the decoder's layers: moved by 0.0 % of their norm"] * 2
 
 
 @pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
