@@ -1,13 +1,18 @@
-"""Compare finished runs: a table and a plot of AP against epochs.
+"""Compare finished runs: a table, a plot of AP against epochs or minutes, and every number as a csv file.
 
     python examples/compare_runs.py runs/k1 runs/k5 --plot curves.png --every 10
+
+    python examples/compare_runs.py runs/k1 runs/k3 runs/near --labels K=1 K=3 "K=3, near group 0" \
+        --metrics AP AP50 loss --against minutes --plot curves.png --csv curves.csv
 
 Reads each run's ``results.json``.
 """
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,56 +25,86 @@ class Arguments:
 
     runs: tyro.conf.Positional[list[Path]]
     """Folders of runs."""
+    labels: tuple[str, ...] = ()
+    """Names of the runs, one each; K=... by default."""
     plot: Path | None = None
     """Picture to write."""
+    csv: Path | None = None
+    """File of all numbers to write, with a row for each epoch of each run."""
     metrics: tuple[str, ...] = ("AP", "AP50")
-    """Metrics to show."""
+    """What to show: metrics of the evaluation, losses of the training (loss, loss_ce, ...), or gradient_norm."""
+    against: Literal["epoch", "minutes"] = "epoch"
+    """What the plot's horizontal axis is: minutes are those of training, without evaluations."""
     every: int = 1
-    """Show every so many epochs in the table; the last is always shown."""
+    """Show every so many epochs in the table; the last of each run is always shown."""
+
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels) != len(self.runs):
+            raise SystemExit(f"error: {len(self.labels)} labels for {len(self.runs)} runs: give one for each")
 
 
-def label_of(results: dict) -> str:
-    return f"K={results['model_config']['num_groups']}"
+def read_run(folder: Path, label: str | None) -> tuple[str, list[dict]]:
+    """A label and a row of numbers for each epoch; those that were evaluated have metrics."""
+    results = json.loads((folder / "results.json").read_text())
+    rows, seconds = [], 0.0
+    for row in results["epochs"]:
+        seconds += row["seconds"]
+        numbers = {name: value for name, value in row.items() if name not in ("train", "metrics")}
+        metrics = {name: value for name, value in row.get("metrics", {}).items() if isinstance(value, float)}
+        rows.append({**numbers, "minutes": seconds / 60, **row.get("train", {}), **metrics})
+    return label or f"K={results['model_config']['num_groups']}", rows
 
 
-def print_table(runs: list[dict], arguments: Arguments) -> None:
-    header = [f"{label_of(run)} {metric}" for metric in arguments.metrics for run in runs]
+def print_table(runs: list[tuple[str, list[dict]]], arguments: Arguments) -> None:
+    header = [f"{label} {metric}" for metric in arguments.metrics for label, _ in runs]
     print("| epoch | " + " | ".join(header) + " |")
     print("|---" * (len(header) + 1) + "|")
-    by_epoch = [{row["epoch"]: row["metrics"] for row in run["epochs"] if "metrics" in row} for run in runs]
-    epochs = sorted(set.intersection(*(set(rows) for rows in by_epoch)))
-    for epoch in epochs:
-        if epoch % arguments.every == 0 or epoch == epochs[-1]:
-            cells = [f"{rows[epoch][metric]:.3f}" for metric in arguments.metrics for rows in by_epoch]
-            print(f"| {epoch} | " + " | ".join(cells) + " |")
-    for run in runs:
-        seconds = sum(row["seconds"] for row in run["epochs"])
-        memory = max(row["peak_memory_mib"] for row in run["epochs"])
-        print(f"\n{label_of(run)}: {seconds / 60:.1f} minutes of training, peak memory {memory:.0f} MiB", end="")
+    by_epoch = [{row["epoch"]: row for row in rows if "AP" in row} for _, rows in runs]
+    for epoch in sorted(set().union(*by_epoch)):
+        if epoch % arguments.every == 0 or any(epoch == max(rows) for rows in by_epoch if rows):
+            values = [rows.get(epoch, {}).get(metric) for metric in arguments.metrics for rows in by_epoch]
+            print(f"| {epoch} | " + " | ".join("" if value is None else f"{value:.3f}" for value in values) + " |")
+    for label, rows in runs:
+        memory = max(row["peak_memory_mib"] for row in rows)
+        print(f"\n{label}: {rows[-1]['minutes']:.1f} minutes of training, peak memory {memory:.0f} MiB", end="")
     print()
 
 
-def draw(runs: list[dict], arguments: Arguments) -> None:
+def draw(runs: list[tuple[str, list[dict]]], arguments: Arguments) -> None:
     figure = Figure(figsize=(4.2 * len(arguments.metrics), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, metric in zip(
         figure.subplots(1, len(arguments.metrics), squeeze=False)[0], arguments.metrics, strict=True
     ):
-        for run in runs:
-            rows = [row for row in run["epochs"] if "metrics" in row]
-            axis.plot([row["epoch"] for row in rows], [row["metrics"][metric] for row in rows], label=label_of(run))
-        axis.set(xlabel="epoch", ylabel=metric, ylim=(0, None))
+        for label, all_rows in runs:
+            rows = [row for row in all_rows if metric in row]
+            axis.plot([row[arguments.against] for row in rows], [row[metric] for row in rows], label=label)
+        axis.set(xlabel=arguments.against, ylabel=metric, ylim=None if "loss" in metric else (0, None))
         axis.grid(alpha=0.3)
-        axis.legend()
+    axis.legend(fontsize="small")
     figure.savefig(arguments.plot, dpi=120)
+
+
+def write_csv(runs: list[tuple[str, list[dict]]], path: Path) -> None:
+    columns = list(dict.fromkeys(name for _, rows in runs for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", *columns], lineterminator="\n")
+        writer.writeheader()
+        for label, rows in runs:
+            for row in rows:
+                rounded = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
+                writer.writerow({"run": label, **rounded})
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    runs = [json.loads((run / "results.json").read_text()) for run in arguments.runs]
+    labels = arguments.labels or [None] * len(arguments.runs)
+    runs = [read_run(folder, label) for folder, label in zip(arguments.runs, labels, strict=True)]
     print_table(runs, arguments)
     if arguments.plot is not None:
         draw(runs, arguments)
+    if arguments.csv is not None:
+        write_csv(runs, arguments.csv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["QueryGroups", "Segment"]
+__all__ = ["QueryGroups", "Segment", "rows_near_first_group"]
 
 _SCOPES = ("first", "every")
 
@@ -129,3 +129,24 @@ class QueryGroups:
         """The inverse of :meth:`as_ints`."""
         num_groups, queries_per_group, denoising_groups, queries_per_denoising_group, scope = layout
         return cls(num_groups, queries_per_group, denoising_groups, queries_per_denoising_group, _SCOPES[scope])
+
+
+def rows_near_first_group(rows: Tensor, num_groups: int, noise: float, trained: int = 1) -> Tensor:
+    """Group-major rows ``[K * N, ...]``, of which those after the first groups are now near those of group 0.
+
+    Args:
+        rows: of all groups.
+        num_groups: K.
+        noise: standard deviation of what is added, relative to that of the values of group 0.
+        trained: groups, the first ones, that stay as they are.
+
+    Raises:
+        ValueError: if the noise is negative.
+    """
+    if not noise >= 0:  # which also refuses what is not a number
+        raise ValueError(f"noise must not be negative, got {noise}")
+    groups = rows.detach().unflatten(0, (num_groups, -1)).clone()
+    first, others = groups[0], groups[trained:]
+    if len(others):
+        others.copy_(first + noise * first.std(correction=0) * torch.randn_like(others))
+    return groups.flatten(0, 1)

@@ -1,5 +1,6 @@
 """The scripts in examples/ that are not runs of their own."""
 
+import csv
 import importlib.util
 import json
 from dataclasses import asdict
@@ -63,6 +64,42 @@ def test_compare_runs_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
     assert lines[2:4] == ["| 2 | 0.200 | 0.200 | 0.200 | 0.200 |", "| 3 | 0.300 | 0.300 | 0.200 | 0.200 |"]
     assert "K=3: 1.5 minutes of training, peak memory 100 MiB" in lines
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_compare_runs_of_different_lengths_by_their_names(tmp_path, capsys, monkeypatch):
+    """Runs of one and of three epochs, evaluated at the end, with losses and all numbers as a file."""
+    for epochs in (1, 3):
+        rows = [
+            {
+                "epoch": epoch,
+                "seconds": 30.0,
+                "peak_memory_mib": 1.0,
+                "gradient_norm": 2.0,
+                "train": {"loss": 9.0 - epoch},
+            }
+            for epoch in range(1, epochs + 1)
+        ]
+        rows[-1]["metrics"] = {"AP": 0.1 * epochs, "per_category": {}}
+        (tmp_path / f"of{epochs}").mkdir()
+        results = {"model_config": {"num_groups": 3}, "epochs": rows}
+        (tmp_path / f"of{epochs}" / "results.json").write_text(json.dumps(results))
+    arguments = ["compare_runs", str(tmp_path / "of1"), str(tmp_path / "of3"), "--metrics", "AP", "loss"]
+    files = ["--plot", str(tmp_path / "plot.png"), "--csv", str(tmp_path / "rows.csv"), "--against", "minutes"]
+    monkeypatch.setattr("sys.argv", [*arguments, *files, "--labels", "short", "long"])
+    load_example("compare_runs").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| epoch | short AP | long AP | short loss | long loss |"
+    assert lines[2:4] == ["| 1 | 0.100 |  | 8.000 |  |", "| 3 |  | 0.300 |  | 6.000 |"]
+    assert "long: 1.5 minutes of training, peak memory 1 MiB" in lines
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with (tmp_path / "rows.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["run"] for row in table] == ["short", "long", "long", "long"]
+    assert [row["minutes"] for row in table] == ["0.5", "0.5", "1", "1.5"]
+    assert [row["AP"] for row in table] == ["0.1", "", "", "0.3"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--labels", "short"])
+    with pytest.raises(SystemExit, match="error: 1 labels for 2 runs: give one for each"):
+        load_example("compare_runs").main()
 
 
 def test_subset_coco_keeps_and_repeats_images(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def train_and_measure(
         config: the training.
         folder: for its files.
         measure: called with the bare model, its criterion and the held batches; leaves the model as it was.
-        steps: optimiser steps.
+        steps: optimiser steps; 0 to measure the model as it is.
         every: steps between two measurements.
         batches: of the evaluation set, which are held for the measurements.
 

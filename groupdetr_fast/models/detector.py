@@ -4,14 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from ..groups import QueryGroups
+from ..groups import QueryGroups, rows_near_first_group
 from ..targets import PackedTargets, check_packed
 from .config import BaseConfig
 from .output import DetectorOutput, SegmentationOutput
 
-__all__ = ["Detector", "group_rows", "in_eval_mode"]
+__all__ = ["QUERY_PARAMETERS", "Detector", "group_rows", "in_eval_mode"]
+
+QUERY_PARAMETERS = (
+    "query_embed.",
+    "query_feat.",
+    "refpoint_embed.",
+    "tgt_embed.",
+)  # starts of names of learned queries
 
 
 class Detector(nn.Module):
@@ -98,6 +106,28 @@ class Detector(nn.Module):
             no positions of their own.
         """
         return None
+
+    def is_query(self, name: str) -> bool:
+        """Whether the parameter with this name holds learned queries."""
+        return name in self.group_parameters and name.startswith(QUERY_PARAMETERS)
+
+    @torch.no_grad()
+    def start_groups_near_first(self, noise: float, *, trained: int = 1) -> None:
+        """Let new groups begin as copies of group 0 with noise, in place of values that know nothing of it.
+
+        Everything that a group has of its own is copied. Without noise the groups would get the same gradients, except
+        for what is random in a model and its losses, and would stay copies.
+
+        Args:
+            noise: standard deviation of the noise on a parameter's values, relative to that of group 0's.
+            trained: groups, the first ones, that stay as they are.
+
+        Raises:
+            ValueError: if the noise is negative.
+        """
+        for name in self.group_parameters:
+            parameter = self.get_parameter(name)
+            parameter.copy_(rows_near_first_group(parameter, self.config.num_groups, noise, trained))
 
     def _choose_groups(self, num_groups: int | None, inference_group: int) -> tuple[QueryGroups, int]:
         """The layout of a forward pass and the first group that it uses."""

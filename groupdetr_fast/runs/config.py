@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,9 @@ class ModelConfig:
         loss_points: points of a mask at which Mask2Former computes costs and losses.
         load: checkpoint to start from (of this package, an original repository or transformers).
         new_class_head: with ``load``: train a new class head where the number of classes differs.
+        group_init_noise: let new groups begin as copies of group 0 with normal noise, of so many standard deviations of
+            its values (such as 0.1); None for groups that begin independently of each other. Groups that a checkpoint
+            ``load`` has stay as they are.
         accelerate_kernels: let a model of transformers compute with the kernels of this package.
     """
 
@@ -86,7 +90,12 @@ class ModelConfig:
     loss_points: int | None = None
     load: Path | None = None
     new_class_head: bool = False
+    group_init_noise: float | None = None
     accelerate_kernels: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_init_noise is not None and not 0 <= self.group_init_noise < math.inf:
+            raise ValueError(f"group_init_noise must be at least 0, got {self.group_init_noise}")
 
     @classmethod
     def of_checkpoint(cls, header: CheckpointHeader, **changes: Any) -> "ModelConfig":
@@ -118,11 +127,18 @@ class ModelConfig:
             CheckpointMismatch: if ``load`` or ``resumed`` is of another detector, or has another number of classes.
             ValueError: for settings that the detector does not have, and if it cannot be loaded.
         """
+        model, trained = self._build_loaded(num_classes, resumed)
+        if self.group_init_noise is not None:
+            model.start_groups_near_first(self.group_init_noise, trained=trained)
+        return model
+
+    def _build_loaded(self, num_classes: int, resumed: Path | None) -> "tuple[Detector | TransformersDetector, int]":
+        """The detector with the weights of ``load``, and how many of its groups have something to keep, at least 1."""
         if of_transformers(self.model):
             return self._build_transformers(num_classes, resumed)
-        model = self._build(num_classes)
+        model, trained = self._build(num_classes), None
         if self.load is not None:
-            load_checkpoint(model, self.load, new_class_head=self.new_class_head)
+            trained = load_checkpoint(model, self.load, new_class_head=self.new_class_head).groups
         elif model.config.backbone_weights is None and not model.config.backbone.startswith("conv:"):
             logger.warning(
                 "the backbone %s starts from random weights, of which the first %d stages stay as they are: "
@@ -130,13 +146,13 @@ class ModelConfig:
                 model.config.backbone,
                 model.config.frozen_stages,
             )
-        return model
+        return model, trained[0] if trained else 1
 
     def build_empty(self, num_classes: int) -> Detector:
         """The detector with random weights everywhere, for those of a checkpoint to replace."""
         return replace(self, backbone_weights=None)._build(num_classes)
 
-    def _build_transformers(self, num_classes: int, resumed: Path | None) -> "TransformersDetector":
+    def _build_transformers(self, num_classes: int, resumed: Path | None) -> "tuple[TransformersDetector, int]":
         """The same, of a model of transformers."""
         require_transformers()
         from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
@@ -148,12 +164,13 @@ class ModelConfig:
             )
         checkpoint = resumed or self.load
         if checkpoint is None:
-            return load_pretrained(
+            model = load_pretrained(
                 self.model,
                 num_classes=num_classes,
                 num_groups=self.num_groups,
                 accelerate_kernels=self.accelerate_kernels,
             )
+            return model, 1
         header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
         if not header.transformers:  # as transformers has saved it
             name = checkpoint if of_transformers(checkpoint) else f"{PREFIX}{checkpoint}"
@@ -163,19 +180,20 @@ class ModelConfig:
         if (own := model.config.num_classes) != num_classes and self.new_class_head:
             name = f"{PREFIX}{find_weights(place_of(checkpoint))}"
             groups = self.num_groups if header.transformers else None
-            return load_pretrained(
+            model = load_pretrained(
                 name, num_classes=num_classes, num_groups=groups, accelerate_kernels=self.accelerate_kernels
             )
+            return model, 1
         if own != num_classes:
             sentence = f"{checkpoint} has a class head for {own} classes, and the data have {num_classes}"
             raise CheckpointMismatch(sentence, (own, num_classes))
         if header.transformers and resumed is None:
             load_weights(model, checkpoint)
-        return model
+        return model, int(header.model_config.get("num_groups", 1))
 
     def _overrides(self) -> dict[str, Any]:
         """Settings of the detector that are given."""
-        own = ("model", "num_groups", "load", "new_class_head", "accelerate_kernels")
+        own = ("model", "num_groups", "load", "new_class_head", "group_init_noise", "accelerate_kernels")
         overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return {name: value for name, value in overrides.items() if value is not None}
 

@@ -32,8 +32,8 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
     may be that of a training: nothing else in it is touched.
 
     Args:
-        config: the run; what concerns evaluation and checkpoints does not matter, and ``lr`` and ``backbone_lr`` only
-            by their proportion.
+        config: the run; what concerns evaluation and checkpoints does not matter, and ``lr``, ``backbone_lr`` and
+            ``query_lr`` only by their proportion.
         settings: where the sweep begins and ends.
 
     Raises:
@@ -77,8 +77,10 @@ def _write(sweep: RateSweep, config: CocoTrainingConfig) -> None:
     write_whole(config.output / "rates.csv", table.getvalue())
     marked = {"valley": sweep.valley, "steepest": sweep.steepest}
     draw_rates(sweep.rates, sweep.losses, sweep.smoothed, marked, config.output / "rates.png")
-    ratio = config.optimization.backbone_lr / config.optimization.lr
+    optimization = config.optimization
+    rates = {"lr": optimization.lr, "backbone-lr": optimization.backbone_lr, "query-lr": optimization.query_lr}
+    scale = sweep.valley / optimization.lr
     how = "where the loss diverged" if sweep.diverged else "and it has not diverged: a higher --rate-to may tell more"
     print(f"{len(sweep.rates)} steps, from lr {sweep.rates[0]:.2g} to {sweep.rates[-1]:.2g}, {how}")
-    print(f"suggested: --lr {sweep.valley:.2g} --backbone-lr {ratio * sweep.valley:.2g}")
+    print("suggested:", *(f"--{name} {scale * rate:.2g}" for name, rate in rates.items() if rate is not None))
     print(f"steepest: {sweep.steepest:.2g}; picture: {config.output / 'rates.png'}")

@@ -48,7 +48,9 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
 # What resuming cannot change, besides the detector; and what it can change of that.
-FIXED = {"data.labels"} | {f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "seed")}
+FIXED = {"data.labels"} | {
+    f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "query_lr", "seed")
+}
 FREE = {
     f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
 }

@@ -149,7 +149,7 @@ class Trainer:
             check_graphs(accelerator, self.config, observing=observe is not None and not chooses(observe))
         self.stop = StopRequest()
         self.state = self._begin(model, loader)
-        self.ledger = StepLedger(self.state, settings.max_skipped_steps)
+        self.ledger = StepLedger(self.state, settings.max_skipped_steps, self.config.clip_norm)
         self.gradients = StepGradients(self.state, model, criterion, self.config, observe)
         self._step = self._build_step()
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
@@ -215,7 +215,7 @@ class Trainer:
         """The groups of the optimiser, where the settings made them other than usual."""
         if self.frozen:
             self.progress.display.print(f"frozen: {len(self.frozen)} tensors, by {' '.join(self.config.freeze)}")
-        if self.frozen or self.config.backbone_layer_decay != 1:
+        if self.frozen or self.config.backbone_layer_decay != 1 or self.config.query_lr is not None:
             for line in described_groups(self.state.optimizer):
                 self.progress.display.print(f"trained: {line}")
 

@@ -30,6 +30,7 @@ class OptimizationConfig:
         warmup_steps: optimiser steps over which the rates rise linearly to their peak.
         lr: peak learning rate of everything but the backbone.
         backbone_lr: peak learning rate of the backbone.
+        query_lr: peak learning rate of the learned queries; None for ``lr``.
         backbone_layer_decay: factor of the backbone's learning rate from each of its layers to the one before it, for
             backbones timm:NAME: the last layer has ``backbone_lr``, and earlier ones less (ViTs: 0.7 to 0.9); 1 for one
             rate.
@@ -64,6 +65,7 @@ class OptimizationConfig:
     warmup_steps: int = 0
     lr: float = 1e-4
     backbone_lr: float = 1e-5
+    query_lr: float | None = None
     backbone_layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
     weight_decay: float = 1e-4
@@ -94,12 +96,13 @@ class OptimizationConfig:
             "warmup_steps",
             "lr",
             "backbone_lr",
+            "query_lr",
             "weight_decay",
             "clip_norm",
             "groups_per_pass",
             "cuda_graphs",
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
@@ -159,28 +162,45 @@ class OptimizationConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with a rate of its own for those of the backbone, or for each layer of it.
+    """AdamW over the trainable parameters, with rates of their own for those of the backbone, or for each layer of it,
+    and for learned queries.
 
-    Which these are, a model's ``is_backbone`` says of their names; of a model without, those under ``model.backbone``.
+    Which these are, a model's ``is_backbone`` and ``is_query`` say of their names; of a model without them, those under
+    ``model.backbone``, and none.
 
     Raises:
-        ValueError: for ``backbone_layer_decay`` with a backbone whose layers are not known.
+        ValueError: for ``backbone_layer_decay`` with a backbone whose layers are not known, and for ``query_lr`` with a
+            model that trains no learned queries.
     """
     undecayed = set() if config.decay_norms else _norms_and_embeddings(model)
     is_backbone = getattr(model, "is_backbone", lambda name: name.startswith("backbone."))
+    queries = _queries(model) if config.query_lr is not None else set()
     scales = _layer_scales(model, config.backbone_layer_decay)
-    chosen: dict[tuple[bool, float, bool], list[nn.Parameter]] = defaultdict(list)
+    chosen: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_backbone = is_backbone(name)
             scale = scales.get(parameter, 1.0) if in_backbone else 1.0
-            chosen[in_backbone, scale, name in undecayed].append(parameter)
+            chosen[name in queries, in_backbone, scale, name in undecayed].append(parameter)
     groups = []
-    for in_backbone, scale, is_undecayed in sorted(chosen):  # the early layers of a backbone first
+    for of_queries, in_backbone, scale, is_undecayed in sorted(chosen):  # the early layers of a backbone first
         lr = config.backbone_lr * scale if in_backbone else config.lr
-        parameters = chosen[in_backbone, scale, is_undecayed]
+        if of_queries and config.query_lr is not None:
+            lr = config.query_lr
+        parameters = chosen[of_queries, in_backbone, scale, is_undecayed]
         groups.append({"params": parameters, "lr": lr, "weight_decay": 0.0 if is_undecayed else config.weight_decay})
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _queries(model: nn.Module) -> set[str]:
+    """Names of the learned queries that a model trains, of which there must be some."""
+    is_query = getattr(model, "is_query", lambda name: False)
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad and is_query(name)}
+    if not found:
+        raise ValueError(
+            f"query_lr is the rate of learned queries, of which {type(model).__name__} trains none: leave it out"
+        )
+    return found
 
 
 def _layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:

@@ -176,7 +176,8 @@ class TrainingProgress:
             return
         rate = self.state.scheduler.get_last_lr()[0]
         values = {f"train/{name}": value.item() for name, value in mean_losses(Losses.of(losses)).items()}
-        self.accelerator.log({**values, "train/lr": rate}, step=ended)
+        of_gradient = {} if norm is None else {"train/gradient_norm": norm.item()}
+        self.accelerator.log({**values, **of_gradient, "train/lr": rate}, step=ended)
         status = f"loss {values['train/loss']:.3f}  lr {rate:.2g}"
         self._bars.update(self._task, what=f"epoch {self.state.epoch + 1}", status=status)
 

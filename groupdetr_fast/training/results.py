@@ -31,6 +31,8 @@ def row_of_epoch(state: TrainingState, *, graphs: bool) -> dict[str, Any]:
         **({} if state.accelerator.scaler is None else {"overflowed_steps": current.overflowed}),
         **({"steps_without_graph": current.without_graph} if graphs else {}),
         "unreadable_images": len(state.unreadable()),
+        "gradient_norm": current.norms / current.steps if current.steps else None,
+        "clipped_steps": current.clipped,
         "train": {name: (total / current.steps).item() for name, total in mean_losses(current.sums).items()},
     }
 

@@ -48,6 +48,8 @@ class EpochState:
         without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
+        norms: norms of their gradients before clipping, summed too.
+        clipped: steps that were taken with a clipped gradient.
     """
 
     batches: int = 0
@@ -58,6 +60,8 @@ class EpochState:
     without_graph: int = 0
     seconds: float = 0.0
     sums: Losses = field(default_factory=Losses)
+    norms: float = 0.0
+    clipped: int = 0
 
 
 @dataclass

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import gather_object
 
 from .device_step import HostCopy, StepOutcome
@@ -24,15 +25,17 @@ class StepLedger:
     Args:
         state: of the training.
         max_skipped_steps: of an epoch.
+        clip_norm: beyond which the gradient of a step counts as clipped; 0 for never.
 
     Attributes:
         stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
         time_is_up: whether it is time for a checkpoint in a process, likewise.
     """
 
-    def __init__(self, state: TrainingState, max_skipped_steps: int):
+    def __init__(self, state: TrainingState, max_skipped_steps: int, clip_norm: float = 0.0):
         self.state = state
         self.max_skipped_steps = max_skipped_steps
+        self.clip_norm = clip_norm
         self.stopping = self.time_is_up = False
         self._enqueued: _EnqueuedStep | None = None
 
@@ -51,7 +54,8 @@ class StepLedger:
         self.settle()
         current = self.state.current
         ids = [batch.image_ids for batch in batches]
-        self._enqueued = _EnqueuedStep(current.batches, ids, outcome, HostCopy(outcome.flags))
+        numbers = HostCopy(torch.cat((outcome.flags, outcome.norm[None])))
+        self._enqueued = _EnqueuedStep(current.batches, ids, outcome, numbers)
         current.batches += len(batches)
 
     def settle(self) -> None:
@@ -63,18 +67,21 @@ class StepLedger:
         step, self._enqueued = self._enqueued, None
         if step is None:
             return
-        broken, *of_processes = step.flags.tolist()
+        broken, *of_processes, norm = step.numbers.tolist()
         if of_processes:
             stopping, time_is_up = of_processes
-            self.stopping |= stopping
-            self.time_is_up |= time_is_up
+            self.stopping |= bool(stopping)
+            self.time_is_up |= bool(time_is_up)
         overflowed = step.outcome.overflowed
         if broken:
             self._note_skipped(step)
             return
         if not overflowed:
-            self.state.current.steps += 1
-            self.state.current.sums += step.outcome.losses
+            current = self.state.current
+            current.steps += 1
+            current.sums += step.outcome.losses
+            current.norms += norm
+            current.clipped += 0 < self.clip_norm < norm
         if overflowed is not None:
             self._note_scaled(overflowed)
 
@@ -118,4 +125,4 @@ class _EnqueuedStep(NamedTuple):
     first: int  # batches of the epoch before it
     image_ids: list[list[int]]  # of each batch
     outcome: StepOutcome
-    flags: HostCopy
+    numbers: HostCopy  # its flags, and the norm of its gradient

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..groups import QueryGroups
+from ..groups import QueryGroups, rows_near_first_group
 from ..integrations.transformers import accelerate, add_groups
 from ..models.output import DetectorOutput
 from ..targets import PackedTargets, check_packed
@@ -22,6 +22,9 @@ __all__ = ["TransformersConfig", "TransformersDetector", "TransformersOutput"]
 
 # Without the projections of LW-DETR, RF-DETR and DEIMv2, which are not pretrained with the backbone.
 _BACKBONE = re.compile(r"model\.model\.(backbone\.(?!projector\.)|conv_encoder\.(model|backbone)\.)")
+_LEARNED_QUERIES = re.compile(
+    r"model\.model\.(query_position_embeddings|query_refpoint_embeddings|query_feat|reference_point_embed)\."
+)
 _QUERIES = ("query_position_embeddings", "query_refpoint_embeddings")  # which add_groups gives more rows
 _OTHER_GROUPS = "groupdetr_fast.other_groups"  # where a state dict has the rows that transformers would not know
 
@@ -192,6 +195,31 @@ class TransformersDetector(nn.Module):
     def is_backbone(self, name: str) -> bool:
         """Whether the parameter with this name is trained at the backbone's learning rate."""
         return _BACKBONE.match(name) is not None
+
+    def is_query(self, name: str) -> bool:
+        """Whether the parameter with this name holds learned queries."""
+        return _LEARNED_QUERIES.match(name) is not None
+
+    @torch.no_grad()
+    def start_groups_near_first(self, noise: float, *, trained: int = 1) -> None:
+        """Let groups that were added begin as copies of group 0 with noise; see ``models.Detector``.
+
+        Args:
+            noise: standard deviation of the noise, relative to that of the queries of group 0.
+            trained: groups, the first ones, that stay as they are.
+
+        Raises:
+            ValueError: if the noise is negative, or the groups are the model's own.
+        """
+        if self.family.groups == "own":
+            raise ValueError(
+                f"the groups of {type(self.model).__name__} are its own and trained: group_init_noise is for new ones"
+            )
+        if (name := self._grouped()) is None:
+            return
+        # Not the module's weight, which shows those of one group in evaluation mode.
+        rows = self.model.state_dict(keep_vars=True)[name]
+        rows.copy_(rows_near_first_group(rows, self.config.num_groups, noise, trained))
 
     def name_classes(self, names: Sequence[str]) -> None:
         """Set the names of the classes that the model's own configuration has.

@@ -205,6 +205,8 @@ def test_the_agreement_of_groups_is_measured_while_they_train(flags, tmp_path, c
     assert all(-1 <= float(row["decoder"]) <= 1 for row in rows)
     assert len({row["decoder"] for row in rows}) == 3  # it trains
     assert "step 2: cosine" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="steps must not be negative, got -1"):
+        analyze.AgreementCommand(steps=-1)
     with pytest.raises(SystemExit, match="the agreement of groups needs at least 2 groups, got 1"):
         cli.main(["analyze", "agreement", *flags, "--num-groups", "1"])
 
@@ -227,6 +229,12 @@ def test_measuring_over_steps_leaves_the_training_as_it_is(flags, tmp_path):
         cli.main(["analyze", "spread", "--steps", "3", "--every", every, "--batches", "1", *flags, *output])
         losses.append(rows_of(tmp_path / every, "spread")[-1])
     assert losses[0] == losses[1]
+
+
+def test_the_agreement_of_a_trained_model_is_measured_without_training(flags, tmp_path):
+    cli.main(["analyze", "agreement", "--steps", "0", "--batches", "1", *flags])
+    (row,) = rows_of(tmp_path / "analysis", "agreement")
+    assert row["step"] == "0"
 
 
 @pytest.mark.slow

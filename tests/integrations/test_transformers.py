@@ -45,6 +45,21 @@ def assert_same_output(out, expected, **tolerance):
         torch.testing.assert_close(out.loss_dict[key], value, **tolerance)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_begin_near_the_models_queries_if_asked(name):
+    model = model_of(name)
+    own = queries_of(model).weight.detach().clone()
+    first, *others = queries_of(add_groups(model, GROUPS, noise=0.1)).weight.detach().chunk(GROUPS)
+    assert torch.equal(first, own)
+    for group in others:
+        assert ((group - own).std() / own.std()).item() == pytest.approx(0.1, rel=0.4)  # of few numbers
+    model = model_of(name)
+    with pytest.raises(ValueError, match="noise must not be negative, got -1"):
+        add_groups(model, GROUPS, noise=-1)
+    assert len(queries_of(model).weight) == SIZE
+    assert torch.equal(queries_of(add_groups(model, GROUPS, noise=0.0)).weight, own.repeat(GROUPS, 1))
+
+
 @pytest.mark.parametrize("auxiliary_loss", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_group_is_the_untouched_model(name, auxiliary_loss, batch):

@@ -59,8 +59,18 @@ def test_a_sweep_has_a_picture_a_table_and_a_suggestion(config, steps, capsys):
         assert min(picture.size) > 300
     said = capsys.readouterr().out
     assert f"suggested: --lr {sweep.valley:.2g} --backbone-lr {sweep.valley / 10:.2g}" in said
+    assert "--query-lr" not in said
     assert f"steepest: {sweep.steepest:.2g}; picture: {config.output / 'rates.png'}" in said
     assert not (config.output / "checkpoints").exists()
+
+
+def test_a_rate_of_queries_keeps_its_proportion(config, steps, capsys):
+    optimization = replace(config.optimization, lr=1e-3, backbone_lr=1e-4, query_lr=1e-2)
+    sweep = find_rate(replace(config, optimization=optimization), SweepSettings(rate_from=1e-5, rate_steps=12))
+    assert all(rates[2] == pytest.approx(10 * rates[0]) for rates, _ in steps)
+    rates = (sweep.valley, sweep.valley / 10, sweep.valley * 10)
+    expected = "suggested: --lr {:.2g} --backbone-lr {:.2g} --query-lr {:.2g}".format(*rates)
+    assert expected in capsys.readouterr().out
 
 
 def test_a_sweep_ends_where_the_loss_diverges(config, steps):

@@ -39,6 +39,30 @@ def test_norms_and_embeddings_without_decay(weight_decay):
     assert groups == [(2, 1e-4, weight_decay), (3, 1e-4, 0), (2, 1e-5, weight_decay), (2, 1e-5, 0)]
 
 
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_a_rate_of_queries(decay_norms):
+    model = Model()
+    model.queries = torch.nn.Embedding(3, 2)
+    model.is_query = lambda name: name.startswith("queries.")
+    config = OptimizationConfig(query_lr=1e-3, weight_decay=0.05, decay_norms=decay_norms)
+    groups = build_optimizer(model, config).param_groups
+    assert [(len(g["params"]), g["lr"]) for g in groups] == [(2, 1e-4), (1, 1e-5), (1, 1e-3)]
+    assert groups[2]["params"] == [model.queries.weight]
+    assert groups[2]["weight_decay"] == (0.05 if decay_norms else 0)
+    groups = build_optimizer(model, OptimizationConfig()).param_groups  # those of checkpoints that have no such rate
+    assert [(len(g["params"]), g["lr"]) for g in groups] == [(3, 1e-4), (1, 1e-5)]
+
+
+def test_a_rate_of_queries_needs_queries_that_are_trained():
+    model = Model()
+    with pytest.raises(ValueError, match="query_lr is the rate of learned queries, of which Model trains none"):
+        build_optimizer(model, OptimizationConfig(query_lr=1e-3))
+    model.queries = torch.nn.Embedding(3, 2).requires_grad_(False)
+    model.is_query = lambda name: name.startswith("queries.")
+    with pytest.raises(ValueError, match="of which Model trains none"):
+        build_optimizer(model, OptimizationConfig(query_lr=1e-3))
+
+
 def test_step_drop_after_the_given_epoch():
     found = rates(OptimizationConfig(epochs=4, lr_drop=(3,)), steps=8, steps_per_epoch=2)
     assert [row[0] for row in found] == pytest.approx([1e-4] * 6 + [1e-5] * 2)
@@ -85,6 +109,7 @@ def test_named_schedules_are_the_papers():
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
+        ({"query_lr": -1.0}, "query_lr must not be negative"),
         ({"lr_drop": (8, 0)}, "lr_drop must hold positive epochs"),
         ({"schedule": "24e"}, "schedule must be one of 12e, 50e or None"),
     ],

@@ -60,6 +60,27 @@ def test_steps_and_epochs_one_by_one_are_a_whole_training(trainer_in, options):
     assert all("metrics" not in row for row in expected)  # nothing was given that evaluates
 
 
+def test_norms_of_gradients_and_clipped_steps_are_counted(trainer_in):
+    """All steps, some or none are clipped, by the norm before clipping."""
+    probe = trainer_in("probe", clip_norm=0.0)
+    probe.state.model.train()
+    norms = []
+    for batches in probe.steps():  # all of the weights at the beginning
+        norms.append(probe.gradients(batches)[1].item())
+        probe.state.optimizer.zero_grad()
+    assert len(norms) > 2
+    between = sum(sorted(norms)[:2]) / 2
+    for clip_norm, clipped in ((0.0, 0), (1e-6, len(norms)), (between, len(norms) - 1)):
+        trainer = trainer_in(f"{clip_norm}", clip_norm=clip_norm, lr=0.0, backbone_lr=0.0)
+        trainer.state.model.train()
+        for batches in trainer.steps():
+            trainer.run_step(batches)
+        trainer.finish_epoch()
+        row = trainer.state.history[0]
+        assert row["clipped_steps"] == clipped
+        assert row["gradient_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+
+
 def test_steps_go_on_where_the_last_one_ended(trainer_in):
     trainer = trainer_in("run")
     trainer.state.model.train()

@@ -144,6 +144,35 @@ def test_every_trained_weight_has_a_gradient_and_the_backbone_its_rate(name):
 
 
 @EVERY
+def test_learned_queries_have_their_rate_if_asked(name):
+    detector = detector_of(name)
+    config = OptimizationConfig(lr=1.0, backbone_lr=0.5, query_lr=2.0)
+    if name in HYBRIDS:
+        with pytest.raises(ValueError, match="query_lr is the rate of learned queries, of which TransformersDetector"):
+            build_optimizer(detector, config)
+        return
+    fast = [g["params"] for g in build_optimizer(detector, config).param_groups if g["lr"] == 2.0]
+    rows = [len(weight) for weights in fast for weight in weights]
+    assert rows == [QUERIES * detector.config.num_groups] * (2 if name in ("LwDetr", "RfDetr") else 1)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_groups_that_were_added_begin_near_the_first(evaluating):
+    detector = detector_of("DeformableDetr", num_groups=3).train(not evaluating)
+    key = "model.query_position_embeddings.weight"
+    before = detector.model.state_dict()[key].chunk(3)
+    before = [rows.clone() for rows in before]
+    detector.start_groups_near_first(0.0, trained=2)
+    first, second, third = detector.model.state_dict()[key].chunk(3)
+    assert torch.equal(first, before[0])
+    assert torch.equal(second, before[1])
+    assert torch.equal(third, before[0])
+    with pytest.raises(ValueError, match="the groups of LwDetrForObjectDetection are its own and trained"):
+        detector_of("LwDetr").start_groups_near_first(0.1)
+    detector_of("Detr").start_groups_near_first(0.1)  # whose one group is group 0
+
+
+@EVERY
 def test_detections_are_those_of_the_processor(name):
     detector = detector_of(name).eval()
     images, _ = batch_of((0, 0))

@@ -78,7 +78,7 @@ class OverSteps(Analysis):
     """What the measurements have in common that look at a training every so many steps.
 
     Attributes:
-        steps: optimiser steps to train.
+        steps: optimiser steps to train; 0 to measure the model as it is, such as that of ``load``.
         every: steps between two measurements.
         batches: of the evaluation set, over which a measurement is averaged.
     """
@@ -88,7 +88,9 @@ class OverSteps(Analysis):
     batches: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "every", "batches"):
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+        for name in ("every", "batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -23,6 +23,7 @@ from transformers.models.dab_detr.modeling_dab_detr import DabDetrAttention
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrSelfAttention
 
 from ... import ops
+from ...groups import rows_near_first_group
 from .losses import DetectionLoss
 from .saved_names import load_saved_names
 
@@ -31,11 +32,12 @@ __all__ = ["add_groups", "remove_groups"]
 Models = ConditionalDetrForObjectDetection | DabDetrForObjectDetection | DeformableDetrForObjectDetection
 
 
-def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> Models:
+def add_groups(model: Models, num_groups: int, *, inference_group: int = 0, noise: float | None = None) -> Models:
     """Let a model train with K groups of queries (Group DETR, section 3.2), in place.
 
     Group 0 keeps the model's queries. Those of the others are drawn from the standard normal distribution, as the
-    original repositories draw theirs; copies of group 0 would get the same gradients and stay copies.
+    original repositories draw theirs; copies of group 0 would get the same gradients and stay copies. With ``noise``
+    they are copies with noise, so that they begin where a trained group 0 has come.
 
     In training mode all groups take part: ``logits`` and ``pred_boxes`` have K * N rows, group-major. In evaluation
     mode only ``inference_group`` is computed, by the model's own code. What decides is the mode of the module that
@@ -51,6 +53,8 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
             ``DeformableDetrForObjectDetection`` with learned queries.
         num_groups: K, at least 1.
         inference_group: the group that evaluation uses.
+        noise: standard deviation of normal noise on copies of group 0, relative to that of its values (such as 0.1);
+            None for groups that are drawn anew.
 
     Returns:
         The same model.
@@ -72,7 +76,8 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0) -> M
         raise ValueError("the model has a loss function of its own, which groups would replace: delete it first")
     size, dim = queries.weight.shape
     fresh = torch.randn((num_groups - 1) * size, dim, dtype=queries.weight.dtype, device=queries.weight.device)
-    _replace_rows(queries, torch.cat((queries.weight.detach(), fresh)))
+    rows = torch.cat((queries.weight.detach(), fresh))
+    _replace_rows(queries, rows if noise is None else rows_near_first_group(rows, num_groups, noise))
     queries.__class__ = _GroupedQueries
     queries.queries_per_group = size
     queries.inference_group = inference_group

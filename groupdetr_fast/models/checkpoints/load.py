@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..detector import Detector
+from ..detector import QUERY_PARAMETERS, Detector
 from .layouts import CheckpointMismatch, Converted, StateDict
 from .read import CheckpointFile, read_checkpoint
 from .recognize import recognize_detector, recognize_layout
@@ -17,9 +17,8 @@ __all__ = ["LoadReport", "load_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-# Starts of the names whose shapes follow the number of classes, and the number of queries.
+# Starts of the names whose shapes follow the number of classes.
 CLASS_PARAMETERS = ("class_embed.", "enc_out_class_embed.", "label_enc.")
-QUERY_PARAMETERS = ("query_embed.", "query_feat.", "refpoint_embed.", "tgt_embed.")
 
 SHOWN = 5  # names in a message
 
