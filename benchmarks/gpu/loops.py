@@ -27,9 +27,9 @@ REGISTERS, REGISTERS_AT_A_TIME = 16 << 10, 256  # of a quarter; a warp gets so m
 # find_cheapest_free and relax.
 NAMED = {
     "solve_assignments": {
-        "find_row_minima": ("find_row_minima", "find_cheapest"),
+        "find_row_minima": ("find_row_minima",),
         "augment": ("augment",),
-        "find_cheapest_free": ("find_cheapest_free", "find_cheapest"),
+        "find_cheapest_free": ("find_cheapest_free",),
         "relax": ("relax",),
     }
 }

@@ -15,7 +15,7 @@ KINDS = {
     "reductions": r"REDG?|REDAS|ATOMG?|UBLKRED|UTMAREDG",
     "memory": r"LD|LDG|LDL|LDGSTS|ST|STG|STL|UBLK\w+|UTMA\w+",
     "shared": r"LDS|STS|LDSM|STSM|ATOMS|LDT|STT|LDTM|STTM",
-    "exchange": r"SHFL|C?REDUX|VOTEU?|MATCH",
+    "exchange": r"SHFL|MOVM|C?REDUX|VOTEU?|MATCH",
     "uniform": r"U[A-Z0-9]+|R2UR|S2UR|CS2UR|LDCU?",
     "double": r"D(ADD|MUL|FMA|MNMX|SETP|SET)",
     "float": r"[FH](ADD|MUL|FMA|MNMX|SEL|SETP|SET|SWZADD)\w*|F2\w+|I2F\w*|FRND|FCHK",

@@ -239,7 +239,7 @@ def test_what_is_said_of_some_kernels_is_about_kernels_that_there_are():
     assert loops.NAMED.keys() | loops.AROUND.keys() | loops.SAMPLES.keys() <= kernels
     text = "".join(file.read_text() for file in compilation.ROOT.glob("csrc/cuda/*.cuh"))
     for name in {name for named in loops.NAMED.values() for functions in named.values() for name in functions}:
-        assert re.search(rf"__forceinline__ \w+ {name}\(", text), f"csrc/cuda has no function {name}"
+        assert re.search(rf"__forceinline__ [\w<>]+ {name}\(", text), f"csrc/cuda has no function {name}"
 
 
 def test_bytes_of_reductions_a_sample():
