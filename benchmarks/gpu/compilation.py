@@ -205,6 +205,6 @@ def _has_kernel(source: Path, only: str) -> bool:
 def cuda_kernels(source: Path) -> list[str]:
     """The names of the kernels of a source and of what it includes from its folder."""
     text = source.read_text()
-    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", text)
+    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(", text)
     headers = re.findall(r'#include "(\w+\.cuh)"', text)
     return list(dict.fromkeys(names + [name for header in headers for name in cuda_kernels(source.parent / header)]))
