@@ -50,6 +50,7 @@ def made_up(tmp_path, monkeypatch):
             checkpoint.mkdir(parents=True, exist_ok=True)
             model = config.build(10)
             metadata = {"model": config.model, "model_config": vars(model.config), "labels": "contiguous"}
+            metadata["evaluation"] = {"eval_short_side": 48, "eval_max_size": None}
             save_file(model.state_dict(), checkpoint / "model.safetensors", {"groupdetr_fast": json.dumps(metadata)})
             epochs = [
                 {"epoch": epoch, "seconds": 60.0, "peak_memory_mib": 100.0, "metrics": METRICS}
