@@ -79,9 +79,9 @@ void launch(const AssignmentBatch& batch, const Tensor& cost, const Tensor& num_
     const int64_t bytes = batch.problems * static_cast<int64_t>(plan.workspace_bytes);
     workspace = torch::stable::new_empty(cost, {bytes}, ScalarType::Byte);
   }
-  STD_CUDA_CHECK(launch_assignment(
-      plan, batch, cost.const_data_ptr<T>(), num_targets.const_data_ptr<int64_t>(), result.mutable_data_ptr<int64_t>(),
-      workspace ? workspace->mutable_data_ptr() : nullptr, current_stream(index)));
+  STD_CUDA_CHECK(launch_assignment(plan, batch, cost.const_data_ptr<T>(), num_targets.const_data_ptr<int64_t>(),
+                                   result.mutable_data_ptr<int64_t>(),
+                                   workspace ? workspace->mutable_data_ptr() : nullptr, current_stream(index)));
 }
 
 Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_argument) {

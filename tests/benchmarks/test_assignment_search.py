@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from gpu import assignment_search, sass
 from gpu.assignment_search import Turns, search, spread, turns_in, turns_of
 from harness import cases
-from harness.places import RESULTS, ROOT
+from harness.places import RESULTS
 
 CLOSE_CALL = np.array([[0.0, 8.0], [-(2.0**-21), 8.0]], np.float32)  # float32 cannot tell what either gives up
 
@@ -80,11 +80,6 @@ def test_turns_of_a_case():
 )
 def test_how_far_apart_exponents_are(costs, wanted):
     assert spread(np.array([costs], np.float32)) == wanted
-
-
-def test_the_most_that_fixed_point_takes_is_that_of_the_kernel():
-    assert "kSpread = 26;" in (ROOT / "csrc" / "linear_assignment.h").read_text()
-    assert assignment_search.EXPONENTS == 26
 
 
 def test_doubles_of_a_turn():
