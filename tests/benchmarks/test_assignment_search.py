@@ -75,7 +75,7 @@ def test_turns_of_a_case():
         ([0.0, 0.0], 0),
         ([8.0, -1.0], 3),
         ([0.0, 2.0**-126], 0),
-        ([1.0, 2.0**-127], None),
+        ([2.0**-126, 2.0**-127], None),
     ],
 )
 def test_how_far_apart_exponents_are(costs, wanted):
