@@ -17,6 +17,7 @@ COMMANDS = {
     "compile_gpu": ("gpu.compile_gpu", "every GPU kernel, compiled without a GPU: registers, spills and inner loops"),
     "inner_loops": ("gpu.inner_loops", "instructions of inner loops alone, also against those of another commit"),
     "assignment_search": ("gpu.assignment_search", "turns of assignments, and doubles in a turn, without a GPU"),
+    "deformable_tiles": ("gpu.deformable_tiles", "walks of deformable attention over sorted samples, without a GPU"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
     "speed": ("paper.speed", "the picture of the first page: how many times as fast as what else there is"),

@@ -1,4 +1,5 @@
-// Kernels that serve only those who ask for them, as long as no GPU has timed them.
+// Which of several kernels, or ways of one, serves. The environment says when the extension is loaded; after that the
+// functions of the module, for tests and benchmarks of each (groupdetr_fast/testing.py).
 #pragma once
 
 #include <atomic>
@@ -7,13 +8,21 @@
 
 namespace groupdetr {
 
-inline bool is_asked_for(const char* variable) {
+// 1 or 0 where the variable is just that.
+inline int asked_for(const char* variable, int otherwise) {
   const char* const value = std::getenv(variable);
-  return value != nullptr && std::string_view(value) == "1";
+  const std::string_view text = value == nullptr ? "" : value;
+  return text == "1" ? 1 : text == "0" ? 0 : otherwise;
 }
 
-// Whether the backward pass of deformable attention goes by tiles (cuda/ms_deform_attn_tiles.cuh) where it can. The
-// environment decides when the extension is loaded; the module's choose_deformable_tiles() for comparisons.
-inline std::atomic<bool> deformable_tiles = is_asked_for("GROUPDETR_FAST_DEFORMABLE_TILES");
+// Whether the backward pass of deformable attention goes by tiles (cuda/ms_deform_attn_tiles.cuh) where it can: 1, or 0
+// by default, as long as no GPU has timed it.
+inline std::atomic<int> deformable_tiles = asked_for("GROUPDETR_FAST_DEFORMABLE_TILES", 0);
+
+// Whether the assignment's kernel (cuda/linear_assignment.cuh) copies costs to shared memory where they fit: the same.
+inline std::atomic<int> assignment_shared_costs = asked_for("GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS", 0);
+
+// Whether it adds up in fixed point where that is exact: 1, 0, or -1 for what suits the GPU. Results are proved equal.
+inline std::atomic<int> assignment_fixed_point = asked_for("GROUPDETR_FAST_ASSIGNMENT_FIXED_POINT", -1);
 
 }  // namespace groupdetr

@@ -90,7 +90,7 @@ struct Ordered<int64_t> {
 //     dual of a matched column, which is the cost of its pair less the dual of its row, lies in [-R, 0].
 //   - Hence the length of a path less the dual of the row at its end lies in [-R, R], and what is made of it, of a cost
 //     and of a dual lies in [-R, 3 R], also before its last addition: it is a multiple of the unit below 2^53 units,
-//     which is a double.
+//     which is a double. So is that length and the gap of its last row, of which a stale one lies in [0, R] too.
 class FixedPoint {
  public:
   static constexpr int32_t kSpread = 26;

@@ -3,13 +3,14 @@
 // between kernels for benchmarks and tests.
 
 #include <Python.h>
+
+#include <atomic>
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
 #include "architectures.h"
 #include "choices.h"
-#include "linear_assignment_way.h"
 
 namespace {
 
@@ -28,19 +29,13 @@ PyObject* cuda_driver_version(PyObject*, PyObject*) {
   return PyLong_FromLong(version);
 }
 
-PyObject* choose_deformable_tiles(PyObject*, PyObject* arguments) {
+// Sets one of choices.h, and returns what it was before.
+template <std::atomic<int>& choice>
+PyObject* choose(PyObject*, PyObject* arguments) {
   int chosen = 0;
-  if (!PyArg_ParseTuple(arguments, "p", &chosen)) return nullptr;
-  return PyBool_FromLong(groupdetr::deformable_tiles.exchange(chosen != 0));
+  if (!PyArg_ParseTuple(arguments, "i", &chosen)) return nullptr;
+  return PyLong_FromLong(choice.exchange(chosen));
 }
-#ifdef USE_CUDA
-PyObject* choose_assignment_way(PyObject*, PyObject* arguments) {
-  int shared_costs = 0, fixed_point = 0;
-  if (!PyArg_ParseTuple(arguments, "ii", &shared_costs, &fixed_point)) return nullptr;
-  groupdetr::choose_assignment_way(shared_costs, fixed_point);
-  Py_RETURN_NONE;
-}
-#endif
 
 PyMethodDef methods[] = {
     {"has_code", has_code, METH_VARARGS,
@@ -48,15 +43,15 @@ PyMethodDef methods[] = {
      "older runs on such a GPU (75: 7.5)"},
     {"cuda_driver_version", cuda_driver_version, METH_NOARGS,
      "The newest CUDA that the driver supports, 13000 for 13.0; 0 without a driver, or if built without CUDA"},
-    {"choose_deformable_tiles", choose_deformable_tiles, METH_VARARGS,
-     "choose_deformable_tiles(chosen: bool) -> bool: whether deformable attention's backward pass goes by tiles on "
-     "GPUs "
-     "from now on; what was chosen before"},
-#ifdef USE_CUDA
-    {"choose_assignment_way", choose_assignment_way, METH_VARARGS,
-     "choose_assignment_way(shared_costs: int, fixed_point: int): 0, 1, or -1 to leave it to the environment and the "
-     "GPU"},
-#endif
+    {"choose_deformable_tiles", choose<groupdetr::deformable_tiles>, METH_VARARGS,
+     "choose_deformable_tiles(chosen: int) -> int: whether deformable attention's backward pass goes by tiles on GPUs "
+     "from now on, 0 or 1; what was chosen before"},
+    {"choose_assignment_shared_costs", choose<groupdetr::assignment_shared_costs>, METH_VARARGS,
+     "choose_assignment_shared_costs(chosen: int) -> int: whether linear_assignment copies costs to shared memory on "
+     "GPUs from now on, 0 or 1; what was chosen before"},
+    {"choose_assignment_fixed_point", choose<groupdetr::assignment_fixed_point>, METH_VARARGS,
+     "choose_assignment_fixed_point(chosen: int) -> int: whether linear_assignment adds up in fixed point on GPUs from "
+     "now on, 0, 1, or -1 for what suits the GPU; what was chosen before"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

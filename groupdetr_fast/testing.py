@@ -13,6 +13,7 @@ from . import _gpus
 __all__ = [
     "assert_matches_reference",
     "assignment_way",
+    "deformable_tiles",
     "error_and_bound",
     "ms_deform_attn_inputs",
     "peak_bytes",
@@ -57,26 +58,41 @@ def error_and_bound(
 
 
 @contextmanager
+def deformable_tiles(chosen: bool) -> Iterator[None]:
+    """Inside, whether the backward pass of ``ms_deform_attn`` goes by tiles on GPUs where it can.
+
+    Without compiled kernels there is nothing to choose; so it is with :func:`assignment_way`.
+    """
+    with _chosen("choose_deformable_tiles", chosen):
+        yield
+
+
+@contextmanager
 def assignment_way(*, shared_costs: bool | None = None, fixed_point: bool | None = None) -> Iterator[None]:
     """Inside, which way the GPU kernel of ``linear_assignment`` goes; its results are the same either way.
 
     Args:
-        shared_costs: whether it copies costs to shared memory where all problems then still run at the same time; None:
-            what the environment variable ``GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS`` says.
-        fixed_point: whether it adds up float32 costs as integers where that is exact; None: where doubles are slow.
-
-    Raises:
-        RuntimeError: if the package was built without CUDA.
+        shared_costs: whether it copies costs to shared memory where all problems then still run at the same time; None
+            leaves it as it is outside.
+        fixed_point: whether it adds up float32 costs as integers where that is exact; None as above.
     """
+    with _chosen("choose_assignment_shared_costs", shared_costs), _chosen("choose_assignment_fixed_point", fixed_point):
+        yield
+
+
+@contextmanager
+def _chosen(function: str, chosen: bool | None) -> Iterator[None]:
+    """Inside, a choice between kernels (csrc/choices.h) by this function of the extension; None changes nothing."""
     extension = _gpus.extension()
-    if extension is None or not extension.architectures:
-        raise RuntimeError(_gpus.why_not_built())
-    choose = extension.choose_assignment_way
-    choose(*(-1 if way is None else int(way) for way in (shared_costs, fixed_point)))
+    if chosen is None or extension is None:
+        yield
+        return
+    choose = getattr(extension, function)
+    before = choose(chosen)
     try:
         yield
     finally:
-        choose(-1, -1)
+        choose(before)
 
 
 @contextmanager

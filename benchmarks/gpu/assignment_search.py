@@ -24,19 +24,19 @@ from harness.places import RESULTS, ROOT
 
 from . import sass
 from .compilation import compile_cuda
-from .loops import disassemble
+from .loops import constant, disassemble
 from .operators import COST, per_group
 
 # Those whose loops are told apart here; GPUs of compute capability 8.6 and 8.9 run the code for 8.0.
 ARCHITECTURES = [80, 90]
-EXPONENTS = 26  # apart, at most, of costs that fixed point takes (FixedPoint::kSpread of csrc/linear_assignment.h)
+EXPONENTS = constant("kSpread")  # apart, at most, of costs that fixed point takes (csrc/linear_assignment.h)
 
 
 class Turns(NamedTuple):
     """The problems of a case: turns of the search of all targets of one, by size of the problem.
 
-    ``exact`` is the share of problems that can be summed in fixed point, ``float32_worse`` that of those whose
-    assignment costs more if it is summed in float32.
+    ``exponents`` is how far apart those of a problem's costs are at most, ``exact`` the share of problems that can be
+    summed in fixed point, ``float32_worse`` that of those whose assignment costs more if it is summed in float32.
     """
 
     case: str
@@ -99,9 +99,7 @@ def turns_of(case: cases.Matching) -> Turns:
     out, targets = case.make()
     cost = gd.ops.matching_cost(out.logits, out.boxes, gd.PackedTargets.from_list(targets), **COST)
     problems = per_group(cost, case).flatten(0, -3).numpy()
-    exponents = np.frexp(np.abs(problems))[1].reshape(len(problems), -1)
-    least = np.where(problems.reshape(len(problems), -1) == 0, 999, exponents).min(1)
-    apart = np.maximum(exponents.max(1) - least, 0)
+    spreads = [spread(problem) for problem in problems]
     turns, worse = [], 0
     for problem in problems:
         best, number = search(problem, np.float64)
@@ -109,9 +107,21 @@ def turns_of(case: cases.Matching) -> Turns:
         totals = [np.take_along_axis(problem.astype(float), found[:, None], 1).sum() for found in (best, rounded)]
         turns.append(number)
         worse += totals[1] > totals[0]
-    exact = float((apart <= EXPONENTS).mean())
+    exact = float(np.mean([apart is not None and apart <= EXPONENTS for apart in spreads]))
     mean, share = round(float(np.mean(turns)), 1), worse / len(problems)
-    return Turns(str(case), len(problems), mean, max(turns), int(apart.max()), exact, round(share, 4))
+    apart = max((apart for apart in spreads if apart is not None), default=0)
+    return Turns(str(case), len(problems), mean, max(turns), apart, exact, round(share, 4))
+
+
+def spread(problem: np.ndarray) -> int | None:
+    """How far apart the exponents of costs are, zeros apart; None if a cost is too small for a normal float32."""
+    magnitudes = np.abs(problem[problem != 0])
+    if magnitudes.size == 0:
+        return 0
+    if magnitudes.min() < np.finfo(np.float32).tiny:
+        return None
+    exponents = np.frexp(magnitudes)[1]
+    return int(exponents.max() - exponents.min())
 
 
 class Instructions(NamedTuple):

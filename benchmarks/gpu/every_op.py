@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
-from groupdetr_fast._gpus import extension
-from groupdetr_fast.testing import ms_deform_attn_inputs
+from groupdetr_fast.testing import deformable_tiles, ms_deform_attn_inputs
 from harness import cases
 
 from .operators import ASSIGNMENT_WAYS, assign
@@ -37,19 +36,12 @@ def small(device: torch.device) -> None:
         for deterministic, tiles in ((False, False), (True, False), (False, True)):
             inputs = [tensor.clone().to(device).requires_grad_() for tensor in (value, *samples)]
             torch.use_deterministic_algorithms(deterministic, warn_only=True)
-            before = _choose_tiles(tiles)
             try:
-                _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
+                with deformable_tiles(tiles):
+                    _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
             finally:
-                _choose_tiles(before)
                 torch.use_deterministic_algorithms(False)
         _criterion(dtype, device)
-
-
-def _choose_tiles(chosen: bool) -> bool:
-    """Whether the backward pass of deformable attention goes by tiles where it can; the former choice."""
-    kernels = extension()
-    return kernels is not None and kernels.choose_deformable_tiles(chosen)
 
 
 def _attention(groups: gd.QueryGroups, dim: int, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
@@ -97,9 +89,8 @@ def large(device: torch.device) -> None:
     value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
     inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]
     for tiles in (False, True):
-        before = _choose_tiles(tiles)
-        _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
-        _choose_tiles(before)
+        with deformable_tiles(tiles):
+            _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
 
 
 def _with_backward(result: Tensor) -> None:

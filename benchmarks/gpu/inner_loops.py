@@ -9,9 +9,9 @@ of another commit has, and the ratio of the two.
 
 The inner loop is the longest loop that multiplies and has no other such loop in it; of a kernel without products, it is
 the longest one that has no other in it. Where that misleads, loops are looked up by the function that has them
-(loops.py says which and why), and named after it: solve_assignments<float, 32, true>: relax. Instructions are counted
-as they stand in the loop: all branches, whether a turn takes them or not, and all turns that the compiler unrolled into
-one. Kinds are those of sass.py.
+(loops.py says which and why), and named after it: solve_assignments<float, 32, 32, false, false, true>: relax.
+Instructions are counted as they stand in the loop: all branches, whether a turn takes them or not, and all turns that
+the compiler unrolled into one. Kinds are those of sass.py.
 """
 
 import argparse

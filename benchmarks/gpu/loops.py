@@ -146,15 +146,15 @@ def reduced_a_sample(kernel: str, reduced: int) -> int | None:
 
 @cache
 def constant(name: str) -> int:
-    """An integer constant of csrc/cuda.
+    """An integer constant of csrc.
 
     Raises:
         ValueError: if there is none of that name.
     """
-    for header in sorted(ROOT.glob("csrc/cuda/*.cuh")):
-        if found := re.search(rf"\b{name} = (\d+)\b", header.read_text()):
+    for source in sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file()):
+        if found := re.search(rf"\b{name} = (\d+)\b", source.read_text()):
             return int(found.group(1))
-    raise ValueError(f"csrc/cuda has no constant {name}, by which benchmarks/gpu/loops.py counts samples")
+    raise ValueError(f"csrc has no constant {name}, which the benchmarks count by")
 
 
 def function_at(frame: sass.Frame) -> str:

@@ -1,6 +1,7 @@
 """Every operator with inputs and its reference: what the stage ``smoke`` compares."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
-from groupdetr_fast._gpus import extension
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
     cross_attention_reference,
@@ -25,8 +25,10 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
-from groupdetr_fast.testing import assignment_way
+from groupdetr_fast.testing import assignment_way, deformable_tiles
 from harness import cases
+
+from .loops import constant
 
 __all__ = [
     "ASSIGNMENT_WAYS",
@@ -37,8 +39,9 @@ __all__ = [
     "attention",
     "cross_attention",
     "deformable",
-    "deformable_backward_by_tiles",
+    "deformable_backward",
     "float32_products",
+    "goes_by_tiles",
     "largest_difference",
     "make_predictions",
     "matching",
@@ -49,11 +52,12 @@ __all__ = [
 ]
 
 OPS = torch.ops.groupdetr_fast
-# Ways of linear_assignment's kernel that not every GPU takes by itself.
+# Every way of linear_assignment's kernel, whichever a GPU takes by itself.
 ASSIGNMENT_WAYS = {
-    "costs in shared memory": {"shared_costs": True},
-    "sums in fixed point": {"fixed_point": True},
-    "both": {"shared_costs": True, "fixed_point": True},
+    "sums in doubles": {"shared_costs": False, "fixed_point": False},
+    "sums in fixed point": {"shared_costs": False, "fixed_point": True},
+    "costs in shared memory, sums in doubles": {"shared_costs": True, "fixed_point": False},
+    "costs in shared memory, sums in fixed point": {"shared_costs": True, "fixed_point": True},
 }
 COST = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "alpha": 0.25, "gamma": 2.0}
 
@@ -120,31 +124,32 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     inputs = (value.to(dtype), flat, locations, weights)
     yield Operator("ms_deform_attn", str(case), ("out",), OPS.ms_deform_attn, ms_deform_attn_reference, inputs)
     grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
-    ways = {"": OPS.ms_deform_attn_backward, ", deterministic": OPS.ms_deform_attn_backward}
-    if dtype in (torch.float16, torch.bfloat16):
-        ways[", tiles"] = deformable_backward_by_tiles
-    for name, run in ways.items():
+    ways = {"": False, ", deterministic": False}
+    if goes_by_tiles(case, dtype):
+        ways[", tiles"] = True
+    for name, tiles in ways.items():
         yield Operator(
             "ms_deform_attn_backward",
             f"{case}{name}",
             ("grad_value", "grad_locations", "grad_weights"),
-            run,
+            functools.partial(deformable_backward, tiles),
             ms_deform_attn_backward_reference,
             (grad, *inputs, name == ", deterministic"),
             in_any_order=name != ", deterministic",
         )
 
 
-def deformable_backward_by_tiles(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op of deformable attention with its kernel on tensor cores, where that serves."""
-    kernels = extension()
-    if kernels is None:  # as in a rehearsal without compiled kernels
+def goes_by_tiles(case: cases.Deformable, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the backward pass can go by tiles: where it sorts (csrc/cuda/ms_deform_attn.cu), in half types."""
+    pixels = sum(height * width for height, width in case.levels)
+    samples = (case.queries or pixels) * len(case.levels) * case.points
+    return dtype in (torch.float16, torch.bfloat16) and samples >= constant("kSamplesOfPixel") * pixels
+
+
+def deformable_backward(tiles: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op of deformable attention, with its kernel on tensor cores where that serves or without."""
+    with deformable_tiles(tiles):
         return OPS.ms_deform_attn_backward(*inputs)
-    before = kernels.choose_deformable_tiles(True)
-    try:
-        return OPS.ms_deform_attn_backward(*inputs)
-    finally:
-        kernels.choose_deformable_tiles(before)
 
 
 def matching(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:
@@ -180,8 +185,8 @@ def matching(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> 
 
 
 def assign(cost: Tensor, sizes: Tensor, way: dict[str, bool]) -> Tensor:
-    """``linear_assignment`` by a way of :data:`ASSIGNMENT_WAYS`; on the CPU, which has none, as always."""
-    with assignment_way(**way) if way and cost.is_cuda else contextlib.nullcontext():
+    """``linear_assignment`` by a way of :data:`ASSIGNMENT_WAYS`, or by that which serves if it is empty."""
+    with assignment_way(**way):
         return gd.ops.linear_assignment(cost, sizes)
 
 

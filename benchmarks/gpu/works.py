@@ -26,7 +26,8 @@ from .operators import (
     COST,
     OPS,
     assign,
-    deformable_backward_by_tiles,
+    deformable_backward,
+    goes_by_tiles,
     make_predictions,
     name_of,
     per_group,
@@ -200,7 +201,7 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
         return attend
 
     contenders = {OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples))}
-    if dtype in (torch.float16, torch.bfloat16):
+    if goes_by_tiles(case, dtype):
         flat = [size for level in levels for size in level]
         contenders[f"{OURS}, tiles"] = ready(lambda value, *samples: BackwardByTiles.apply(value, flat, *samples))
     contenders |= {
@@ -225,7 +226,7 @@ class BackwardByTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, places, weights = ctx.saved_tensors
-        grad_value, *grads = deformable_backward_by_tiles(grad, value, ctx.flat, places, weights)
+        grad_value, *grads = deformable_backward(True, grad, value, ctx.flat, places, weights)
         return grad_value, None, *grads
 
 

@@ -1,13 +1,12 @@
 // Checks and launch of linear_assignment on the GPU; registers key CUDA.
 
-#include <cstdlib>
-#include <cstring>
+#include <array>
 #include <mutex>
 #include <optional>
 
+#include "../choices.h"
 #include "../cuda_common.h"
 #include "../linear_assignment_arguments.h"
-#include "../linear_assignment_way.h"
 #include "linear_assignment.cuh"
 
 namespace groupdetr {
@@ -16,18 +15,21 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// -1, or what choose_assignment_way() was given.
-std::atomic<int> chosen_shared_costs = -1, chosen_fixed_point = -1;
+// What find(device index) says, asked once a device.
+template <typename Value>
+class OfDevice {
+ public:
+  template <typename Find>
+  Value get(int32_t index, const Find& find) {
+    if (index < 0 || index >= static_cast<int32_t>(known_.size())) return find(index);
+    std::call_once(asked_[index], [&] { known_[index] = find(index); });
+    return known_[index];
+  }
 
-// Costs in shared memory have not been timed on a GPU yet, so whoever wants them says so.
-bool wants_shared_costs() {
-  static const bool asked = [] {
-    const char* const value = std::getenv("GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }();
-  const int chosen = chosen_shared_costs;
-  return chosen < 0 ? asked : chosen != 0;
-}
+ private:
+  std::array<std::once_flag, 64> asked_;
+  std::array<Value, 64> known_;
+};
 
 int attribute(cudaDeviceAttr which, int32_t device_index) {
   int value = 0;
@@ -47,38 +49,39 @@ AssignmentDevice find_device(int32_t index) {
   return device;
 }
 
-// The same, asked once a device.
 AssignmentDevice device_of(int32_t index) {
-  static std::array<std::once_flag, 64> asked;
-  static std::array<AssignmentDevice, 64> known;
-  AssignmentDevice device;
-  if (index < 0 || index >= static_cast<int32_t>(known.size())) {
-    device = find_device(index);
-  } else {
-    std::call_once(asked[index], [index] { known[index] = find_device(index); });
-    device = known[index];
-  }
-  const int fixed_point = chosen_fixed_point;
+  static OfDevice<AssignmentDevice> devices;
+  AssignmentDevice device = devices.get(index, find_device);
+  const int fixed_point = assignment_fixed_point;
   if (fixed_point >= 0) device.slow_doubles = fixed_point != 0;
   return device;
 }
 
+// Whether the driver gives blocks the shared memory for costs. It is the current device that is asked.
+template <typename T>
+bool allows_shared_costs(int32_t index, const AssignmentDevice& device) {
+  static OfDevice<bool> allowed;
+  return allowed.get(index, [&device](int32_t) {
+    if (allow_shared_costs<T>(device) == cudaSuccess) return true;
+    cudaGetLastError();  // so that nobody else takes it for their own
+    return false;
+  });
+}
+
 template <typename T>
 void launch(const AssignmentBatch& batch, const Tensor& cost, const Tensor& num_targets, Tensor& result) {
-  const AssignmentDevice device = device_of(cost.get_device_index());
-  AssignmentPlan plan = plan_assignment<T>(batch, device, wants_shared_costs());
-  if (allow_shared_memory<T>(plan) != cudaSuccess) {
-    cudaGetLastError();  // so that nobody else takes it for their own
-    plan = plan_assignment<T>(batch, device, false);
-  }
+  const int32_t index = cost.get_device_index();
+  const AssignmentDevice device = device_of(index);
+  AssignmentPlan plan = plan_assignment<T>(batch, device, assignment_shared_costs > 0);
+  if (plan.shared_costs && !allows_shared_costs<T>(index, device)) plan = plan_assignment<T>(batch, device, false);
   std::optional<Tensor> workspace;
   if (!plan.in_shared_memory) {
     const int64_t bytes = batch.problems * static_cast<int64_t>(plan.workspace_bytes);
     workspace = torch::stable::new_empty(cost, {bytes}, ScalarType::Byte);
   }
-  STD_CUDA_CHECK(launch_assignment(
-      plan, batch, cost.const_data_ptr<T>(), num_targets.const_data_ptr<int64_t>(), result.mutable_data_ptr<int64_t>(),
-      workspace ? workspace->mutable_data_ptr() : nullptr, current_stream(cost.get_device_index())));
+  STD_CUDA_CHECK(launch_assignment(plan, batch, cost.const_data_ptr<T>(), num_targets.const_data_ptr<int64_t>(),
+                                   result.mutable_data_ptr<int64_t>(),
+                                   workspace ? workspace->mutable_data_ptr() : nullptr, current_stream(index)));
 }
 
 Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_argument) {
@@ -125,12 +128,6 @@ Tensor linear_assignment(const Tensor& cost_argument, const Tensor& num_targets_
 }
 
 }  // namespace
-
-void choose_assignment_way(int shared_costs, int fixed_point) {
-  chosen_shared_costs = shared_costs;
-  chosen_fixed_point = fixed_point;
-}
-
 }  // namespace groupdetr
 
 STABLE_TORCH_LIBRARY_IMPL(groupdetr_fast, CUDA, m) {

@@ -153,6 +153,8 @@ struct AssignmentPlan {
   size_t dynamic_bytes;  // of shared memory, per block
 };
 
+constexpr size_t kStaticBytes = 256;  // of shared memory, that a block which searches shared costs has at most
+
 // With `shared_costs`, blocks copy their costs to shared memory if then all problems still run at the same time. Such
 // blocks have four warps, of which one goes on alone where a turn of the search has few slots for each lane: the
 // barriers of a turn cost more than three times as many slots.
@@ -164,7 +166,7 @@ AssignmentPlan plan_assignment(const AssignmentBatch& batch, const AssignmentDev
   const bool fixed_point = device.slow_doubles && sizeof(T) == sizeof(float);
   if (shared_costs) {
     constexpr int32_t kThreads = 128, kRowsOfWarp = 128;
-    constexpr size_t kStaticBytes = 256, kSystemBytes = 1 << 10;  // per block, the latter of a multiprocessor alone
+    constexpr size_t kSystemBytes = 1 << 10;  // per block, of a multiprocessor
     const size_t with_costs = bytes + static_cast<size_t>(rows) * columns * sizeof(T);
     const size_t of_block = with_costs + kStaticBytes + kSystemBytes;
     const size_t blocks = std::min({device.shared_of_multiprocessor / of_block,
@@ -198,13 +200,23 @@ auto kernel_of(const AssignmentPlan& plan) {
   return kernel_of<T, false>(plan);
 }
 
-// Asks for the shared memory of a plan, where that is more than a block gets without asking. It is no work for the
-// device, so that it may be done while a CUDA graph is captured.
+// Lets the kernels that search shared costs have as much shared memory as any plan for the device, which is the current
+// one: to be asked once, as the limit of one plan would be too low for what another thread launches. It is no work for
+// the device, so that it may be done while a CUDA graph is captured.
 template <typename T>
-cudaError_t allow_shared_memory(const AssignmentPlan& plan) {
-  if (!plan.shared_costs) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel_of<T>(plan), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(plan.dynamic_bytes));
+cudaError_t allow_shared_costs(const AssignmentDevice& device) {
+  AssignmentPlan plan = {};
+  plan.shared_costs = true;
+  for (const int32_t search_threads : {32, 128}) {
+    for (const bool fixed_point : {false, true}) {
+      plan.search_threads = search_threads;
+      plan.fixed_point = fixed_point;
+      const cudaError_t error = cudaFuncSetAttribute(kernel_of<T>(plan), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(device.shared_of_block - kStaticBytes));
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 template <typename T>

@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
       return launch_deform_backward(p, data<T>(values), data<A>(places), data<A>(factors), data<T>(grads), sums,
                                     mutable_data<A>(grad_locations), mutable_data<A>(grad_weights), stream);
     };
-    const bool in_tiles = deformable_tiles && is_served<kOldestTensorCores>(value.get_device_index()) &&
+    const bool in_tiles = deformable_tiles > 0 && is_served<kOldestTensorCores>(value.get_device_index()) &&
                           fits_tiles<T>(p, data<T>(values), data<T>(grads));
     const bool sorted = pays_to_sort(p) && (in_tiles || fits_sorted<T>(p, data<T>(values), data<T>(grads)));
     const auto backward_sorted = in_tiles ? &launch_deform_backward_tiles<T> : &launch_deform_backward_sorted<T>;

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from gpu import assignment_search, sass
-from gpu.assignment_search import Turns, search, turns_in, turns_of
+from gpu.assignment_search import Turns, search, spread, turns_in, turns_of
 from harness import cases
 from harness.places import RESULTS
 
@@ -65,6 +65,21 @@ def test_turns_of_a_case():
     assert (row.case, row.problems) == (str(case), 2 * 2 * 2)
     assert 0 < row.mean <= row.most
     assert row.exact == float(row.exponents <= assignment_search.EXPONENTS) == 1
+
+
+@pytest.mark.parametrize(
+    ("costs", "wanted"),
+    [
+        ([0.0, -0.0, 0.25, -0.375], 0),
+        ([0.0, 2.0**-10, 2.0**-30], 20),
+        ([0.0, 0.0], 0),
+        ([8.0, -1.0], 3),
+        ([0.0, 2.0**-126], 0),
+        ([2.0**-126, 2.0**-127], None),
+    ],
+)
+def test_how_far_apart_exponents_are(costs, wanted):
+    assert spread(np.array([costs], np.float32)) == wanted
 
 
 def test_doubles_of_a_turn():

@@ -10,8 +10,12 @@ template <typename T>
 int solve(const groupdetr::AssignmentBatch* batch, const groupdetr::AssignmentDevice* device, bool shared_costs,
           const T* cost, const int64_t* num_targets, int64_t* result) {
   const groupdetr::AssignmentPlan plan = groupdetr::plan_assignment<T>(*batch, *device, shared_costs);
-  const cudaError_t allowed = groupdetr::allow_shared_memory<T>(plan);
-  if (allowed != cudaSuccess) return allowed;
+  static bool is_allowed = false;  // once, as on a GPU
+  if (!is_allowed) {
+    const cudaError_t error = groupdetr::allow_shared_costs<T>(*device);
+    if (error != cudaSuccess) return error;
+    is_allowed = true;
+  }
   void* workspace = plan.in_shared_memory ? nullptr : std::malloc(batch->problems * plan.workspace_bytes);
   const cudaError_t error = groupdetr::launch_assignment(plan, *batch, cost, num_targets, result, workspace, nullptr);
   std::free(workspace);

@@ -213,6 +213,16 @@ def test_costs_go_to_shared_memory_where_all_problems_run_at_the_same_time(solve
     assert not solve.plan(1, 100, 300, dtype="float64").shared_costs
 
 
+def test_memory_for_shared_costs_is_asked_for_once_for_every_size(fast_solve):
+    """A limit of one problem's bytes would be too low for a larger one that another thread launches."""
+    random = np.random.default_rng(0)
+    for shape in ((2, 3, 5), (2, 50, 300), (2, 3, 5)):  # 60 KB of costs, more than a block gets without asking
+        cost, num_targets = random.random(shape, dtype=np.float32), np.full(shape[0], shape[1])
+        for fixed in (False, True):
+            found = fast_solve(cost, num_targets, shared_costs=True, fixed_point=fixed)
+            assert np.array_equal(found, expected(cost, num_targets))
+
+
 def test_plans_without_shared_costs_are_those_of_every_gpu(solve):
     for shape, threads, in_shared_memory in [
         ((32, 1024), 32, True),
@@ -387,6 +397,20 @@ def test_off_by_one_is_found(file, replacement):
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 EVERY_WAY = [{"shared_costs": shared, "fixed_point": fixed} for shared in (False, True) for fixed in (False, True)]
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_a_way_is_taken_on_a_gpu(way):
+    cost, num_targets = torch.rand(7, 20, 300, device="cuda"), torch.full((7,), 20, device="cuda")
+    with assignment_way(**way), torch.profiler.profile() as profile:
+        ops.linear_assignment(cost, num_targets)
+        torch.cuda.synchronize()
+    threads = 128 if way["shared_costs"] else 32
+    fixed, shared = (str(way[name]).lower() for name in ("fixed_point", "shared_costs"))
+    kernel = f"solve_assignments<float, {threads}, 32, {fixed}, {shared}, true>"
+    assert any(kernel in event.key for event in profile.key_averages())
 
 
 @pytest.mark.gpu

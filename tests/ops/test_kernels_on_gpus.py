@@ -21,6 +21,7 @@ from groupdetr_fast.ops import _triton
 from groupdetr_fast.ops.linear_assignment.reference import linear_assignment_reference
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
 from groupdetr_fast.ops.serving import kinds_of
+from groupdetr_fast.testing import assignment_way, deformable_tiles
 
 ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(gpus.extension() is None, reason="groupdetr_fast was built without its kernels")
@@ -98,17 +99,51 @@ def test_which_gpus_code_for_tensor_cores_of_8_0_serves(architectures, served, n
 
 
 @compiled
-@pytest.mark.parametrize(("value", "chosen"), [(None, False), ("1", True), ("0", False), ("", False)])
-def test_the_environment_chooses_deformable_attention_by_tiles(value, chosen):
-    program = """
+@pytest.mark.parametrize(
+    ("choice", "otherwise"), [("deformable_tiles", 0), ("assignment_shared_costs", 0), ("assignment_fixed_point", -1)]
+)
+@pytest.mark.parametrize("value", [None, "1", "0", "", "2"])
+def test_the_environment_chooses_between_kernels(choice, otherwise, value):
+    program = f"""
 from groupdetr_fast import _gpus, ops
-choose = _gpus.extension().choose_deformable_tiles
-print(choose(True), choose(False), choose(False))
+choose = _gpus.extension().choose_{choice}
+print(choose(True), choose(-1), choose(False), choose(False))
 """
-    environment = {name: text for name, text in os.environ.items() if name != "GROUPDETR_FAST_DEFORMABLE_TILES"}
-    environment |= {} if value is None else {"GROUPDETR_FAST_DEFORMABLE_TILES": value}
+    variable = f"GROUPDETR_FAST_{choice.upper()}"
+    environment = {name: text for name, text in os.environ.items() if name != variable}
+    environment |= {} if value is None else {variable: value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(chosen), "True", "False"]
+    chosen = {"1": 1, "0": 0}.get(value, otherwise)
+    assert done.stdout.split() == [str(chosen), "1", "-1", "0"]
+
+
+def choices():
+    """What each choice is, asked without a change of it."""
+    found = {}
+    for name in ("deformable_tiles", "assignment_shared_costs", "assignment_fixed_point"):
+        choose = getattr(gpus.extension(), f"choose_{name}")
+        found[name] = choose(0)
+        choose(found[name])
+    return tuple(found.values())
+
+
+@compiled
+def test_choices_for_a_while_nest_and_end_with_errors():
+    before = choices()
+    with deformable_tiles(True), assignment_way(shared_costs=True, fixed_point=False):
+        with deformable_tiles(False), assignment_way(fixed_point=True):
+            assert choices() == (0, 1, 1)
+        assert choices() == (1, 1, 0)
+        with pytest.raises(KeyError), deformable_tiles(False), assignment_way(shared_costs=False):
+            raise KeyError
+        assert choices() == (1, 1, 0)
+    assert choices() == before
+
+
+def test_without_compiled_kernels_there_is_nothing_to_choose(machine):
+    machine(extension=None)
+    with deformable_tiles(True), assignment_way(shared_costs=True, fixed_point=True):
+        pass
 
 
 @compiled

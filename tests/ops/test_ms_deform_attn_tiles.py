@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from groupdetr_fast import _gpus as gpus
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
-from groupdetr_fast.testing import assert_matches_reference
+from groupdetr_fast.testing import assert_matches_reference, deformable_tiles
 from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
 
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
@@ -25,9 +24,8 @@ pytestmark = pytest.mark.gpu
 def _by_tiles():
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs the tensor cores of compute capability 8.0")
-    before = gpus.extension().choose_deformable_tiles(True)
-    yield
-    gpus.extension().choose_deformable_tiles(before)
+    with deformable_tiles(True):
+        yield
 
 
 def make(case, dtype):
