@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..data.config import usable_cores
 from ..training.faults import StopRequest, TrainingStopped
-from .forking import ForkedRun, ForkServer, forks_are_safe
+from .forking import ForkedRun, ForkError, ForkServer, forks_are_safe
 from .gpus import SharedGpu, shared_gpus
 from .run import Run, RunResults, run_command
 
@@ -129,6 +129,11 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        except ForkError:  # nobody can tell its exit status any more, but whether it is there
+            try:
+                psutil.Process.wait(self.process, STOP_SECONDS)
+            except psutil.TimeoutExpired:
+                self.process.kill()
 
 
 class _Pool:

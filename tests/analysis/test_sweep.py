@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from groupdetr_fast.analysis import sweep
+from groupdetr_fast.analysis.forking import ForkedRun, ForkError
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import SweepError, run_sweep
 from groupdetr_fast.training.faults import TrainingStopped
@@ -147,6 +149,38 @@ def test_after_sigterm_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
     assert not [child for child in psutil.Process().children() if "pretender.py" in " ".join(child.cmdline())]
     assert [note[0] for note in notes(folder)] == ["start", "start"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_if_what_starts_runs_dies_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
+    """It is asked how the first run is once two have begun, and cannot answer any more."""
+    pretend(seconds=60)
+    processes = []
+
+    class DeadServer:
+        def __init__(self, threads):
+            pass
+
+        def start(self, folder, log, environment):
+            variables = os.environ | {"OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(sweep.run_command(folder), env=variables))
+            return ForkedRun(self, processes[-1].pid)
+
+        def ask(self, **request):
+            raise ForkError("the process that starts runs has ended")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(sweep, "forks_are_safe", lambda: True)
+    monkeypatch.setattr(sweep, "ForkServer", DeadServer)
+    with pytest.raises(ForkError, match="has ended"):
+        run_sweep(runs, tmp_path / "runs", jobs=2)
+    assert len(processes) == 2
+    left = [process.pid for process in processes if psutil.pid_exists(process.pid)]
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert left == []
 
 
 def test_a_run_that_fails_does_not_stop_the_others(pretend, runs, tmp_path):
