@@ -92,6 +92,24 @@ def test_what_is_done_is_skipped(pretend, runs, tmp_path):
     assert started(tmp_path / "runs") == [run.name for run in runs]
 
 
+def test_a_run_is_done_however_often_it_wrote_a_checkpoint(pretend, runs, tmp_path):
+    run_sweep(runs[:1], tmp_path / "runs")
+    again = Run(replace(runs[0].training, checkpoint_minutes=5.0), 0.7)
+    assert again.name == runs[0].name
+    run_sweep([again], tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[0].name]
+
+
+def test_of_runs_that_have_begun_those_with_most_left_to_do_begin(pretend, runs, tmp_path):
+    model = replace(runs[0].training.model, num_groups=3)
+    runs = [Run(replace(runs[0].training, model=model), 0.7), *runs[1:]]
+    folder = tmp_path / "runs" / runs[0].name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"epochs": [{"epoch": 1, "metrics": {}}]}))
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[1].name, runs[2].name, runs[0].name]
+
+
 @pytest.mark.parametrize("damage", ["unmeasured", "another threshold", "an epoch less"])
 def test_what_is_incomplete_or_of_other_settings_is_made_again(pretend, runs, tmp_path, damage):
     run_sweep(runs[:1], tmp_path / "runs")
