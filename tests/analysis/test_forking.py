@@ -168,13 +168,15 @@ def test_a_program_that_a_run_becomes_ends_with_its_server():
     reading, writing = os.pipe()
     parent = os.fork()
     if parent == 0:
-        server = os.getpid()
-        if (pid := os.fork()) == 0:
-            forking._end_with(server)
-            os.write(writing, b"%d\n" % os.getpid())
-            os.execv("/bin/sleep", ["sleep", "60"])
-        os.waitpid(pid, 0)
-        os._exit(0)
+        try:
+            server = os.getpid()
+            if (pid := os.fork()) == 0:
+                forking._end_with(server)
+                os.write(writing, b"%d\n" % os.getpid())
+                os.execv("/bin/sleep", ["sleep", "60"])
+            os.waitpid(pid, 0)
+        finally:
+            os._exit(1)  # whatever happens, this is no second pytest
     os.close(writing)
     with os.fdopen(reading) as pipe:
         run = psutil.Process(int(pipe.readline()))
