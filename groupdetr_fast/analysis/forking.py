@@ -8,13 +8,15 @@ random numbers and CUDA context. The process that is forked never touches CUDA, 
 with one.
 """
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ import torch
 
 __all__ = ["ForkError", "ForkServer", "ForkedRun", "forks_are_safe"]
 
-FOLLOW_SECONDS = 1.0  # between two looks at whether a run's sweep is still there
 POLL_SECONDS = 0.05  # while a run is waited for
-# What Python does at these signals by itself.
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# Terminals and schedulers send these to all processes; here is what Python does at them by itself.
 SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
@@ -51,9 +53,17 @@ class ForkServer:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # an import that asks whether there are GPUs is not to initialise one
         }
         command = [sys.executable, "-m", "groupdetr_fast.analysis.forking"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        # Signals to all are for the sweep, which then stops its runs and ends this process last: it has a session of
+        # its own, and begins with signals blocked, as they could end it while it imports.
+        with _signals_blocked():
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
 
     def start(self, folder: Path, log: Path, environment: dict[str, str]) -> "ForkedRun":
         """Make the run of a folder in a new process.
@@ -103,6 +113,18 @@ class ForkedRun(psutil.Process):
         self.returncode: int | None = None
         self._server = server
 
+    def terminate(self) -> None:
+        """Ask it to stop, if it has not ended."""
+        if self.returncode is None:
+            with suppress(psutil.NoSuchProcess):
+                super().terminate()
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        if self.returncode is None:
+            with suppress(psutil.NoSuchProcess):
+                super().kill()
+
     def poll(self) -> int | None:
         """Its exit status if it has ended, else None."""
         if self.returncode is None:
@@ -123,11 +145,21 @@ class ForkedRun(psutil.Process):
         return status
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block :data:`SIGNALS` in this thread, and in processes that it starts until they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve() -> Path:
     """Answer requests until there are no more. Returns in each fork, with the folder of its run."""
     own = os.getpid()
-    for number in SIGNALS:  # which terminals and schedulers send to all: this process ends after those that ask it
-        signal.signal(number, signal.SIG_IGN)
+    # This process ends after those that ask it. A fork has them blocked, too, and so loses none that is sent to it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for line in sys.stdin:
         request = json.loads(line)
         if "ended" in request:
@@ -149,21 +181,26 @@ def _become(request: dict[str, Any], parent: int) -> Path:
     """Let this process, which has just been forked, be that of a run."""
     for number, handler in SIGNALS.items():
         signal.signal(number, handler)
+    _end_with(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ.update(request["environment"])
-    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for target, source in enumerate((nothing, log, log)):
         os.dup2(source, target)
     os.close(nothing)
     os.close(log)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     return Path(request["folder"])
 
 
-def _follow(parent: int) -> None:
-    """Ask this process to stop once its parent has ended, so that no run outlives its sweep."""
-    while os.getppid() == parent:
-        time.sleep(FOLLOW_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _end_with(parent: int) -> None:
+    """Let the system ask this process to stop once its parent has ended, so that no run outlives its sweep.
+
+    That holds for a program that is executed in this process, too.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _main() -> None:

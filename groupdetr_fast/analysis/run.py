@@ -31,6 +31,7 @@ __all__ = ["Run", "RunError", "RunResults", "execute", "main", "run_command"]
 
 SETTINGS, MEASURED, DISTANCES = "settings.json", "measured.json", "distances.csv"
 LOCK_SECONDS = 60  # for a process that was asked to stop to write its checkpoint
+NO_MATTER = ("checkpoint_minutes",)  # settings of a training without a say in what comes out
 DISTANCES_EVERY = 20  # steps between two records of the distances between groups
 
 
@@ -43,7 +44,8 @@ class Run:
     """A training and how its result is evaluated; the same settings are the same run, in whichever sweep.
 
     Attributes:
-        training: the training. Where its files go and whether it resumes is not part of the settings.
+        training: the training. Where its files go and whether it resumes is not part of the settings, and however
+            often it writes a checkpoint, it is the same run.
         nms_threshold: IoU, see ``inference.suppress_duplicates``.
     """
 
@@ -71,16 +73,16 @@ class Run:
         assignment: str = self.training.assignment
         if self.training.positives is not None:
             assignment += f"-p{self.training.positives}"
-        digest = hashlib.sha256(json.dumps(to_json(self.training), sort_keys=True).encode()).hexdigest()[:8]
+        settings = _identity(to_json(self))["training"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return (
             f"k{model.num_groups:02d}-n{queries}-{assignment}-e{optimization.epochs}-s{optimization.seed}-{digest}"
         ).replace("_", "-")
 
-    @property
-    def work(self) -> int:
-        """How much there is to do, to compare runs by: queries of all epochs."""
+    def work(self, epochs: int) -> int:
+        """How much there is to do in so many epochs, to compare runs by: their queries."""
         model = self.training.model
-        return self.epochs * model.num_groups * (model.num_queries or model_config(model.model).num_queries)
+        return epochs * model.num_groups * (model.num_queries or model_config(model.model).num_queries)
 
     @property
     def epochs(self) -> int:
@@ -98,7 +100,7 @@ class Run:
     def is_done(self, folder: Path) -> bool:
         """Whether the folder holds the complete results of this very run."""
         return (
-            read_json(folder / SETTINGS) == to_json(self)
+            _identity(read_json(folder / SETTINGS) or {}) == _identity(to_json(self))
             and self.epochs_done(folder) == self.epochs
             and (read_json(folder / MEASURED) or {}).get("nms_threshold") == self.nms_threshold
         )
@@ -107,6 +109,12 @@ class Run:
         """Write the settings that :func:`execute` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, to_json(self))
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run of these settings this run."""
+    training = settings.get("training", {})
+    return settings | {"training": {name: training[name] for name in training if name not in NO_MATTER}}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..data.config import usable_cores
 from ..training.faults import StopRequest, TrainingStopped
-from .forking import ForkedRun, ForkServer, forks_are_safe
+from .forking import ForkedRun, ForkError, ForkServer, forks_are_safe
 from .gpus import SharedGpu, shared_gpus
 from .run import Run, RunResults, run_command
 
@@ -57,8 +57,8 @@ def run_sweep(
     """Make the runs that are not done yet, those that were interrupted from their last checkpoint on.
 
     Small runs do not fill a GPU, since the host launches their work kernel by kernel; so several share one, each in a
-    process of its own. The longest begin first, so that at the end none runs alone for long. Of several GPUs each run
-    gets the one with the fewest among those that have room for it; one run at a time sees all GPUs.
+    process of its own. Those with most left to do begin, so that at the end none runs alone for long. Of several GPUs
+    each run gets the one with the fewest among those that have room for it; one run at a time sees all GPUs.
 
     Args:
         runs: each is made once, however often it occurs.
@@ -129,6 +129,11 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        except ForkError:  # nobody can tell its exit status any more, but whether it is there
+            try:
+                psutil.Process.wait(self.process, STOP_SECONDS)
+            except psutil.TimeoutExpired:
+                self.process.kill()
 
 
 class _Pool:
@@ -149,11 +154,12 @@ class _Pool:
         self.looked = monotonic()
         self.size_is_known = False  # whether a run has trained an epoch since the sweep began
         self.largest = 0  # memory of a run, as far as seen
+        self.epochs = {name: run.epochs_done(folder / name) for name, run in runs.items()}
+        work = {name: run.work(run.epochs - self.epochs[name]) for name, run in runs.items()}
         undone = [name for name, run in runs.items() if not run.is_done(folder / name)]
-        self.waiting = deque(sorted(undone, key=lambda name: -runs[name].work))
+        self.waiting = deque(sorted(undone, key=lambda name: -work[name]))
         self.forks: ForkServer | None = None
         self.active: list[_Worker] = []
-        self.epochs = {name: run.epochs_done(folder / name) for name, run in runs.items()}
         self.failed: dict[str, str] = {}
 
     def work(self) -> None:

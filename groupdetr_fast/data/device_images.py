@@ -50,7 +50,8 @@ class DeviceImages(Dataset[Batch]):
 
     Raises:
         CacheRefused: for an augmentation with more outcomes than a flip, for masks of objects, and for images that take
-            more than half of the memory that is free on the device.
+            more than half of the memory that is free on the device. Of lack of memory the message says "out of memory",
+            by which a sweep knows that the run is to be made again when there is more.
         DataError: for an image that cannot be read.
     """
 
@@ -69,13 +70,13 @@ class DeviceImages(Dataset[Batch]):
         sizes = _sizes_after(transforms[0], dataset.image_sizes) * len(transforms)
         self.nbytes = sum(3 * height * width for height, width in sizes)
         _check_room(self.nbytes, len(sizes), device)
-        self._pixels = _Pixels.of(sizes, device)
-        targets: list[dict[str, Any]] = [{}] * len(sizes)
-        for index, samples in enumerate(dataset.outcomes(transforms)):
-            for row, (image, target) in zip(range(index, len(sizes), len(dataset)), samples, strict=True):
-                self._pixels.images[row].copy_(image.permute(1, 2, 0))
-                targets[row] = target
-        self._targets = _Targets.of(targets, device)
+        try:
+            self._pixels, self._targets = _load(dataset, transforms, sizes, device)
+        except torch.OutOfMemoryError:  # another program was faster
+            raise CacheRefused(
+                f"cache_on device: {device} is out of memory for {len(sizes)} images of {self.nbytes / _GIB:.2f} GiB: "
+                "leave cache_on at host"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -153,7 +154,8 @@ def _check_room(nbytes: int, number: int, device: torch.device) -> None:
     if nbytes > room:
         raise CacheRefused(
             f"cache_on device: {number} images take {nbytes / _GIB:.2f} GiB, which is more than the half of the memory "
-            f"that is free on {device} ({room / _GIB:.2f} GiB): leave cache_on at host"
+            f"that is free on {device} ({room / _GIB:.2f} GiB), and steps could run out of memory: leave cache_on at "
+            "host"
         )
 
 
@@ -235,3 +237,16 @@ class _Targets:
             largest_label=max(self.largest_labels[row] for row in rows) if most else None,
         )
         return targets, self.original_sizes.index_select(0, at), self.normalization
+
+
+def _load(
+    dataset: CocoDataset, transforms: Sequence[Transforms], sizes: list[tuple[int, int]], device: torch.device
+) -> tuple[_Pixels, _Targets]:
+    """All outcomes of all images; of images of ``sizes``, those of the first transforms first."""
+    pixels = _Pixels.of(sizes, device)
+    targets: list[dict[str, Any]] = [{}] * len(sizes)
+    for index, samples in enumerate(dataset.outcomes(transforms)):
+        for row, (image, target) in zip(range(index, len(sizes), len(dataset)), samples, strict=True):
+            pixels.images[row].copy_(image.permute(1, 2, 0))
+            targets[row] = target
+    return pixels, _Targets.of(targets, device)

@@ -70,8 +70,8 @@ def training_samples(
 
     Raises:
         CacheRefused: if they cannot be kept there, and not on the host instead.
-        DataError: for images to be kept on the device that cannot be read. Of others, as many are left out as the
-            configuration allows.
+        DataError: for images to be kept in memory, wherever, that cannot be read. Of others, as many are left out as
+            the configuration allows.
     """
     found = _kept(dataset, config, device, training=True)
     if isinstance(found, DeviceImages):

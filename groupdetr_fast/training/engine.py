@@ -224,6 +224,7 @@ class Trainer:
         begin = time.perf_counter() - current.seconds
         self.state.model.train()
         reset_peak_memory()
+        self._saved = time.monotonic()  # an evaluation, however long, changes nothing that a checkpoint would keep
         asked = time.perf_counter()
         for batches in self._steps_until_stopped():
             waited = time.perf_counter() - asked

@@ -6,14 +6,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from run_outcomes import outcome
 
-from groupdetr_fast.analysis import forking
-from groupdetr_fast.analysis.forking import ForkError, ForkServer, forks_are_safe
+from groupdetr_fast.analysis import forking, sweep
+from groupdetr_fast.analysis.forking import ForkedRun, ForkError, ForkServer, forks_are_safe
 from groupdetr_fast.analysis.run import Run, execute
 from groupdetr_fast.training.faults import EXIT_STOPPED
 
@@ -77,6 +78,7 @@ def begun(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_a_run_with_a_checkpoint_and_not_the_server(server, training, tmp_path, number):
+    assert server.start(tmp_path / "none", tmp_path / "none.txt", {}).wait(60) == 1  # all is imported
     server._process.send_signal(number)
     prepared(training, tmp_path, epochs=10_000)
     process = server.start(tmp_path, tmp_path / "log.txt", {})
@@ -84,6 +86,104 @@ def test_signals_stop_a_run_with_a_checkpoint_and_not_the_server(server, trainin
     process.send_signal(number)
     assert process.wait(60) == EXIT_STOPPED
     assert "stopped as asked" in (tmp_path / "log.txt").read_text()
+
+
+def test_signals_to_all_processes_do_not_end_a_server_that_imports(tmp_path):
+    """To the group of those that a terminal has started, and to each by itself, as a scheduler sends them."""
+    code = f"""
+import signal
+from pathlib import Path
+from groupdetr_fast.analysis.forking import ForkServer
+signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+for number in signals:
+    signal.signal(number, lambda *_: None)
+server = ForkServer(threads=1)
+for number in signals[:2]:
+    server._process.send_signal(number)
+print("begun", flush=True)
+input()
+print(server.start(Path({str(tmp_path / "none")!r}), Path({str(tmp_path / "log.txt")!r}), {{}}).wait(60))
+server.close()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.killpg(process.pid, number)
+        printed, said = process.communicate("\n", timeout=120)
+    assert printed == "1\n", said  # there are no settings
+
+
+def test_no_signal_to_a_run_that_has_just_begun_is_lost(server, training, tmp_path):
+    prepared(training, tmp_path, epochs=10_000)
+    for number in (signal.SIGTERM, signal.SIGINT) * 3:
+        process = server.start(tmp_path, tmp_path / "log.txt", {})
+        process.send_signal(number)
+        assert process.wait(20) is not None
+
+
+def test_a_log_is_a_file_that_is_not_executed(server, tmp_path):
+    assert server.start(tmp_path / "none", tmp_path / "log.txt", {}).wait(60) == 1
+    assert (tmp_path / "log.txt").stat().st_mode & 0o111 == 0
+
+
+def of_no_server(code):
+    """A process, and a run that is this process and whose server has ended."""
+
+    def ask(**request):
+        raise ForkError("the process that starts runs has ended")
+
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process, ForkedRun(SimpleNamespace(ask=ask), process.pid)
+
+
+def test_a_run_that_has_ended_is_not_asked_to_stop():
+    process, run = of_no_server("print()")
+    process.communicate()
+    run.terminate()
+    run.kill()
+    own = ForkedRun(None, os.getpid())
+    own.returncode = 0  # and its number is another process's now
+    own.terminate()
+    own.kill()
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_run_is_stopped_without_its_server(monkeypatch, obeys):
+    monkeypatch.setattr(sweep, "STOP_SECONDS", 60 if obeys else 0.2)
+    handler = "lambda *_: time.sleep(0.5) or sys.exit()" if obeys else "signal.SIG_IGN"
+    code = f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print(flush=True); time.sleep(60)"
+    process, run = of_no_server(code)
+    sweep._Worker("run", run, None).stop()
+    if obeys:
+        assert not psutil.pid_exists(process.pid)  # it was waited for, by this process, whose child it is
+    else:
+        assert process.wait(10) == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_a_program_that_a_run_becomes_ends_with_its_server():
+    """Like the one that begins again because CUDA cannot be used."""
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            server = os.getpid()
+            if (pid := os.fork()) == 0:
+                forking._end_with(server)
+                os.write(writing, b"%d\n" % os.getpid())
+                os.execv("/bin/sleep", ["sleep", "60"])
+            os.waitpid(pid, 0)
+        finally:
+            os._exit(1)  # whatever happens, this is no second pytest
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        run = psutil.Process(int(pipe.readline()))
+        wait_for(lambda: run.name() == "sleep")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_for(lambda: not run.is_running() or run.status() == psutil.STATUS_ZOMBIE, seconds=20)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from groupdetr_fast.analysis import gpus, sweep
 from groupdetr_fast.analysis.gpus import GpuError, shared_gpus
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import SweepError, default_jobs, run_sweep
+from groupdetr_fast.data import device_images
+from groupdetr_fast.data.device_images import CacheRefused
 
 GIB = 2**30
 # Of 1000 MiB on each GPU, 100 are another program's, and each run takes what its settings say while it is at work.
@@ -45,7 +47,7 @@ notes = (folder.parent / "notes.txt").open("a")
 try:
     if 100 + used > {capacity}:
         print("failed", folder.name, gpu, len(others), file=notes, flush=True)
-        sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+        sys.exit({last_words!r})
     print("start", folder.name, gpu, len(others), file=notes, flush=True)
     results = folder / "results.json"
     done = []
@@ -57,6 +59,8 @@ try:
 finally:
     memory.unlink()
 """
+
+LAST_WORDS = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 @pytest.fixture
@@ -72,10 +76,10 @@ def pretend(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
 
-    def pretend(count, mib=100, capacity=1000, seconds=0.3):
+    def pretend(count, mib=100, capacity=1000, seconds=0.3, last_words=LAST_WORDS):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         script = tmp_path / "pretender.py"
-        script.write_text(PRETENDER.format(mib=mib, capacity=capacity, seconds=seconds))
+        script.write_text(PRETENDER.format(mib=mib, capacity=capacity, seconds=seconds, last_words=last_words))
         monkeypatch.setattr(sweep, "run_command", lambda folder: [sys.executable, str(script), str(folder)])
 
     return pretend
@@ -127,9 +131,19 @@ def test_a_full_gpu_does_not_keep_others_from_runs(pretend, runs, tmp_path):
     assert most["1"] >= 2
 
 
-def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, runs, tmp_path):
+def refusal_of_images(monkeypatch):
+    """What a run says last whose images would take more than half of what others have left."""
+    monkeypatch.setattr(device_images, "_free_memory", lambda device: 1000)
+    with pytest.raises(CacheRefused) as refused:
+        device_images._check_room(501, 10, torch.device("cuda"))
+    return f"error: {refused.value}"
+
+
+@pytest.mark.parametrize("place", ["step", "images"])
+def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, runs, tmp_path, monkeypatch, place):
     """The limit lets three runs in; the GPU has room for two."""
-    pretend(1, mib=300, capacity=750, seconds=1.0)
+    last_words = LAST_WORDS if place == "step" else refusal_of_images(monkeypatch)
+    pretend(1, mib=300, capacity=750, seconds=1.0, last_words=last_words)
     results = run_sweep(runs, tmp_path / "runs", jobs=5, gpu_memory_gib=1)
     assert set(results) == {run.name for run in runs}
     failed = notes(tmp_path / "runs", "failed")

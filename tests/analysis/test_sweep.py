@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from groupdetr_fast.analysis import sweep
+from groupdetr_fast.analysis.forking import ForkedRun, ForkError
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import SweepError, run_sweep
 from groupdetr_fast.training.faults import TrainingStopped
@@ -90,6 +92,24 @@ def test_what_is_done_is_skipped(pretend, runs, tmp_path):
     assert started(tmp_path / "runs") == [run.name for run in runs]
 
 
+def test_a_run_is_done_however_often_it_wrote_a_checkpoint(pretend, runs, tmp_path):
+    run_sweep(runs[:1], tmp_path / "runs")
+    again = Run(replace(runs[0].training, checkpoint_minutes=5.0), 0.7)
+    assert again.name == runs[0].name
+    run_sweep([again], tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[0].name]
+
+
+def test_of_runs_that_have_begun_those_with_most_left_to_do_begin(pretend, runs, tmp_path):
+    model = replace(runs[0].training.model, num_groups=3)
+    runs = [Run(replace(runs[0].training, model=model), 0.7), *runs[1:]]
+    folder = tmp_path / "runs" / runs[0].name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"epochs": [{"epoch": 1, "metrics": {}}]}))
+    run_sweep(runs, tmp_path / "runs")
+    assert started(tmp_path / "runs") == [runs[1].name, runs[2].name, runs[0].name]
+
+
 @pytest.mark.parametrize("damage", ["unmeasured", "another threshold", "an epoch less"])
 def test_what_is_incomplete_or_of_other_settings_is_made_again(pretend, runs, tmp_path, damage):
     run_sweep(runs[:1], tmp_path / "runs")
@@ -147,6 +167,38 @@ def test_after_sigterm_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
     assert not [child for child in psutil.Process().children() if "pretender.py" in " ".join(child.cmdline())]
     assert [note[0] for note in notes(folder)] == ["start", "start"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_if_what_starts_runs_dies_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
+    """It is asked how the first run is once two have begun, and cannot answer any more."""
+    pretend(seconds=60)
+    processes = []
+
+    class DeadServer:
+        def __init__(self, threads):
+            pass
+
+        def start(self, folder, log, environment):
+            variables = os.environ | {"OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(sweep.run_command(folder), env=variables))
+            return ForkedRun(self, processes[-1].pid)
+
+        def ask(self, **request):
+            raise ForkError("the process that starts runs has ended")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(sweep, "forks_are_safe", lambda: True)
+    monkeypatch.setattr(sweep, "ForkServer", DeadServer)
+    with pytest.raises(ForkError, match="has ended"):
+        run_sweep(runs, tmp_path / "runs", jobs=2)
+    assert len(processes) == 2
+    left = [process.pid for process in processes if psutil.pid_exists(process.pid)]
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert left == []
 
 
 def test_a_run_that_fails_does_not_stop_the_others(pretend, runs, tmp_path):

@@ -150,6 +150,16 @@ def test_images_that_take_more_than_half_of_the_free_memory_are_refused_before_o
         DeviceImages(dataset, FIXED, CPU, training=True)
 
 
+@pytest.mark.parametrize("part", ["_Pixels", "_Targets"])
+def test_a_device_without_memory_left_refuses_them(folder, monkeypatch, part):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(getattr(device_images, part), "of", refuse)
+    with pytest.raises(CacheRefused, match=r"cache_on device: cpu is out of memory for 10 images of .* leave cache_on"):
+        DeviceImages(on_host(folder, train_transforms(FIXED)), FIXED, CPU, training=True)
+
+
 def test_a_damaged_image_is_named(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

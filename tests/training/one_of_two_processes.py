@@ -27,6 +27,7 @@ from groupdetr_fast.evaluation.coco import CocoEvaluator
 from groupdetr_fast.layers.backbone import Backbone
 from groupdetr_fast.runs import train
 from groupdetr_fast.training import batch_size
+from groupdetr_fast.training.engine import Trainer
 
 
 def config_of(folder, output, **optimization):
@@ -103,6 +104,18 @@ def give_memory_for(images):
     batch_size.memory_of = lambda device: Memory()
 
 
+def say_when_saved():
+    """Say of every checkpoint of this process at which epoch and batch it is written."""
+    original = Trainer.save
+
+    def save(trainer):
+        at = (trainer.state.epoch, trainer.state.current.batches)
+        original(trainer)
+        sys.stderr.write(f"process {os.environ['RANK']} saved at {at}\n")
+
+    Trainer.save = save
+
+
 def main():
     folder, output, kind, optimization = sys.argv[1:]
     torch.set_num_threads(1)
@@ -117,6 +130,8 @@ def main():
         config = replace(config, data=replace(config.data, workers=1))
     if kind == "memory of its own":
         give_memory_for(7 - 4 * int(os.environ["RANK"]))
+    if kind == "hurried":
+        say_when_saved()
     if kind == "spoiled":
         spoil_images(4)
     if kind == f"process {os.environ['RANK']} killed":
@@ -124,6 +139,8 @@ def main():
     if os.environ["RANK"] == "1":
         if kind == "worker killed":
             kill_worker_at(4)
+        if kind == "hurried":  # one process wants a checkpoint after every step
+            config = replace(config, checkpoint_minutes=1e-9)
         if kind.endswith("stopped"):  # one process is told to stop, and all do, two steps later
             terminate_before("AdamW.step", 6)
         forbid_writing(output)

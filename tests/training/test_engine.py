@@ -140,11 +140,18 @@ def test_wrong_options_are_refused(settings, message):
 
 
 def test_a_checkpoint_is_written_when_the_last_one_is_old(config, monkeypatch):
-    """Steps of 25 seconds, five in an epoch: after the third a minute has passed."""
+    """Steps of 25 seconds, five in an epoch: after the third a minute has passed, of which evaluations are no part."""
     clock = [0.0]
     monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
     saved = []
     step, save = engine.Trainer.run_step, engine.Trainer.save
+    evaluate = engine.Trainer._evaluate_last_epoch
+
+    def evaluate_for_long(trainer):
+        clock[0] += 1000
+        evaluate(trainer)
+
+    monkeypatch.setattr(engine.Trainer, "_evaluate_last_epoch", evaluate_for_long)
 
     def run_step(trainer, batches):
         clock[0] += 25

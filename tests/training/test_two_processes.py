@@ -179,6 +179,16 @@ def test_stopping_one_process_stops_both_and_resuming_is_exact(folder, tmp_path)
 
 
 @pytest.mark.slow
+def test_all_write_a_checkpoint_when_it_is_time_for_one_of_them(folder, tmp_path):
+    """What a process says in a step is known to all when the next one is on its way."""
+    done = run_on_two(folder, tmp_path / "run", "hurried", batch_size=1, epochs=2)
+    assert done.returncode == 0, done.stderr
+    for process in range(2):
+        saved = re.findall(rf"process {process} saved at \((\d), (\d)\)", done.stderr)
+        assert saved == [("0", "2"), ("0", "4"), ("1", "0"), ("1", "2"), ("1", "4"), ("2", "0")]
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one_with_twice_the_steps(folder, tmp_path, monkeypatch):
     done = run_on_two(folder, tmp_path, "plain", batch_size=1, epochs=1)
     assert done.returncode == 0, done.stderr
