@@ -1,4 +1,5 @@
 import pytest
+import torch
 from small_sizes import SIZES
 
 from groupdetr_fast.analysis.forking import ForkServer, forks_are_safe
@@ -6,6 +7,15 @@ from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.training.optimization import OptimizationConfig
+
+
+@pytest.fixture
+def one_thread():
+    """As the runs of a sweep have: sums of more are rounded differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,10 @@ from groupdetr_fast.analysis.forking import ForkedRun, ForkError, ForkServer, fo
 from groupdetr_fast.analysis.run import Run, execute
 from groupdetr_fast.training.faults import EXIT_STOPPED
 
-pytestmark = pytest.mark.skipif(not forks_are_safe(), reason="forks are used on Linux alone")
+pytestmark = [
+    pytest.mark.skipif(not forks_are_safe(), reason="forks are used on Linux alone"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def prepared(training, folder, **optimization):

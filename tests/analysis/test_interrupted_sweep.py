@@ -18,6 +18,8 @@ from groupdetr_fast.analysis.experiments import group_cells
 from groupdetr_fast.analysis.run import Run, execute
 from groupdetr_fast.analysis.sweep import run_sweep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TABLE_1 = (1, 2, 3, 5, 7, 9, 11)
 
 
