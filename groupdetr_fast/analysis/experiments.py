@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..losses.matcher import Assignment
-from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
 from .run import Run, RunResults
 
@@ -55,7 +54,7 @@ def with_groups(
         separate: whether self-attention stays inside the groups.
         assignment: see ``losses.matcher.GroupMatcher``; with "one_to_one" each object has one positive.
     """
-    size = training.model.num_queries or model_config(training.model.model).num_queries
+    size = training.model.resolved_num_queries()
     if num_groups == 1:  # where all assignments and layouts are the same
         separate, assignment = True, "group"
     positives = None
@@ -86,7 +85,7 @@ def group_cells(
 
 def assignment_cells(training: CocoTrainingConfig, groups: Sequence[int], seeds: Iterable[int]) -> list[Cell]:
     """Figure 1: three assignments with equal numbers of queries, those of each number of groups."""
-    size = training.model.num_queries or model_config(training.model.model).num_queries
+    size = training.model.resolved_num_queries()
     cells = []
     for seed in seeds:
         for num_groups in groups:

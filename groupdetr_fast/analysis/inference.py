@@ -19,7 +19,6 @@ from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
 from ..models.checkpoints import find_weights
 from ..models.detector import Detector
-from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
 from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
 from ..training.checkpoint import WEIGHTS
@@ -52,7 +51,7 @@ def inference_groups(config: CocoTrainingConfig) -> QueryGroups:
     group-wise assignment, inference uses the queries of the first part alone (table 7c).
     """
     num_groups = config.model.num_groups
-    length = num_groups * (config.model.num_queries or model_config(config.model.model).num_queries)
+    length = num_groups * config.model.resolved_num_queries()
     if num_groups == 1 and config.assignment == "group":
         num_groups = config.positives or 1
     return QueryGroups(num_groups, length // num_groups)

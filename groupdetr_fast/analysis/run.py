@@ -69,7 +69,7 @@ class Run:
     def name(self) -> str:
         """Name of the run's folder: what differs most between runs, and a digest of all settings of the training."""
         model, optimization = self.training.model, self.training.optimization
-        queries = model.num_queries or model_config(model.model).num_queries
+        queries = model.resolved_num_queries()
         assignment: str = self.training.assignment
         if self.training.positives is not None:
             assignment += f"-p{self.training.positives}"
@@ -82,7 +82,7 @@ class Run:
     def work(self, epochs: int) -> int:
         """How much there is to do in so many epochs, to compare runs by: their queries."""
         model = self.training.model
-        return epochs * model.num_groups * (model.num_queries or model_config(model.model).num_queries)
+        return epochs * model.num_groups * model.resolved_num_queries()
 
     @property
     def epochs(self) -> int:

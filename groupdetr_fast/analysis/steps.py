@@ -13,7 +13,6 @@ from ..runs.loaders import (
     evaluation_loader,
     evaluation_samples,
     evaluation_set,
-    order_of_training,
     training_loader,
     training_samples,
     training_set,
@@ -34,7 +33,7 @@ def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
     dataset = training_set(config)
     model = config.model.build(dataset.num_classes)
     samples = training_samples(dataset, config, accelerator.device)
-    loader = training_loader(samples, config, *order_of_training(dataset, config))
+    loader = training_loader(samples, config)
     return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
 
 

@@ -14,12 +14,8 @@ from .output import DetectorOutput, SegmentationOutput
 
 __all__ = ["QUERY_PARAMETERS", "Detector", "group_rows", "in_eval_mode"]
 
-QUERY_PARAMETERS = (
-    "query_embed.",
-    "query_feat.",
-    "refpoint_embed.",
-    "tgt_embed.",
-)  # starts of names of learned queries
+# Starts of names of learned queries.
+QUERY_PARAMETERS = ("query_embed.", "query_feat.", "refpoint_embed.", "tgt_embed.")
 
 
 class Detector(nn.Module):

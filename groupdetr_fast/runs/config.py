@@ -148,6 +148,10 @@ class ModelConfig:
             )
         return model, trained[0] if trained else 1
 
+    def resolved_num_queries(self) -> int:
+        """``num_queries``, or what None stands for in this detector, which is one of this package."""
+        return self.num_queries or model_config(self.model).num_queries
+
     def build_empty(self, num_classes: int) -> Detector:
         """The detector with random weights everywhere, for those of a checkpoint to replace."""
         return replace(self, backbone_weights=None)._build(num_classes)

@@ -17,7 +17,7 @@ from ..training.rate_finder import RateSweep, SweepSettings, sweep_rate
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
-from .loaders import order_of_training, training_loader, training_samples, training_set
+from .loaders import training_loader, training_samples, training_set
 
 __all__ = ["find_rate"]
 
@@ -54,7 +54,7 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
         accelerator,
         model,
         criterion_of(config, model, class_weights_of(config, dataset)).to(accelerator.device),
-        training_loader(samples, config, *order_of_training(dataset, config)),
+        training_loader(samples, config),
         TrainerSettings(config.optimization.resolved(), config.output, max_skipped_steps=WITHOUT_LIMIT),
     )
     with (

@@ -1,7 +1,7 @@
 """The data sets of a run, and batches of them."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ __all__ = [
     "evaluation_loader",
     "evaluation_samples",
     "evaluation_set",
-    "order_of_training",
     "training_loader",
     "training_samples",
     "training_set",
@@ -102,8 +101,8 @@ def _kept(
     return dataset
 
 
-def order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple[list[int] | None, Tensor | None]:
-    """The indices and the repeats that :func:`training_loader` takes, for the images of :func:`training_set`."""
+def _order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple[list[int] | None, Tensor | None]:
+    """Which samples are taken, None for all, and how often each comes in an epoch; see :class:`EpochSampler`."""
     indices = dataset.indices_with_objects() if config.data.filter_empty else None
     repeats = None
     if config.data.repeat_factor_threshold:
@@ -112,20 +111,10 @@ def order_of_training(dataset: CocoDataset, config: CocoTrainingConfig) -> tuple
     return indices, repeats
 
 
-def training_loader(
-    dataset: Images,
-    config: CocoTrainingConfig,
-    indices: Sequence[int] | None = None,
-    repeats: Tensor | None = None,
-) -> DataLoader[Any]:
-    """Shuffled batches of :func:`training_set`, or of a data set around it.
-
-    Args:
-        dataset: the images, as :func:`training_samples` has them.
-        config: the run.
-        indices: of the samples to take only; None for all.
-        repeats: how often each of these comes in an epoch; see :class:`EpochSampler`.
-    """
+def training_loader(dataset: Images, config: CocoTrainingConfig) -> DataLoader[Any]:
+    """Shuffled batches of :func:`training_set`, or of what :func:`training_samples` makes of it."""
+    bare: Any = getattr(dataset, "dataset", dataset)
+    indices, repeats = _order_of_training(bare, config)
     sampler = EpochSampler(dataset, seed=config.optimization.seed, indices=indices, repeats=repeats)
     min_size = config.augmentation.jitter_size or 0
     return _loader(dataset, config, sampler, config.optimization.images_per_batch, min_size)

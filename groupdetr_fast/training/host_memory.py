@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
 
     glibc gets every block above 32 MB from the system and gives it back when it is freed. Activations of eleven groups
     are larger than that, and each page of them would be mapped, filled with zeros and unmapped at every layer of every
-    step: a tenth of a training step on a CPU. What is kept stays with this process until it ends.
+    step. What is kept stays with this process until it ends.
 
     Returns:
         Whether it does so now: not without glibc, nor where the environment says how glibc should allocate.

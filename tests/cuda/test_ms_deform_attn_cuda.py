@@ -6,6 +6,7 @@ import emulated_ms_deform_attn
 import pytest
 import torch
 from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
+from deformable_cases import EMPTY, grad_of_result
 from emulated_ms_deform_attn import BINDING, WAYS, emulate
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
@@ -38,26 +39,11 @@ CASES = {
     "long_batch": {"batch": 35, "queries": 3, "heads": 1, "dim": 4},
 }
 TOO_WIDE_TO_SORT = {"dim_71", "dim_264"}  # the lanes of a warp do not have all channels at once
-EMPTY = {
-    "no_queries": {"queries": 0},
-    "no_images": {"batch": 0},
-    "no_heads": {"heads": 0},
-    "no_channels": {"dim": 0},
-    "no_points": {"points": 0},
-    "no_pixels": {"shapes": ((0, 4), (2, 0))},
-    "no_levels": {"shapes": ()},
-}
 
 
 @pytest.fixture(scope="module")
 def kernel():
     return emulate()
-
-
-def grad_of_result(value, locations):
-    generator = torch.Generator().manual_seed(0)
-    shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
-    return torch.randn(shape, generator=generator, dtype=locations.dtype).to(value.dtype)
 
 
 def assert_equal_to_cpu(kernel, inputs, **options):

@@ -8,6 +8,7 @@ import emulated_ms_deform_attn
 import pytest
 import torch
 from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
+from deformable_cases import EMPTY, grad_of_result
 from emulated_ms_deform_attn import TILES_BINDING, emulate
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
@@ -39,26 +40,11 @@ CASES = {
     "long_batch": {"batch": 35, "queries": 3, "heads": 1},
 }
 NOT_IN_TILES = {"dim_72": {"dim": 72}, "dim_30": {"dim": 30}, "wide": {"shapes": ((0, 2**28),)}}
-EMPTY = {
-    "no_queries": {"queries": 0},
-    "no_images": {"batch": 0},
-    "no_heads": {"heads": 0},
-    "no_channels": {"dim": 0},
-    "no_points": {"points": 0},
-    "no_pixels": {"shapes": ((0, 4), (2, 0))},
-    "no_levels": {"shapes": ()},
-}
 
 
 @pytest.fixture(scope="module")
 def kernel():
     return emulate(binding=TILES_BINDING)
-
-
-def grad_of_result(value, locations):
-    generator = torch.Generator().manual_seed(0)
-    shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
-    return torch.randn(shape, generator=generator).to(value.dtype)
 
 
 def in_double(grad, value, flat, locations, weights):

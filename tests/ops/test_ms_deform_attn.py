@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from deformable_cases import EMPTY
 
 from groupdetr_fast.ops import ms_deform_attn
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
@@ -43,15 +44,6 @@ CASES = {
     "six_levels_nine_points": {"shapes": ((4, 3), (1, 5), (2, 2), (3, 1), (1, 1), (7, 2)), "points": 9, "queries": 3},
     "empty_levels": {"shapes": ((0, 3), (4, 6), (2, 0), (3, 2), (0, 0))},
     "long_batch": {"batch": 67, "queries": 3, "heads": 1},
-}
-EMPTY = {
-    "no_queries": {"queries": 0},
-    "no_images": {"batch": 0},
-    "no_heads": {"heads": 0},
-    "no_channels": {"dim": 0},
-    "no_points": {"points": 0},
-    "no_pixels": {"shapes": ((0, 4), (2, 0))},
-    "no_levels": {"shapes": ()},
 }
 DTYPES = {
     "float64": (torch.float64, torch.float64),

@@ -105,9 +105,9 @@ def some_empty(tmp_path):
 
 
 def test_images_without_objects_are_left_out(some_empty):
-    config = CocoTrainingConfig(data=DataConfig(workers=0))
-    for indices, expected in ((None, [1, 2, 3, 4, 5]), (some_empty.indices_with_objects(), [1, 4])):
-        loader = training_loader(some_empty, config, indices)
+    for filter_empty, expected in ((False, [1, 2, 3, 4, 5]), (True, [1, 4])):
+        config = CocoTrainingConfig(data=DataConfig(workers=0, filter_empty=filter_empty))
+        loader = training_loader(some_empty, config)
         assert sorted(image_id for batch in loader for image_id in batch.image_ids) == expected
         assert len(loader) == -(-len(expected) // 2)
 
