@@ -53,7 +53,7 @@ test-oldest:
 	cd $(OLDEST)/source && $(OLDEST)/bin/python -m pytest -m "not slow" --durations=15 tests/ops tests/models tests/training
 	cd $(OLDEST)/source && $(OLDEST)/bin/python benchmarks compile_gpu --architectures 90
 
-# Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs/performance.md.
+# Against peers, a process for each file, about 18 minutes on two idle cores; writes benchmarks/results and the tables in docs.
 bench: $(VENV)/peers
 	for file in benchmarks/cpu/bench_*.py; do \
 		$(BIN)/python -m pytest $$file --benchmark-columns=median,iqr,rounds --benchmark-sort=name || exit 1; \

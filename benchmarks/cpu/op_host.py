@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import groupdetr_fast as gd
 from groupdetr_fast import _eager, _gpus, _library, ops
 from groupdetr_fast.losses import GroupMatcher, SetCriterion
-from harness.documents import PERFORMANCE, significant, table, write_section
+from harness.documents import ON_CPUS, significant, table, write_section
 from harness.no_device import idle_driver
 from harness.places import RESULTS
 from harness.results import commit, processor
@@ -365,13 +365,11 @@ def write(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--write", action="store_true", help=f"keep the rows, and put the tables into {PERFORMANCE.name}"
-    )
+    parser.add_argument("--write", action="store_true", help=f"keep the rows, and put the tables into {ON_CPUS.name}")
     parser.add_argument("--rounds", type=int, default=151, help="of which the least time is taken")
     arguments = parser.parse_args()
     found = rows(arguments.rounds)
     if arguments.write:
         write(found)
-        write_section(PERFORMANCE, "op_host", text(found))
+        write_section(ON_CPUS, "op_host", text(found))
     print(text(found))

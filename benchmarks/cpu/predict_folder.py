@@ -24,7 +24,7 @@ import groupdetr_fast as gd
 from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.data.images import IMAGE_SUFFIXES
 from groupdetr_fast.prediction import InferenceSettings
-from harness.documents import PERFORMANCE, table, write_section
+from harness.documents import ON_CPUS, table, write_section
 from harness.results import processor
 
 __all__ = ["DETECTORS", "rows", "ways_to_predict"]
@@ -130,13 +130,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images, of several sizes")
     parser.add_argument("--most", type=int, default=64, help="images, at most")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PERFORMANCE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {ON_CPUS.name}")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         parser.error(f"there are no images in {arguments.images}")
     printed = text(paths[: arguments.most], arguments.rounds)
     if arguments.write:
-        write_section(PERFORMANCE, "predict_folder", printed)
+        write_section(ON_CPUS, "predict_folder", printed)
     else:
         print(printed)

@@ -23,7 +23,7 @@ from groupdetr_fast.training.device_step import DeviceStep, RunningStatistics
 from groupdetr_fast.training.ema import AveragedWeights
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
 from groupdetr_fast.training.step_losses import Losses
-from harness.documents import PERFORMANCE, table, write_section
+from harness.documents import ON_CPUS, table, write_section
 from harness.results import processor
 
 __all__ = ["Operators", "parts_of_a_step", "rows"]
@@ -167,8 +167,8 @@ def text() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PERFORMANCE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {ON_CPUS.name}")
     if parser.parse_args().write:
-        write_section(PERFORMANCE, "step_host", text())
+        write_section(ON_CPUS, "step_host", text())
     else:
         print(text())

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import matplotlib as mpl
 
 from harness import cases
-from harness.documents import PERFORMANCE, significant, table, write_section
+from harness.documents import ON_CPUS, PERFORMANCE, significant, table, write_section
 from harness.places import DOCS, RESULTS
 from harness.results import OURS
 from paper.flops import step_operations
 
-SECTION = "cpu"
+SECTION, GOALS_SECTION = "cpu", "cpu_goals"
 COMMAND = "make bench"
 IMAGES = DOCS / "images"
 
@@ -256,12 +256,17 @@ X_LABELS = {
 }
 
 
+def goals(results: SavedResults) -> str:
+    """What was to be reached and what was, in Markdown."""
+    return f"{machine(results.rows)}\n\n{goals_table(results)}"
+
+
 def report(results: SavedResults, images: str | None = None) -> str:
-    """Everything in Markdown; ``images`` is where the plots are, as the document sees it, if there are any."""
-    parts = [machine(results.rows), goals_table(results)]
+    """Every comparison in Markdown; ``images`` is where the plots are, as the document sees it, if there are any."""
+    parts = [machine(results.rows)]
     mixed = len(processors(results.rows)) > 1
     for name, rows in results.comparisons.items():
-        parts.append(f"### {TITLES[name]}")
+        parts.append(f"## {TITLES[name]}")
         if mixed:
             parts.append(f"On {' and '.join(processors(rows))}.")
         parts.append(comparison_table(rows))
@@ -343,15 +348,18 @@ def spread(measured: Measured) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of csv files")
-    parser.add_argument("--write", action="store_true", help=f"update {PERFORMANCE.name} and its images")
+    parser.add_argument(
+        "--write", action="store_true", help=f"update {PERFORMANCE.name}, {ON_CPUS.name} and its images"
+    )
     arguments = parser.parse_args()
     results = SavedResults(arguments.results)
     if not results.comparisons:
         parser.error(f"there are no results in {arguments.results}: run {COMMAND}")
     if not arguments.write:
-        print(report(results))
+        print(goals(results), report(results), sep="\n\n")
         return
     for name, rows in results.comparisons.items():
         plot(name, rows, machine(rows), IMAGES)
-    write_section(PERFORMANCE, SECTION, report(results, images="images/"))
-    print(machine(results.rows), goals_table(results), sep="\n\n")
+    write_section(PERFORMANCE, GOALS_SECTION, goals(results))
+    write_section(ON_CPUS, SECTION, report(results, images="images/"))
+    print(goals(results))

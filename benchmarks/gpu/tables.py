@@ -1,8 +1,8 @@
 """What the rows of gpu_report.py say, as tables: of a folder's newest run of each stage, and of parts measured since.
 
 python benchmarks gpu_tables [--results DIR]     print the tables
-python benchmarks gpu_tables --write             write DIR/report.md, and the short ones into docs/performance.md
-python benchmarks gpu_tables --check             fail if docs/performance.md has other ones
+python benchmarks gpu_tables --write             write DIR/report.md, and the short ones into docs
+python benchmarks gpu_tables --check             fail if docs has other ones
 """
 
 import argparse
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.documents import PERFORMANCE, read_section, significant, table, write_section
+from harness.documents import ON_A_GPU, PERFORMANCE, read_section, significant, table, write_section
 from harness.places import RESULTS
 from harness.results import OURS
 from paper import roofline
 
 ROWS = RESULTS / "gpu"
-SECTION = "gpu"
+SECTION, GOALS_SECTION = "gpu", "gpu_goals"
 # A stage's run counts if it got so far as to write a row of this kind.
 STAGES = {"smoke": "operator", "ops": "time", "step": "step", "tests": "tests", "tune": "best_tile"}
 
@@ -208,7 +208,7 @@ def full_tables(run: Run) -> Iterator[str]:
             for part in ("forward", "backward", "wall"):
                 line += [microseconds(getattr(times, part)), ratio(getattr(times, part), ours and getattr(ours, part))]
             lines.append([*line, microseconds(times.host)])
-        yield f"#### {work['work']}: {name_of(work)}\n\n{table(header, lines)}"
+        yield f"### {work['work']}: {name_of(work)}\n\n{table(header, lines)}"
 
 
 # --- Goals ---
@@ -420,50 +420,60 @@ def sanitizer_sentence(run: Run) -> str:
 # --- Documents ---
 
 
+NOTHING = "Not yet measured on a GPU."
+
+
+def goals(folder: Path) -> str:
+    smokes, ops, steps = (runs_of(folder, stage) for stage in ("smoke", "ops", "step"))
+    return goals_table(smokes[-1], ops, steps) if smokes and ops and steps else NOTHING
+
+
 def parts(folder: Path, full: bool) -> Iterable[str]:
     """The tables in order; those of stages without a run are left out."""
     smokes, ops, steps, tests, tunes = (runs_of(folder, stage) for stage in STAGES)
-    if smokes and ops and steps:
-        yield f"### Goals\n\n{goals_table(smokes[-1], ops, steps)}"
     for smoke in smokes[-1:]:
         ceilings = [f"{row['of']} {significant(row['value'] / 1e12)}e12 {row['unit']}" for row in smoke.of("ceiling")]
         found = f"{origin(smoke)} Ceilings: {'; '.join(ceilings)}."
-        yield f"### Every op against float64\n\n{found}\n\n{smoke_table(smoke)}"
+        yield f"## Every op against float64\n\n{found}\n\n{smoke_table(smoke)}"
     for test in tests[-1:]:
-        yield f"### Tests marked gpu\n\n{origin(test)} {tests_sentence(test)}"
+        yield f"## Tests marked gpu\n\n{origin(test)} {tests_sentence(test)}"
     if ops:
-        yield "### Ops against the best peer"
+        yield "## Ops against the best peer"
     for run in newest_works(ops):
         yield f"{origin(run)}\n\n{short_table(run)}"
         if full:
             yield from full_tables(run)
     if steps:
-        yield "### Training steps, 800 x 1333, bf16"
+        yield "## Training steps, 800 x 1333, bf16"
     for run in steps:
         yield f"{origin(run)}\n\n{step_table(run)}"
         for kind, tabulate in (("kernels", busy_table), ("memory", memory_table)):
             if run.of(kind):
                 yield tabulate(run)
     for tune in tunes[-1:]:
-        yield f"### Tiles\n\n{origin(tune)} {sanitizer_sentence(tune)}\n\n{tiles_table(tune)}"
+        yield f"## Tiles\n\n{origin(tune)} {sanitizer_sentence(tune)}\n\n{tiles_table(tune)}"
 
 
 def document(folder: Path, full: bool = False) -> str:
-    return "\n\n".join(parts(folder, full)) or "Not yet measured on a GPU."
+    return "\n\n".join(parts(folder, full)) or NOTHING
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROWS, help="folder of the rows")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="write report.md and the section of performance.md")
-    action.add_argument("--check", action="store_true", help="fail if performance.md has other tables")
+    action.add_argument("--write", action="store_true", help="write report.md and the sections of the documents")
+    action.add_argument("--check", action="store_true", help="fail if the documents have other tables")
     options = parser.parse_args(arguments)
+    sections = [(PERFORMANCE, GOALS_SECTION, goals(options.results)), (ON_A_GPU, SECTION, document(options.results))]
+    report = f"# GPU report\n\n## Goals\n\n{goals(options.results)}\n\n{document(options.results, full=True)}\n"
     if options.write:
-        write_section(PERFORMANCE, SECTION, document(options.results))
-        (options.results / "report.md").write_text(f"# GPU report\n\n{document(options.results, full=True)}\n")
+        for page, name, text in sections:
+            write_section(page, name, text)
+        (options.results / "report.md").write_text(report)
     elif options.check:
-        if read_section(PERFORMANCE, SECTION) != document(options.results):
-            sys.exit(f"{PERFORMANCE} has other tables: run python {sys.argv[0]} --write")
+        for page, name, text in sections:
+            if read_section(page, name) != text:
+                sys.exit(f"{page} has other tables: run python {sys.argv[0]} --write")
     else:
-        print(document(options.results, full=True))
+        print(report)

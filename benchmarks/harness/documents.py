@@ -8,9 +8,22 @@ from pathlib import Path
 
 from .places import DOCS
 
-__all__ = ["PERFORMANCE", "read_section", "section_command", "significant", "table", "write_section"]
+__all__ = [
+    "GPU_KERNELS",
+    "ON_A_GPU",
+    "ON_CPUS",
+    "PERFORMANCE",
+    "read_section",
+    "section_command",
+    "significant",
+    "table",
+    "write_section",
+]
 
-PERFORMANCE = DOCS / "performance.md"
+PERFORMANCE = DOCS / "performance.md"  # goals, and what the numbers say
+ON_CPUS = DOCS / "performance_on_cpus.md"
+ON_A_GPU = DOCS / "performance_on_a_gpu.md"
+GPU_KERNELS = DOCS / "gpu_kernels.md"
 
 
 def read_section(document: Path, name: str) -> str:

@@ -7,8 +7,8 @@ the op's reference) is made of operators, each of which reads and writes its own
 operators that PyTorch really calls, on tensors without data.
 
     python benchmarks roofline            print the tables
-    python benchmarks roofline --write    and put them into docs/performance.md
-    python benchmarks roofline --check    fail if docs/performance.md has other ones
+    python benchmarks roofline --write    and put them into docs/gpu_kernels.md
+    python benchmarks roofline --check    fail if docs/gpu_kernels.md has other ones
 """
 
 import math
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupdetr_fast import QueryGroups
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
 from harness import naive
-from harness.documents import PERFORMANCE, section_command, significant, table
+from harness.documents import GPU_KERNELS, section_command, significant, table
 
 SECTION = "roofline"
 
@@ -437,4 +437,4 @@ def growth() -> str:
 
 
 def main() -> None:
-    section_command(__doc__, PERFORMANCE, SECTION, tables)
+    section_command(__doc__, GPU_KERNELS, SECTION, tables)

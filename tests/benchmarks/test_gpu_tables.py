@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gpu import tables
-from gpu.tables import ROWS, SECTION, STAGES
-from harness.documents import PERFORMANCE, read_section
+from gpu.tables import GOALS_SECTION, ROWS, SECTION, STAGES
+from harness.documents import ON_A_GPU, PERFORMANCE, read_section
 from harness.results import OURS
 
 ENVIRONMENT = {
@@ -34,7 +34,8 @@ def time(contender, kind, microseconds, wall, **fields):
 
 
 def test_document_has_the_tables_of_the_rows():
-    assert read_section(PERFORMANCE, SECTION) == tables.document(ROWS)
+    assert read_section(PERFORMANCE, GOALS_SECTION) == tables.goals(ROWS)
+    assert read_section(ON_A_GPU, SECTION) == tables.document(ROWS)
     assert (ROWS / "report.md").read_text().strip().endswith(tables.document(ROWS, full=True)[-200:])
 
 
@@ -110,11 +111,15 @@ def test_a_stage_without_a_run_is_left_out(tmp_path, stage):
     for other in STAGES:
         if other != stage:
             (tmp_path / f"{other}.jsonl").write_text((ROWS / f"{other}.jsonl").read_text())
-    assert "###" in tables.document(tmp_path)
+    headings = {line for line in tables.document(ROWS).splitlines() if line.startswith("## ")}
+    left = {line for line in tables.document(tmp_path).splitlines() if line.startswith("## ")}
+    assert len(headings - left) == 1
+    assert left < headings
+    assert (tables.goals(tmp_path) == tables.NOTHING) == (stage in ("smoke", "ops", "step"))
 
 
 def test_without_rows_it_says_so(tmp_path):
-    assert tables.document(tmp_path) == "Not yet measured on a GPU."
+    assert tables.document(tmp_path) == tables.goals(tmp_path) == "Not yet measured on a GPU."
 
 
 def test_a_goal_that_was_not_measured_is_neither_met_nor_missed():

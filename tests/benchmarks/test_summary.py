@@ -76,7 +76,7 @@ def test_every_number_stands_beside_its_processor(folder):
         row["cpu"] = "another processor"
     report = summary.report(results)
     assert f"`make bench` on {' and '.join(sorted((here, 'another processor')))}, " in report
-    sections = {part.partition("\n")[0]: part for part in report.split("### ")[1:]}
+    sections = {part.partition("\n")[0]: part for part in report.split("## ")[1:]}
     assert "\nOn another processor.\n" in sections[summary.TITLES["ms_deform_attn"]]
     assert f"\nOn {here}.\n" in sections[summary.TITLES["grouped_attention"]]
 
