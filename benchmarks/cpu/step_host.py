@@ -4,8 +4,8 @@
 
 The weights of a Conditional DETR R50 with 11 groups, cut down to one number each: their modules and names are all
 there, so that the host does what it does in a training, and arithmetic takes no time. Operators are those that the
-dispatcher sees, each at least one kernel on a GPU; views are none. On a GPU the plain way also waits for the device
-once a step, to read whether the step is to be skipped.
+dispatcher sees, each at least one kernel on a GPU; views and new memory are none. On a GPU the plain way also waits for
+the device once a step, to read whether the step is to be skipped.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import groupdetr_fast as gd
 from groupdetr_fast.training.device_step import DeviceStep, RunningStatistics
 from groupdetr_fast.training.ema import AveragedWeights
+from groupdetr_fast.training.half_weights import CAST, HalfWeights
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
 from groupdetr_fast.training.step_losses import Losses
 from harness.documents import ON_CPUS, table, write_section
@@ -33,14 +34,14 @@ PLAIN, HERE = "plain", "here"
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run inside, but for those that only make another view of a tensor."""
+    """Counts the operators that run inside, but for those that only make another view of a tensor, or an empty one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not function.is_view
+        self.number += not (function.is_view or "empty" in function._overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
 
 
@@ -66,6 +67,24 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
     statistics_of_norms = RunningStatistics(model)
     sums = {PLAIN: {name: torch.zeros(()) for name in losses}, HERE: Losses.of(losses)}
 
+    cast_in = [
+        (module, name, weight)
+        for module in model.modules()
+        if type(module) in CAST
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.requires_grad
+    ]
+    trained = [weight for _, _, weight in cast_in]
+    of_halves = [torch.ones_like(weight, dtype=torch.bfloat16) for weight in trained]
+    half_weights = HalfWeights(model, torch.bfloat16)
+
+    def cast_plainly() -> None:
+        torch.autograd.grad([weight.to(torch.bfloat16) for weight in trained], trained, of_halves)
+
+    def cast() -> None:
+        with half_weights.cast():
+            torch.autograd.grad([getattr(module, name) for module, name, _ in cast_in], trained, of_halves)
+
     def update_plainly() -> None:
         state = model.state_dict()
         moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
@@ -88,6 +107,7 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
         sums[HERE] = sums[HERE] + Losses.of(losses)
 
     parts = {
+        "casts of weights to bfloat16, and of their gradients back": {PLAIN: cast_plainly, HERE: cast},
         "averaged weights": {PLAIN: update_plainly, HERE: lambda: average.update(unless=torch.tensor(False))},
         "statistics of batch norms": {PLAIN: scan, HERE: statistics_of_norms.copies},
         "sums of losses": {PLAIN: add_plainly, HERE: add},
@@ -101,6 +121,7 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
 
     def step_plainly() -> None:
         scan()
+        cast_plainly()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if (losses["loss"] + norm).isfinite():
             plain_optimizer.step()
@@ -114,6 +135,7 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
             parameter.grad = gradient
 
     def add_gradients(batches: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        cast()
         return [losses], nn.utils.clip_grad_norm_(parameters, 0.1)
 
     step = DeviceStep(add_gradients, model, optimizer, average)

@@ -42,6 +42,7 @@ from .training_step import (
     Batch,
     Step,
     Training,
+    cast_one_by_one,
     criterion_of,
     crossed,
     difference,
@@ -332,7 +333,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
     contenders, passes, theirs = [masked(training, batch), folded(training, batch)], [], []
     if training.name == CONDITIONAL:
         passes = [in_passes(training, batch)]
-        contenders.append(crossed(training, batch))
+        contenders += [crossed(training, batch), cast_one_by_one(training, batch)]
         theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
     walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
     measure_graphs(recorder, trainings, batch)
@@ -363,14 +364,16 @@ def measure_graphs(recorder: Recorder, trainings: Sequence[Training], batch: Bat
     del graphed, unchecked, pair, step  # whose graphs keep the memory of a whole step
     eager[0].forget()
     if eager[-1].training.name == CONDITIONAL:
-        measure_crossing(recorder, eager[-1])
+        measure_ways(recorder, eager[-1])
 
 
-def measure_crossing(recorder: Recorder, step: Step) -> None:
-    """A step whose decoder attends to the images by ops.cross_attention, as a graph, beside one as it is."""
-    graphed = [in_graph(step), in_graph(crossed(step.training, step.batch))]
-    attempt(recorder, "step", 5, graphed, time_steps)
-    attempt(recorder, "kernels", 3, graphed[1:], partial(profile_kernels, walls={}))
+def measure_ways(recorder: Recorder, step: Step) -> None:
+    """Steps as graphs, beside one as it is: the decoder attends to the images by ops.cross_attention; weights are cast
+    one by one."""
+    ways = (crossed(step.training, step.batch), cast_one_by_one(step.training, step.batch))
+    graphed = [in_graph(each) for each in (step, *ways)]
+    attempt(recorder, "step", 8, graphed, time_steps)
+    attempt(recorder, "kernels", 3, graphed[1:2], partial(profile_kernels, walls={}))
     del graphed
     step.forget()
 

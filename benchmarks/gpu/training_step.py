@@ -22,6 +22,7 @@ from groupdetr_fast.ops.cross_attention import is_fused
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
 from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
+from groupdetr_fast.training.half_weights import HalfWeights
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses
 from groupdetr_fast.training.step_losses import Losses
@@ -38,6 +39,7 @@ __all__ = [
     "PeerCriterion",
     "Step",
     "Training",
+    "cast_one_by_one",
     "criterion_of",
     "crossed",
     "difference",
@@ -75,6 +77,7 @@ class Training:
         self.optimizer = build_optimizer(self.model, CONFIG)
         self.scheduler = build_scheduler(self.optimizer, CONFIG, steps_per_epoch=1000)
         self.parameters = list(self.model.parameters())
+        self.weights = HalfWeights(self.model, torch.bfloat16)
         self.step = DeviceStep(lambda gradients: gradients[0](), self.model, self.optimizer)
         self.sums = Losses()
 
@@ -154,6 +157,7 @@ class Step:
         attention: in the place of ``ops.grouped_attention``.
         crossing: attend to images by ``ops.cross_attention``.
         criterion: in the place of the detector's own.
+        cast_at_once: whether weights are cast all at once, as the training loop does where nothing is compiled.
         compiled: in the place of the detector's methods of these names.
         groups_per_pass: as in OptimizationConfig.
         checked: whether the host looks at what became of the step before, as the training loop does. Without it the
@@ -166,6 +170,7 @@ class Step:
     contender: str = OURS
     attention: Callable[..., Tensor] | None = None
     crossing: bool = False
+    cast_at_once: bool = True
     criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
     compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
     groups_per_pass: int = 0
@@ -242,20 +247,25 @@ class Step:
                 torch.cuda.empty_cache()
 
     def _add_gradients(self) -> dict[str, Tensor]:
-        batch, model = self.batch, self.training.model
-        targets = batch.packed()
-        if self.groups_per_pass:
-            passes = GroupPasses(model, self.training.criterion, self.groups_per_pass)
-            totals = StepTotals.of([targets])
-            return passes(batch.images, batch.masks, targets, totals, autocast=self._autocast)
+        targets = self.batch.packed()
+        with self.weights_cast():
+            losses = self._pass_over_groups(targets) if self.groups_per_pass else self._pass_at_once(targets)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _pass_over_groups(self, targets: gd.PackedTargets) -> dict[str, Tensor]:
+        batch, training = self.batch, self.training
+        passes = GroupPasses(training.model, training.criterion, self.groups_per_pass)
+        return passes(batch.images, batch.masks, targets, StepTotals.of([targets]), autocast=self._autocast)
+
+    def _pass_at_once(self, targets: gd.PackedTargets) -> dict[str, Tensor]:
         with self._autocast():
-            output = model(batch.images, batch.masks, targets)
+            output = self.training.model(self.batch.images, self.batch.masks, targets)
         self.mark("decoder")
         losses = self._losses(output, targets)
         self.mark("criterion")
         losses["loss"].backward()
         self.mark("backward")
-        return {name: value.detach() for name, value in losses.items()}
+        return losses
 
     def _losses(self, output: gd.DetectorOutput, targets: gd.PackedTargets) -> dict[str, Tensor]:
         if self.criterion is not None:
@@ -264,6 +274,11 @@ class Step:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
+
+    def weights_cast(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the passes of a batch."""
+        at_once = self.cast_at_once and not self.compiled
+        return self.training.weights.cast() if at_once else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -333,10 +348,11 @@ def in_graph(step: Step) -> GraphedStep:
 
     def add_gradients(batches: Sequence[StepInputs]) -> tuple[list[dict[str, Tensor]], Tensor]:
         (inputs,) = batches
-        with step.patched(), torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            output = training.model(inputs.images, inputs.masks, inputs.targets)
-        losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
-        losses["loss"].backward()
+        with step.weights_cast():
+            with step.patched(), torch.autocast(batch.device.type, dtype=torch.bfloat16):
+                output = training.model(inputs.images, inputs.masks, inputs.targets)
+            losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
+            losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(training.parameters, CONFIG.clip_norm)
         return [{name: value.detach() for name, value in losses.items()}], norm
 
@@ -352,6 +368,11 @@ def masked(training: Training, batch: Batch) -> Step:
 def crossed(training: Training, batch: Batch) -> Step:
     """On CPUs it is as it was, since torch's attention serves them."""
     return Step(training, batch, "cross_attention", crossing=True)
+
+
+def cast_one_by_one(training: Training, batch: Batch) -> Step:
+    """As autocast does by itself: each weight where it is used, and each of their gradients."""
+    return Step(training, batch, "weights cast one by one", cast_at_once=False)
 
 
 def folded(training: Training, batch: Batch) -> Step:

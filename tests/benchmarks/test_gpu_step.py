@@ -94,6 +94,7 @@ def test_steps_as_graphs(recorder, conditional):
         (11, f"{graph} without the check", f"{graph} without the check, K = 1", "ok"),
         (11, graph, None, "ok"),
         (11, f"{graph}, cross_attention", f"{graph}, K = 11", "ok"),
+        (11, f"{graph}, weights cast one by one", f"{graph}, K = 11", "ok"),
     ]
     kernels = rows_of(recorder, "kernels")
     assert [(row["groups"], row["contender"], row["status"]) for row in kernels] == [

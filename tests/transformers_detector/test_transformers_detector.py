@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForObjectDetection
 import groupdetr_fast as gd
 from groupdetr_fast.models import postprocess
 from groupdetr_fast.targets import PackedTargets, StepTotals
+from groupdetr_fast.training.half_weights import HalfWeights
 from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
 from groupdetr_fast.training.recompute import recompute_decoder_layers
 
@@ -21,15 +23,18 @@ PT = {"format": "pt"}  # which transformers wants to be told
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 
-def loss_and_gradients(detector, batches):
+def loss_and_gradients(detector, batches, autocast=nullcontext, cast=nullcontext):
     """Losses and gradients of a step on some batches, as the training loop computes them."""
     detector.zero_grad()
     criterion = gd.build_criterion(detector)
     totals = StepTotals.of([targets for _, targets in batches])
     parts = []
     for images, targets in batches:
-        losses = criterion(detector(images, None, targets), targets, totals)
-        losses["loss"].backward()
+        with cast():
+            with autocast():
+                out = detector(images, None, targets)
+            losses = criterion(out, targets, totals)
+            losses["loss"].backward()
         parts.append({name: value.detach() for name, value in losses.items()})
     gradients = {name: weight.grad for name, weight in detector.named_parameters() if weight.grad is not None}
     return {name: sum(part[name] for part in parts) for name in parts[0]}, gradients
@@ -286,6 +291,22 @@ def test_what_a_model_cannot_do_is_refused():
         detector(images, None, wrong)
     with pytest.raises(ValueError, match="the default assignment"):
         gd.build_criterion(detector, assignment="one_to_one")
+
+
+@EVERY
+def test_weights_that_are_cast_at_once_give_what_autocast_gives(name):
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    detector, batches = detector_of(name), [batch_of((2, 1))]
+    torch.manual_seed(0)
+    expected = loss_and_gradients(detector, batches, autocast)
+    torch.manual_seed(0)
+    found = loss_and_gradients(detector, batches, autocast, HalfWeights(detector, torch.bfloat16).cast)
+    for found_of, expected_of in zip(found, expected, strict=True):
+        assert found_of.keys() == expected_of.keys()
+        for key, value in expected_of.items():
+            assert torch.equal(found_of[key], value), key
 
 
 @pytest.mark.parametrize("name", ["DFine", "LwDetr", "DabDetr"])
