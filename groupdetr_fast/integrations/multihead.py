@@ -1,0 +1,147 @@
+"""Groups inside ``torch.nn.MultiheadAttention``, for decoders that are built of it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+
+__all__ = ["GroupedMultiheadAttention", "group_self_attention"]
+
+
+class GroupedMultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` in which every query sees its own group only (Group DETR, section 3.2).
+
+    The sequence is cut into groups of ``queries_per_group`` queries, one after another, in training and evaluation
+    alike: K * N queries are K groups, and N queries, as inference has them, are one, with the result of
+    ``torch.nn.MultiheadAttention``. Parameters, their names and the arguments are those of that class.
+
+    Args:
+        embed_dim, num_heads, dropout, batch_first: as in ``torch.nn.MultiheadAttention``; ``bias``, ``device`` and
+            ``dtype`` too.
+        queries_per_group: N.
+
+    Raises:
+        ValueError: if ``queries_per_group`` is below 1, or for another option of ``torch.nn.MultiheadAttention``.
+    """
+
+    queries_per_group: int
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, *, queries_per_group: int, **options: Any):
+        super().__init__(embed_dim, num_heads, dropout, **options)
+        _check(self, queries_per_group)
+        self.queries_per_group = queries_per_group
+
+    def forward(  # type: ignore[override]  # the options below say no to a value
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attention of queries to the queries of their group.
+
+        Args:
+            query, key, value: ``[L, B, d]``, or ``[B, L, d]`` with ``batch_first``; without a batch ``[L, d]``. L is
+                a multiple of N, the same in all three.
+            key_padding_mask, attn_mask: must be None, and ``is_causal`` False: the groups are the mask.
+            need_weights, average_attn_weights: without effect, since no attention weights are kept.
+
+        Returns:
+            The result, of the shape of ``query``, and None in the place of the weights.
+
+        Raises:
+            ValueError: for a mask, or if a shape does not fit.
+        """
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            raise ValueError(
+                "GroupedMultiheadAttention takes no mask, since the groups are one: leave out attn_mask, "
+                "key_padding_mask and is_causal"
+            )
+        if query.dim() not in (2, 3) or not query.shape == key.shape == value.shape:
+            shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
+            raise ValueError(
+                f"query, key and value must have one shape, {'[B, L, d]' if self.batch_first else '[L, B, d]'}, "
+                f"got {shapes}: this is self-attention"
+            )
+        if query.dim() == 2:
+            out, _ = self(*(each.unsqueeze(0 if self.batch_first else 1) for each in (query, key, value)))
+            return out.squeeze(0 if self.batch_first else 1), None
+        first = (lambda each: each) if self.batch_first else (lambda each: each.transpose(0, 1))
+        length = first(query).shape[1]
+        if length == 0 or length % self.queries_per_group:
+            raise ValueError(
+                f"the queries must be whole groups of {self.queries_per_group}, got {length} in {list(query.shape)} "
+                f"({'[B, L, d]' if self.batch_first else '[L, B, d]'})"
+            )
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        heads = [
+            F.linear(first(each), weight, bias).unflatten(2, (self.num_heads, self.head_dim))
+            for each, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        dropout = self.dropout if self.training else 0.0
+        out = ops.grouped_attention(*heads, length // self.queries_per_group, dropout_p=dropout)
+        return first(self.out_proj(out.flatten(2))), None
+
+
+def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: str = "self_attn") -> nn.Module:
+    """Let the self-attention of a decoder stay inside groups of queries.
+
+    In place: every ``torch.nn.MultiheadAttention`` that is called ``name`` becomes a
+    :class:`GroupedMultiheadAttention`, with the parameters that it has, so that optimisers, checkpoints and copies go
+    on as before. Cross-attention keeps its class.
+
+    Args:
+        decoder: of ``torch.nn.TransformerDecoderLayer`` or of one's own; not with an encoder, whose tokens are no
+            queries.
+        queries_per_group: N, queries of one group.
+        name: of the attribute that holds self-attention in each layer.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        ValueError: if ``queries_per_group`` is below 1, there is no such attention, one has an option that is not
+            supported, or the decoder has an encoder in it.
+    """
+    modules = list(decoder.named_modules())
+    encoders = [path for path, module in modules if isinstance(module, nn.TransformerEncoderLayer)]
+    if encoders:
+        raise ValueError(f"{encoders[0]} is an encoder, whose tokens are no queries: pass the decoder alone")
+    found = [
+        module
+        for path, module in modules
+        if path.rpartition(".")[2] == name and isinstance(module, nn.MultiheadAttention)
+    ]
+    if not found:
+        raise ValueError(f"the decoder has no torch.nn.MultiheadAttention called {name}: name the attribute by name=")
+    for module in found:
+        _check(module, queries_per_group)
+    for module in found:
+        module.__class__ = GroupedMultiheadAttention
+        module.queries_per_group = queries_per_group
+    return decoder
+
+
+def _check(module: nn.MultiheadAttention, queries_per_group: int) -> None:
+    """Check that a module can attend inside groups of so many queries.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if type(queries_per_group) is not int or queries_per_group < 1:
+        raise ValueError(f"queries_per_group must be an integer of at least 1, got {queries_per_group!r}")
+    options = {
+        "kdim or vdim": not module._qkv_same_embed_dim,
+        "add_bias_kv": module.bias_k is not None,
+        "add_zero_attn": module.add_zero_attn,
+    }
+    used = [option for option, on in options.items() if on]
+    if used:
+        raise ValueError(f"attention inside groups has no {used[0]} of torch.nn.MultiheadAttention")
