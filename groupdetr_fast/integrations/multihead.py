@@ -33,7 +33,7 @@ class GroupedMultiheadAttention(nn.MultiheadAttention):
         _check(self, queries_per_group)
         self.queries_per_group = queries_per_group
 
-    def forward(  # type: ignore[override]  # the options below say no to a value
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -70,24 +70,31 @@ class GroupedMultiheadAttention(nn.MultiheadAttention):
                 f"got {shapes}: this is self-attention"
             )
         if query.dim() == 2:
-            out, _ = self(*(each.unsqueeze(0 if self.batch_first else 1) for each in (query, key, value)))
-            return out.squeeze(0 if self.batch_first else 1), None
-        first = (lambda each: each) if self.batch_first else (lambda each: each.transpose(0, 1))
-        length = first(query).shape[1]
+            without_batch = 0 if self.batch_first else 1
+            out, _ = self(*(each.unsqueeze(without_batch) for each in (query, key, value)))
+            return out.squeeze(without_batch), None
+        length = query.shape[1 if self.batch_first else 0]
         if length == 0 or length % self.queries_per_group:
             raise ValueError(
                 f"the queries must be whole groups of {self.queries_per_group}, got {length} in {list(query.shape)} "
                 f"({'[B, L, d]' if self.batch_first else '[L, B, d]'})"
             )
-        weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        heads = [
-            F.linear(first(each), weight, bias).unflatten(2, (self.num_heads, self.head_dim))
-            for each, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        ]
-        dropout = self.dropout if self.training else 0.0
-        out = ops.grouped_attention(*heads, length // self.queries_per_group, dropout_p=dropout)
-        return first(self.out_proj(out.flatten(2))), None
+        out = ops.grouped_attention(
+            self._heads(query, 0),
+            self._heads(key, 1),
+            self._heads(value, 2),
+            length // self.queries_per_group,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out = self.out_proj(out.flatten(2))
+        return out if self.batch_first else out.transpose(0, 1), None
+
+    def _heads(self, inputs: Tensor, part: int) -> Tensor:
+        """The heads ``[B, L, H, D]`` of queries, keys or values, which are parts 0, 1 and 2 of the weights."""
+        rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        projected = F.linear(inputs if self.batch_first else inputs.transpose(0, 1), self.in_proj_weight[rows], bias)
+        return projected.unflatten(2, (self.num_heads, self.head_dim))
 
 
 def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: str = "self_attn") -> nn.Module:
@@ -125,7 +132,7 @@ def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: st
         _check(module, queries_per_group)
     for module in found:
         module.__class__ = GroupedMultiheadAttention
-        module.queries_per_group = queries_per_group
+        vars(module)["queries_per_group"] = queries_per_group
     return decoder
 
 
