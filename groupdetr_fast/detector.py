@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from .data.config import Split
 from .data.images import ImageLike
 from .engines import EngineSettings
 from .exporting import export_file
@@ -203,12 +204,18 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         return run, settings
 
     def evaluate(
-        self, data: str | Path | None = None, *, output: str | Path | None = None, **settings: Any
+        self,
+        data: str | Path | None = None,
+        *,
+        split: Split = "val",
+        output: str | Path | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
         """COCO's metrics of the detector, with one group.
 
         Args:
-            data: as in :meth:`train`, of which the part to evaluate on is used.
+            data: as in :meth:`train`.
+            split: the part of ``data`` to evaluate on: "val", or "test".
             output: folder for the metrics, the detections and the page about them; by default a new one, ``runs/eval``.
             **settings: any other setting of an evaluation, under the name of its flag.
 
@@ -222,7 +229,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         self._require_weights("evaluate")
         folder = Path(output) if output is not None else _new_folder(RUNS / "eval")
         run = self._run.with_settings(**{"num_groups": 1, **settings}, **_of_data(data), output=folder, eval_only=True)
-        return evaluate_checkpoint(run)
+        return evaluate_checkpoint(replace(run, data=run.data.evaluated_on(split)))
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], *, score_threshold: float = 0.3, **settings: Any

@@ -41,6 +41,7 @@ class QueryGroups:
         denoising_scope: ``"first"`` or ``"every"``.
 
     Raises:
+        TypeError: for a size that is no integer.
         ValueError: for a size or a scope outside these ranges.
     """
 
@@ -51,6 +52,9 @@ class QueryGroups:
     denoising_scope: str = "first"
 
     def __post_init__(self) -> None:
+        for name in ("num_groups", "queries_per_group", "denoising_groups", "queries_per_denoising_group"):
+            if isinstance(getattr(self, name), float | str):  # an int, numpy's, or one that is traced
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name in ("num_groups", "queries_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """The ground truth of a batch, packed into tensors whose shapes depend on host-side numbers alone, and of a step."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 __all__ = ["PackedTargets", "StepTotals", "check_packed", "tensor_on"]
 
 _SLACK = 0.01  # of the image's size, by which rounded boxes may leave the image
+_FAR = 0.1  # of the image's size: boxes that leave it so far are not clipped, or are no centres and sizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class PackedTargets:
         """Pack one ``{"labels": [T_b] int64, "boxes": [T_b, 4][, "masks": [T_b, H, W]]}`` per image.
 
         All tensors must lie on one device; keys other than these three are ignored. Values are checked of tensors on
-        the CPU alone: looking at others would wait for their device.
+        the CPU alone: looking at others would wait for their device. Boxes that could all be (x1, y1, x2, y2), and
+        some of which would lie far outside of the image otherwise, give a warning.
 
         Raises:
             ValueError: if the list is empty, a key is missing or a shape or device does not fit, and on the CPU for a
@@ -64,6 +67,7 @@ class PackedTargets:
         largest = None
         if first.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             _check_values(labels, boxes)
+            _warn_of_corners(boxes, sizes)
             largest = int(labels.max())
         masks = tuple(target["masks"] for target in targets) if "masks" in targets[0] else None
         return cls(labels, boxes, tensor_on(sizes, first.device), sizes, masks, largest)
@@ -183,10 +187,25 @@ def _check_values(labels: Tensor, boxes: Tensor) -> None:
         )
 
 
+def _warn_of_corners(boxes: Tensor, sizes: Sequence[int]) -> None:
+    """Warn if packed boxes ``[B, T, 4]`` in [0, 1] on the CPU look like corners: as such, each is in order."""
+    centres, half = boxes[..., :2], boxes[..., 2:] / 2
+    if bool((centres - half).amin() >= -_FAR) and bool((centres + half).amax() <= 1 + _FAR):
+        return
+    as_corners = (boxes[..., 2:] > boxes[..., :2]).all(-1).sum(1).tolist()  # padding is not
+    if as_corners == list(sizes) and sum(sizes) > 1:
+        warnings.warn(
+            "all boxes of a batch look like (x1, y1, x2, y2), and some would reach far out of their image as "
+            "(cx, cy, width, height), which is how boxes are read: convert them",
+            stacklevel=3,
+        )
+
+
 def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
     for key in ("labels", "boxes"):
         if key not in target:
-            raise ValueError(f'targets[{index}] lacks the key "{key}"')
+            hint = ': give what is in "class_labels" under that name' if f"class_{key}" in target else ""
+            raise ValueError(f'targets[{index}] lacks the key "{key}"{hint}')
     labels, boxes = target["labels"], target["boxes"]
     if labels.dim() != 1:
         raise ValueError(f"targets[{index}]: labels must have shape [T], got {list(labels.shape)}")

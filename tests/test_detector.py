@@ -1,6 +1,7 @@
 """The class that does everything: the same runs as the command line's."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,6 +39,10 @@ def test_a_detector_is_trained_evaluated_and_loaded(trained, digits, tmp_path, m
     metrics = detector.evaluate(**evaluation, workers=0)
     assert metrics == results["epochs"][-1]["metrics"]
     assert (tmp_path / "runs/eval/index.html").exists()
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    shutil.copy(digits["val_annotations"], tmp_path / "data/annotations/test.json")
+    (tmp_path / "data/test").symlink_to(digits["val_images"])
+    assert detector.evaluate("data", split="test", workers=0, report=False) == metrics
 
     again = gd.Detector.from_pretrained(folder)
     image = torch.rand(3, 40, 60)

@@ -94,3 +94,9 @@ def test_lengths_and_group_range():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         QueryGroups(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(3.0, 4), ("3", 4), (3, 4.0), (3, 4, 1.0, 2)])
+def test_sizes_that_are_no_integers_are_refused(arguments):
+    with pytest.raises(TypeError, match=r"must be an integer, got '?\d"):
+        QueryGroups(*arguments)

@@ -1,3 +1,4 @@
+import warnings
 from unittest.mock import Mock
 
 import pytest
@@ -121,6 +122,26 @@ def test_wrong_targets_are_refused(targets, error, message):
 def test_rounded_boxes_and_empty_ones_are_taken():
     boxes = torch.tensor([[0.5, 0.5, 1.004, 1.0], [0.5, -0.002, 0.0, 0.1]], dtype=torch.bfloat16)
     assert gd.PackedTargets.from_list([{"labels": LABELS, "boxes": boxes}]).sizes == (2,)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "warns"),
+    [
+        ([[[0.1, 0.1, 0.9, 0.9], [0.7, 0.2, 0.8, 0.4]], [[0.5, 0.6, 0.7, 0.9]]], True),  # corners
+        ([[[0.1, 0.1, 0.9, 0.9], [0.5, 0.5, 0.1, 0.2]], []], False),  # one that is not clipped, and another
+        ([[[0.5, 0.5, 1.0, 1.0], [0.4, 0.4, 0.8, 0.8]], []], False),  # large ones, within the image
+        ([[[0.1, 0.1, 0.9, 0.9]], []], False),  # one alone says little
+    ],
+)
+def test_corners_in_the_place_of_centres_give_a_warning(boxes, warns):
+    tensors = [torch.tensor(each).reshape(-1, 4) for each in boxes]
+    targets = [{"labels": torch.zeros(len(each), dtype=torch.int64), "boxes": each} for each in tensors]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        gd.PackedTargets.from_list(targets)
+    assert [str(each.message)[:46] for each in found] == [
+        "all boxes of a batch look like (x1, y1, x2, y2)"[:46]
+    ] * warns
 
 
 def test_values_on_other_devices_are_not_looked_at():

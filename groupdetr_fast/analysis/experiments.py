@@ -155,5 +155,5 @@ def _seeded(training: CocoTrainingConfig, seed: int) -> CocoTrainingConfig:
 def _with_epochs(training: CocoTrainingConfig, epochs: int) -> CocoTrainingConfig:
     """The same training for another number of epochs; a drop of the rates keeps its distance to the end."""
     optimization = training.optimization.resolved()
-    drop = tuple(max(1, epoch + epochs - optimization.epochs) for epoch in optimization.lr_drop)
+    drop = tuple(max(1, epoch + epochs - optimization.epochs) for epoch in optimization.drops)
     return replace(training, optimization=replace(optimization, epochs=epochs, lr_drop=drop))

@@ -11,7 +11,7 @@ from ..data import DataError
 from ..data.annotations import read_annotations, read_json
 from ..data.check import Findings, Statistics, check_part, compare_parts
 from ..data.config import DataPaths, usable_cores
-from ..data.layouts import find_yolo
+from ..data.layouts import find_yolo, has_part
 from ..data.yolo import read_yolo
 from ..models.registry import model_config
 from ..runs.config import ModelConfig
@@ -62,7 +62,7 @@ class CheckCommand(DataPaths):
         print(f"no errors, {warnings}")
 
     def findings(self) -> list[Findings]:
-        """What is found in the parts for training and evaluation.
+        """What is found in the parts for training and evaluation, and in the part "test" of a data path that has one.
 
         Raises:
             DataError: if the data are not given, or a file of annotations cannot be read.
@@ -74,6 +74,9 @@ class CheckCommand(DataPaths):
         queries = self.num_queries or model_config(self.model).num_queries
         findings = [self._check(part, data, queries) for part in ("train", "val")]
         compare_parts(*findings)
+        if data.data_path is not None and has_part(data.data_path, "test"):
+            findings.append(self._check("test", data, queries))
+            compare_parts(findings[0], findings[-1])
         return findings
 
     def _check(self, part: str, data: DataPaths, num_queries: int) -> Findings:
@@ -82,7 +85,8 @@ class CheckCommand(DataPaths):
             found = read_yolo(yolo, part)
             folder, content = found.image_folder, found.content
         else:
-            folder, annotations = data.train_paths() if part == "train" else data.val_paths()
+            paths = {"train": data.train_paths, "val": data.val_paths, "test": data.test_paths}
+            folder, annotations = paths[part]()
             content = read_json(annotations)
             if not folder.is_dir():
                 raise DataError(f"image folder {folder} does not exist; give the folder that holds the images")

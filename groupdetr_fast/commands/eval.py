@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.config import DataConfig
+from ..data.config import DataConfig, Split
 from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
@@ -25,6 +25,7 @@ class EvalCommand:
         model: name of the detector, for checkpoints without it (this package stores it); transformers:DIR_OR_ID, with
             no checkpoint, evaluates that model as it is.
         data_path: folder of a data set in COCO's layout, that of Roboflow's COCO export, or YOLO's.
+        split: the part of ``data_path`` to evaluate on: "val", or "test".
         coco_path: folder with COCO's ``val2017/`` and ``annotations/``; or name the two below.
         val_images: folder of images.
         val_annotations: COCO json.
@@ -48,6 +49,7 @@ class EvalCommand:
     checkpoint: CheckpointArgument = None
     model: str | None = None
     data_path: Path | None = None
+    split: Split = "val"
     coco_path: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
@@ -73,6 +75,7 @@ class EvalCommand:
         """The evaluation as a run.
 
         Raises:
+            DataError: if there is no such part of the data.
             ValueError: if no checkpoint is named, or neither it nor the flags name the detector.
         """
         checkpoint = self.checkpoint
@@ -89,7 +92,7 @@ class EvalCommand:
                 val_annotations=self.val_annotations,
                 labels=self.labels or header.labels,
                 workers=self.workers,
-            ),
+            ).evaluated_on(self.split),
             model=ModelConfig.of_checkpoint(header, load=checkpoint, num_groups=1),  # one group is enough
             augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision, tf32=self.tf32),

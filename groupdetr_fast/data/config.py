@@ -1,14 +1,17 @@
 """Where the data of a run are, and how they are read."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .annotations import DataError
 from .layouts import find_data
 
-__all__ = ["MOST_WORKERS", "DataConfig", "DataPaths", "usable_cores"]
+__all__ = ["MOST_WORKERS", "DataConfig", "DataPaths", "Split", "usable_cores"]
+
+Split = Literal["val", "test"]
+Paths = TypeVar("Paths", bound="DataPaths")
 
 MOST_WORKERS = 8  # by default: about 800 images a second, and half a gigabyte for each
 
@@ -51,6 +54,32 @@ class DataPaths:
     def val_paths(self) -> tuple[Path, Path]:
         """Folder of images and annotation file to evaluate on; raises as :meth:`train_paths`."""
         return self._paths("val", self.val_images, self.val_annotations)
+
+    def test_paths(self) -> tuple[Path, Path]:
+        """Folder of images and annotation file of the part ``test``, which no training sees.
+
+        Raises:
+            DataError: if there is no ``data_path``, or no such part in it.
+        """
+        if self.data_path is None:
+            raise DataError(
+                'split "test" is a part of data_path; name the files of other data by val_images and val_annotations'
+            )
+        return find_data(self.data_path, "test")
+
+    def evaluated_on(self: Paths, split: Split) -> Paths:
+        """The same data, with that part of ``data_path`` as the one to evaluate on.
+
+        Raises:
+            DataError: as :meth:`test_paths`.
+            ValueError: if it is neither "val" nor "test".
+        """
+        if split not in ("val", "test"):
+            raise ValueError(f'split must be "val" or "test", got {split!r}')
+        if split == "val":
+            return self
+        images, annotations = self.test_paths()
+        return replace(self, data_path=None, val_images=images, val_annotations=annotations)
 
     def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
         files = any((self.train_images, self.train_annotations, self.val_images, self.val_annotations))

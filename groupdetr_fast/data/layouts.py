@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .annotations import DataError
-from .yolo import yolo_as_coco
+from .yolo import has_images, yolo_as_coco
 
-__all__ = ["find_data", "find_yolo"]
+__all__ = ["find_data", "find_yolo", "has_part"]
 
-_ROBOFLOW = {"train": ("train",), "val": ("valid", "val")}
+_ROBOFLOW = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 _YOLO = ("data.yaml", "data.yml", "dataset.yaml")
 
 
@@ -17,12 +17,13 @@ def find_data(folder: str | Path, part: str) -> tuple[Path, Path]:
 
     - COCO: ``annotations/instances_train2017.json`` and ``train2017/``, also without the year, with the images in
       ``images/train2017/`` or ``images/``, or with ``annotations/train.json``;
-    - Roboflow's COCO export: ``train/_annotations.coco.json``, with the images beside it, and ``valid/`` or ``val/``;
+    - Roboflow's COCO export: ``train/_annotations.coco.json``, with the images beside it, ``valid/`` or ``val/``, and
+      ``test/``;
     - YOLO: ``data.yaml``, see ``data.yolo``.
 
     Args:
         folder: of the data set; of one in YOLO's layout also the path of ``data.yaml``.
-        part: "train" or "val".
+        part: "train", "val" or "test".
 
     Returns:
         The folder that the file names are relative to, and a COCO json, which is in the cache for YOLO's layout.
@@ -33,14 +34,22 @@ def find_data(folder: str | Path, part: str) -> tuple[Path, Path]:
     yolo = find_yolo(folder)
     if yolo is not None:
         return yolo_as_coco(yolo, part)
-    finders: tuple[Callable[[Path, str], tuple[Path, Path] | None], ...] = (_find_coco, _find_roboflow)
-    for find in finders:
-        if found := find(Path(folder), part):
-            return found
+    if found := _find(Path(folder), part):
+        return found
     raise DataError(
         f"{folder} has no {part} part in a known layout: annotations/instances_{part}*.json (COCO), "
         f"{_ROBOFLOW[part][0]}/_annotations.coco.json (Roboflow's COCO export) or data.yaml (YOLO)"
     )
+
+
+def has_part(folder: str | Path, part: str) -> bool:
+    """Whether a data set has a part. What ``data.yaml`` names and is not there, as in exports without it, is none.
+
+    Raises:
+        DataError: as :func:`find_data`, but for a part that is not there.
+    """
+    yolo = find_yolo(folder)
+    return has_images(yolo, part) if yolo is not None else _find(Path(folder), part) is not None
 
 
 def find_yolo(folder: str | Path) -> Path | None:
@@ -57,6 +66,11 @@ def find_yolo(folder: str | Path) -> Path | None:
     if (folder / "annotations").is_dir():
         return None
     return next((folder / name for name in _YOLO if (folder / name).is_file()), None)
+
+
+def _find(folder: Path, part: str) -> tuple[Path, Path] | None:
+    finders: tuple[Callable[[Path, str], tuple[Path, Path] | None], ...] = (_find_coco, _find_roboflow)
+    return next(filter(None, (find(folder, part) for find in finders)), None)
 
 
 def _find_coco(folder: Path, part: str) -> tuple[Path, Path] | None:

@@ -20,7 +20,7 @@ from .annotations import DataError
 from .cache import cache_root, made_once
 from .images import IMAGE_SUFFIXES, open_image, upright_size
 
-__all__ = ["YoloPart", "read_yolo", "yolo_as_coco"]
+__all__ = ["YoloPart", "has_images", "read_yolo", "yolo_as_coco"]
 
 # Part of the cache folder's name: raise it whenever the same files give another json.
 _VERSION = 2
@@ -30,7 +30,7 @@ Point = tuple[float, float]
 
 @dataclass
 class YoloPart:
-    """The images of training or of evaluation.
+    """The images of training, of evaluation or of the last test.
 
     Attributes:
         image_folder: that the file names in ``content`` are relative to.
@@ -48,7 +48,7 @@ def yolo_as_coco(data_file: Path, part: str) -> tuple[Path, Path]:
 
     Args:
         data_file: the ``data.yaml``.
-        part: "train" or "val".
+        part: "train", "val" or "test".
 
     Raises:
         DataError: for a fault in ``data.yaml`` or in a label, or an image that cannot be read.
@@ -68,6 +68,19 @@ def yolo_as_coco(data_file: Path, part: str) -> tuple[Path, Path]:
 
     made_once(folder, write)
     return _common_folder(images), folder / f"{part}.json"
+
+
+def has_images(data_file: Path, part: str) -> bool:
+    """Whether ``data.yaml`` names images of a part, and they are there.
+
+    Raises:
+        DataError: if the file cannot be read as yaml.
+    """
+    settings = _read_yaml(data_file)
+    try:
+        return bool(_image_files(data_file, settings, part))
+    except DataError:
+        return False
 
 
 def read_yolo(data_file: Path, part: str) -> YoloPart:

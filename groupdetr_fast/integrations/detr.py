@@ -74,8 +74,10 @@ class HungarianMatcher(nn.Module):
             ``K * min(N, T_b)``.
 
         Raises:
+            TypeError: if ``outputs`` or the targets are not of these kinds.
             ValueError: if ``group_detr`` does not divide the number of queries, or targets do not fit.
         """
+        _check_outputs({"": outputs})
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         packed = _pack(targets)
         matching = self.match(logits, boxes, packed, _split(logits.shape[1], group_detr))
@@ -108,7 +110,8 @@ class SetCriterion(nn.Module):
 
     Raises:
         TypeError: if ``matcher`` is not a :class:`HungarianMatcher` of this module, or for a fourth positional one.
-        ValueError: if an unsupported option is on or ``losses`` has an unknown name.
+        ValueError: if an unsupported option is on, ``losses`` has an unknown name or ``group_detr`` is no positive
+            integer.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class SetCriterion(nn.Module):
         self.weight_dict = weight_dict
         self.focal_alpha = focal_alpha
         self.losses = tuple(losses)
-        self.group_detr = group_detr
+        self.group_detr = _checked_groups(group_detr)
         self.sum_group_losses = sum_group_losses
         self.ia_bce_loss = ia_bce_loss
 
@@ -168,17 +171,21 @@ class SetCriterion(nn.Module):
             ``_0``, ``_1``, ... and ``_enc`` appended.
 
         Raises:
-            ValueError: if ``group_detr`` does not divide the number of queries, or targets do not fit.
+            TypeError: if ``outputs`` or the targets are not of these kinds.
+            ValueError: if ``group_detr`` does not divide the number of queries, the layers have different shapes, or
+                targets do not fit.
         """
         layers = {"": outputs}
-        layers |= {f"_{index}": layer for index, layer in enumerate(outputs.get("aux_outputs", ()))}
-        if "enc_outputs" in outputs:
-            layers["_enc"] = outputs["enc_outputs"]
+        if isinstance(outputs, Mapping):
+            layers |= {f"_{index}": layer for index, layer in enumerate(outputs.get("aux_outputs", ()))}
+            if "enc_outputs" in outputs:
+                layers["_enc"] = outputs["enc_outputs"]
+        _check_outputs(layers)
         logits = torch.stack([layer["pred_logits"] for layer in layers.values()])  # [layers, B, K * N, C]
         boxes = torch.stack([layer["pred_boxes"] for layer in layers.values()])  # [layers, B, K * N, 4]
         boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
         packed = _pack(targets)
-        groups = _split(logits.shape[2], self._num_groups)
+        groups = _split(logits.shape[2], self._num_groups, "; after criterion.eval() there is one" * self.training)
         if num_boxes is None:
             num_boxes = self.num_boxes_for_targets(outputs, targets)
 
@@ -261,15 +268,43 @@ def _refuse(name: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} of {__name__} does not support {', '.join(on)}")
 
 
+def _check_outputs(layers: Mapping[str, Any]) -> None:
+    """Check that every layer has class logits and boxes, of the shapes of the last one's, which is named ""."""
+    shape: Sequence[int] | None = None
+    for suffix, layer in layers.items():
+        name = {"": "outputs", "_enc": "enc_outputs"}.get(suffix, f"aux_outputs[{suffix[1:]}]")
+        if not isinstance(layer, Mapping) or not {"pred_logits", "pred_boxes"} <= layer.keys():
+            found = ", ".join(map(str, layer)) if isinstance(layer, Mapping) else f"a {type(layer).__name__}"
+            raise TypeError(f"{name} must be a dictionary with pred_logits and pred_boxes, got {found}")
+        logits, boxes = layer["pred_logits"], layer["pred_boxes"]
+        shape = logits.shape if shape is None else shape
+        if logits.dim() != 3 or logits.shape != shape:
+            wanted = "[B, K * N, C]" if logits.dim() != 3 else f"{list(shape)}, as that of the last layer"
+            raise ValueError(f"pred_logits of {name} must have shape {wanted}, got {list(logits.shape)}")
+        if boxes.shape != (*shape[:2], 4):
+            raise ValueError(f"pred_boxes of {name} must have shape {[*shape[:2], 4]}, got {list(boxes.shape)}")
+
+
 def _pack(targets: Sequence[Target]) -> PackedTargets:
+    if isinstance(targets, Mapping | Tensor) or not all(isinstance(target, Mapping) for target in targets):
+        raise TypeError(
+            f"targets must be a list with a dictionary of labels and boxes for each image, got a "
+            f"{type(targets).__name__}"
+        )
     if any("valid" in target for target in targets):
         raise ValueError("targets padded to a fixed size (with the key 'valid') are not supported: pass them unpadded")
-    return PackedTargets.from_list([{"labels": target["labels"], "boxes": target["boxes"]} for target in targets])
+    return PackedTargets.from_list([{key: target[key] for key in target if key != "masks"} for target in targets])
 
 
-def _split(num_queries: int, num_groups: int) -> QueryGroups:
-    if num_queries % num_groups:
-        raise ValueError(f"group_detr must divide the number of queries, {num_queries}, got {num_groups}")
+def _checked_groups(group_detr: int) -> int:
+    if not isinstance(group_detr, int) or group_detr < 1:
+        raise ValueError(f"group_detr must be an integer of at least 1, got {group_detr!r}")
+    return group_detr
+
+
+def _split(num_queries: int, num_groups: int, hint: str = "") -> QueryGroups:
+    if num_queries % _checked_groups(num_groups):
+        raise ValueError(f"group_detr must divide the number of queries, {num_queries}, got {num_groups}{hint}")
     return QueryGroups(num_groups, num_queries // num_groups)
 
 

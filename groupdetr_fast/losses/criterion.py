@@ -106,7 +106,12 @@ class SetCriterion(nn.Module):
             Scalars under DETR's names, unweighted: ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last layer, with
             ``_0``, ``_1``, ... appended for the other layers, with ``_enc`` for the encoder, and with ``_dn``,
             ``_dn_0``, ``_dn_1``, ... for the denoising queries; and ``loss``, the weighted sum of all.
+
+        Raises:
+            TypeError: if ``out`` has no logits, boxes or groups, or the targets are not packed.
+            ValueError: if a shape, a device or a label does not fit.
         """
+        _check_predictions(out)
         totals = StepTotals.of([targets]) if totals is None else totals
         num_groups = totals.num_groups or out.groups.num_groups
         num_boxes = totals.num_objects * (num_groups / out.groups.num_groups)  # the mean is over all groups
@@ -214,6 +219,17 @@ class SetCriterion(nn.Module):
         """L1 and generalised IoU loss of corresponding ``cxcywh`` boxes ``[..., 4]``: two of ``[...]``."""
         l1 = (predicted - expected).abs().sum(-1)
         return l1, 1 - aligned_generalized_box_iou_of_centers(predicted, expected)
+
+
+def _check_predictions(out: object) -> None:
+    """Check that an output has what the criterion needs."""
+    if not isinstance(getattr(out, "groups", None), QueryGroups) or not hasattr(out, "boxes"):
+        raise TypeError(
+            "out must have logits, boxes and groups, as gd.DetectorOutput(logits, boxes, gd.QueryGroups(K, N)) has, "
+            f"got a {type(out).__name__}; dictionaries of DETR's kind are for integrations.detr.SetCriterion"
+        )
+    if out.logits.dim() != 4:  # type: ignore[attr-defined]
+        raise ValueError(f"logits must have shape [layers, B, K * N, C], got {list(out.logits.shape)}")  # type: ignore[attr-defined]
 
 
 def _with_class_loss(losses: Tensor, more: Tensor) -> Tensor:

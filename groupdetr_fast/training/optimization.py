@@ -25,7 +25,8 @@ class OptimizationConfig:
     Attributes:
         schedule: a schedule of the paper by name, which sets ``epochs`` and ``lr_drop``; None to set them yourself.
         epochs: passes over the training images.
-        lr_drop: epochs, or fractions of them, after each of which the rates drop to a tenth (``decay="step"``).
+        lr_drop: epochs, or fractions of them, after each of which the rates drop to a tenth (``decay="step"``); None
+            for one drop before the last twelfth of ``epochs``: after 11 of 12, 46 of 50, 92 of 100.
         decay: "step", or "cosine" from the peak to 0 over the whole run.
         warmup_steps: optimiser steps over which the rates rise linearly to their peak.
         lr: peak learning rate of everything but the backbone.
@@ -60,7 +61,7 @@ class OptimizationConfig:
 
     schedule: Literal["12e", "50e"] | None = None
     epochs: int = 12
-    lr_drop: tuple[float, ...] = (11,)
+    lr_drop: tuple[float, ...] | None = None
     decay: Literal["step", "cosine"] = "step"
     warmup_steps: int = 0
     lr: float = 1e-4
@@ -104,7 +105,7 @@ class OptimizationConfig:
         ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not all(epoch > 0 for epoch in self.lr_drop):
+        if self.lr_drop is not None and not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
         if isinstance(self.freeze, str):
             raise ValueError(f"freeze must hold names of parts, such as ({self.freeze!r},), got {self.freeze!r}")
@@ -117,6 +118,14 @@ class OptimizationConfig:
             _ = self.graph_sizes  # which checks them
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
+
+    @property
+    def drops(self) -> tuple[float, ...]:
+        """``lr_drop``, or what None stands for; none in a training of one epoch."""
+        if self.lr_drop is not None:
+            return self.lr_drop
+        before = self.epochs - max(1, round(self.epochs / 12))
+        return (before,) if before else ()
 
     @property
     def images_per_batch(self) -> int:
@@ -251,7 +260,7 @@ def build_scheduler(
         warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
         if config.decay == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
-        return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.lr_drop)
+        return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drops)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -51,6 +51,21 @@ def test_errors_give_exit_status_1_and_one_sentence_each(digits, tmp_path, capsy
     assert any("a group has 2 queries" in line for line in lines)
 
 
+def test_the_part_to_test_on_is_checked_too(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "set")
+    shutil.copytree(tmp_path / "set" / "val", tmp_path / "set" / "test")
+    shutil.copy(tmp_path / "set" / "train" / "000003.png", tmp_path / "set" / "test" / "000001.png")
+    content = json.loads((tmp_path / "set" / "annotations" / "val.json").read_text())
+    content["annotations"][0]["category_id"] = 77
+    (tmp_path / "set" / "annotations" / "test.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="the data set has 1 error and"):
+        check(tmp_path / "set")
+    text = capsys.readouterr().out
+    assert "test: 20 images" in text
+    assert "which is not in the table" in text
+    assert "warning: image 1 of test is the same file as image 3 of train" in text
+
+
 def test_names_do_not_act_on_the_terminal(digits, tmp_path, capsys):
     shutil.copytree(digits, tmp_path / "set")
     for part in ("train", "val"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     by_category = re.search(r"AP by category: (.*)", text)[1]
     expected = {f"{name} {ap:.3f}" for name, ap in metrics["per_category"].items() if ap is not None}
     assert set(by_category.split(", ")) == expected
+
+    parts = tmp_path / "parts"
+    for part, images, annotations in (
+        ("valid", digits.train_images, digits.train_annotations),
+        ("test", digits.val_images, digits.val_annotations),
+    ):
+        shutil.copytree(images, parts / part)
+        shutil.copy(annotations, parts / part / "_annotations.coco.json")
+    test = ["--data-path", parts, "--split=test", "--workers=0", "--no-report"]
+    cli.main([str(argument) for argument in ["eval", tmp_path / "run", "--output", tmp_path / "test", *test]])
+    assert table.findall(capsys.readouterr().out) == table.findall(trained)
 
     other = json.loads(digits.val_annotations.read_text())
     other["categories"].append({"id": 99, "name": "other"})

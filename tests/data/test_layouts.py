@@ -2,6 +2,8 @@ import pytest
 from PIL import Image
 
 from groupdetr_fast.data import DataError, find_data
+from groupdetr_fast.data.config import DataPaths
+from groupdetr_fast.data.layouts import has_part
 
 
 def touch(folder, *names):
@@ -40,6 +42,35 @@ def test_yolo_by_folder_and_by_file(tmp_path, monkeypatch):
     assert images == tmp_path / "images" / "train"
     assert annotations.parent.parent == tmp_path / "cache"
     assert find_data(tmp_path / "data.yaml", "train") == (images, annotations)
+
+
+@pytest.mark.parametrize(
+    "files", [["test/_annotations.coco.json"], ["annotations/instances_test.json", "test/a.jpg"]], ids=["own", "coco"]
+)
+def test_the_part_to_test_on_takes_the_place_of_val(tmp_path, files):
+    touch(tmp_path, *files)
+    data = DataPaths(data_path=tmp_path)
+    assert data.evaluated_on("val") is data
+    assert data.evaluated_on("test").val_paths() == (tmp_path / "test", tmp_path / files[0])
+    assert has_part(tmp_path, "test")
+    assert not has_part(tmp_path, "val")
+
+
+def test_a_part_to_test_on_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no test part in a known layout"):
+        DataPaths(data_path=tmp_path).evaluated_on("test")
+    with pytest.raises(DataError, match="part of data_path; name the files of other data by val_images"):
+        DataPaths(coco_path=tmp_path).evaluated_on("test")
+    with pytest.raises(ValueError, match='split must be "val" or "test", got \'train\''):
+        DataPaths(data_path=tmp_path).evaluated_on("train")
+
+
+def test_a_part_that_data_yaml_names_in_vain_is_none(tmp_path):
+    """As exports of Roboflow have it that were made without test images."""
+    touch(tmp_path, "images/a.png")
+    (tmp_path / "data.yaml").write_text("train: images\nval: images\ntest: ../test/images\nnames: [a]\n")
+    assert has_part(tmp_path, "val")
+    assert not has_part(tmp_path, "test")
 
 
 @pytest.mark.parametrize(

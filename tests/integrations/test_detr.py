@@ -243,6 +243,36 @@ def test_wrong_arguments_are_refused():
         criterion_of(2)(random_layer(1, 10), padded)
 
 
+@pytest.mark.parametrize("group_detr", [0, -3, 2.0])
+def test_a_number_of_groups_that_is_none_is_refused(group_detr):
+    message = f"group_detr must be an integer of at least 1, got {group_detr}"
+    with pytest.raises(ValueError, match=message):
+        criterion_of(group_detr)
+    with pytest.raises(ValueError, match=message):
+        HungarianMatcher(*COSTS)(random_layer(1, 10), random_targets((1,)), group_detr=group_detr)
+
+
+def test_outputs_and_targets_of_other_kinds_are_refused():
+    criterion, outputs, targets = criterion_of(2), random_layer(1, 10), random_targets((1,))
+    other = random_layer(1, 8)
+    with pytest.raises(ValueError, match=r"pred_logits of aux_outputs\[0\] must have shape .* last layer, got \[1, 8"):
+        criterion({**outputs, "aux_outputs": [other]}, targets)
+    with pytest.raises(ValueError, match=r"pred_boxes of outputs must have shape \[1, 10, 4\], got \[1, 8, 4\]"):
+        criterion({**outputs, "pred_boxes": other["pred_boxes"]}, targets)
+    with pytest.raises(ValueError, match=r"pred_logits of outputs must have shape \[B, K \* N, C\]"):
+        criterion({name: value[0] for name, value in outputs.items()}, targets)
+    with pytest.raises(TypeError, match=r"outputs must be a dictionary with pred_logits and pred_boxes, got logits"):
+        criterion({"logits": outputs["pred_logits"]}, targets)
+    with pytest.raises(TypeError, match=r"outputs must be a dictionary .*, got a Tensor"):
+        HungarianMatcher(*COSTS)(outputs["pred_logits"], targets)
+    with pytest.raises(TypeError, match=r"targets must be a list with a dictionary .* for each image, got a dict"):
+        criterion(outputs, targets[0])
+    with pytest.raises(ValueError, match=r'targets\[0\] lacks the key "labels": give what is in "class_labels" under'):
+        criterion(outputs, [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets])
+    with pytest.raises(ValueError, match=r"10, got 3; after criterion\.eval\(\) there is one"):
+        criterion_of(3)(outputs, targets)
+
+
 @pytest.mark.parametrize("fourth", [0.1, ["labels", "boxes"]])
 def test_what_the_repositories_order_differently_is_taken_by_name(fourth):
     """DETR has eos_coef in fourth place, Deformable DETR losses, and Conditional DETR focal_alpha."""

@@ -290,6 +290,18 @@ def test_wrong_number_of_queries_is_refused():
         gd.build_criterion("conditional_detr_r50")(out, gd.PackedTargets.from_list(random_targets((1, 1, 1))))
 
 
+def test_outputs_of_other_kinds_are_refused():
+    criterion, targets = gd.build_criterion("conditional_detr_r50"), gd.PackedTargets.from_list(random_targets((1, 1)))
+    with pytest.raises(TypeError, match=r"out must have logits, boxes and groups, .* got a dict; dictionaries of DETR"):
+        criterion({"pred_logits": torch.zeros(2, 8, 3)}, targets)
+    one_layer = gd.DetectorOutput(torch.zeros(2, 8, 3), torch.rand(2, 8, 4), gd.QueryGroups(2, 4))
+    with pytest.raises(ValueError, match=r"logits must have shape \[layers, B, K \* N, C\], got \[2, 8, 3\]"):
+        criterion(one_layer, targets)
+    one_layer.groups = 2
+    with pytest.raises(TypeError, match="out must have logits, boxes and groups"):
+        criterion(one_layer, targets)
+
+
 def test_criterion_of_a_model_takes_its_weights():
     model = gd.build_model(
         "conditional_detr_r50", num_classes=2, num_groups=1, backbone="conv:8", class_loss=3.0, giou_cost=7.0

@@ -526,6 +526,7 @@ def test_seed_comes_from_torchs_generator(device):
         ),
         ({"value": torch.zeros(2, 12, 2, 8, device="meta")}, ValueError, "value must lie on the device of query, cpu"),
         ({"groups": 5}, ValueError, "groups must divide the number of queries, L = 12, got 5"),
+        ({"groups": 3.0}, TypeError, "groups must be an integer or QueryGroups, got 3.0"),
         ({"groups": 0}, ValueError, "groups must divide the number of queries, L = 12, got 0"),
         ({"groups": QueryGroups(2, 5)}, ValueError, "groups must describe the L = 12 queries, got 10"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),

@@ -373,6 +373,7 @@ def test_cost_that_requires_a_gradient(device):
             TypeError,
             "num_targets must be int64, got torch.int32",
         ),
+        (torch.zeros(2, 3), 2, TypeError, "num_targets must be int64, got no tensor: 2"),
         (torch.zeros(3), torch.tensor(2), ValueError, r"cost must have shape \[..., T_max, N\], got \[3\]"),
         (torch.zeros(4, 2, 3), torch.zeros(3).long(), ValueError, r"leading shape \[4\] of cost, got \[3\]"),
         (torch.zeros(2, 3), torch.zeros(1).long(), ValueError, r"leading shape \[\] of cost, got \[1\]"),

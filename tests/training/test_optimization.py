@@ -69,6 +69,15 @@ def test_step_drop_after_the_given_epoch():
     assert [row[1] for row in found] == pytest.approx([1e-5] * 6 + [1e-6] * 2)
 
 
+@pytest.mark.parametrize(("epochs", "drops"), [(1, ()), (2, (1,)), (12, (11,)), (50, (46,)), (100, (92,))])
+def test_the_drop_follows_the_epochs_unless_it_is_given(epochs, drops):
+    assert OptimizationConfig(epochs=epochs).drops == drops
+    found = rates(OptimizationConfig(epochs=epochs), steps=2 * epochs, steps_per_epoch=2)
+    last = 2 * (epochs - drops[0]) if drops else 0
+    assert [row[0] for row in found] == pytest.approx([1e-4] * (2 * epochs - last) + [1e-5] * last)
+    assert OptimizationConfig(epochs=epochs, lr_drop=()).drops == ()
+
+
 def test_several_drops_within_epochs():
     found = rates(OptimizationConfig(epochs=2, lr_drop=(0.5, 1.75)), steps=8, steps_per_epoch=4)
     assert [row[0] for row in found] == pytest.approx([1e-4] * 2 + [1e-5] * 5 + [1e-6])

@@ -48,7 +48,7 @@ def grouped_attention(
     There is no double backward.
 
     Raises:
-        TypeError: if the dtypes differ or are none of these.
+        TypeError: if the dtypes differ or are none of these, or for groups that are no integer.
         ValueError: if a shape, a device, the groups or dropout_p do not fit.
     """
     _check(query, key, value)
@@ -73,6 +73,8 @@ def _layout(groups: QueryGroups | int, length: int) -> list[int]:
         if groups.length != length:
             raise ValueError(f"groups must describe the L = {length} queries, got {groups.length} in {groups}")
         return groups.as_ints()
+    if isinstance(groups, float | str):
+        raise TypeError(f"groups must be an integer or QueryGroups, got {groups!r}")
     if groups < 1 or length < 1 or length % groups != 0:
         raise ValueError(f"groups must divide the number of queries, L = {length}, got {groups}")
     return QueryGroups(groups, length // groups).as_ints()

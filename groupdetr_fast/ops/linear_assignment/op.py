@@ -45,8 +45,9 @@ def linear_assignment(cost: Tensor, num_targets: Tensor) -> Tensor:
     """
     if cost.dtype not in _DTYPES:
         raise TypeError(f"cost must be float32, float64, float16 or bfloat16, got {cost.dtype}")
-    if num_targets.dtype != torch.int64:
-        raise TypeError(f"num_targets must be int64, got {num_targets.dtype}")
+    if not isinstance(num_targets, Tensor) or num_targets.dtype != torch.int64:
+        found = num_targets.dtype if isinstance(num_targets, Tensor) else f"no tensor: {num_targets!r}"
+        raise TypeError(f"num_targets must be int64, got {found}")
     if cost.dim() < 2:
         raise ValueError(f"cost must have shape [..., T_max, N], got {list(cost.shape)}")
     if num_targets.device != cost.device:
