@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -142,8 +143,8 @@ def in_steps(arguments: Sequence[str]) -> list[list[str]]:
     return [[*arguments, "--seeds", str(half)], list(arguments)] if half else [list(arguments)]
 
 
-def run_until(command: Sequence[str], environment: Mapping[str, str], end: float) -> int | None:
-    """The exit status of a command; it is asked to stop in time before ``end``, and killed at it (None).
+def run_until(command: Sequence[str], environment: Mapping[str, str], end: float) -> int:
+    """The exit status of a command, or that of a stopped training: it is asked to stop in time, and killed at the end.
 
     Args:
         command: handles SIGTERM as ``groupdetr analyze`` does.
@@ -157,8 +158,10 @@ def run_until(command: Sequence[str], environment: Mapping[str, str], end: float
         print("asked to stop: the time is over", flush=True)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(max(1.0, end - time.monotonic()))
-        return None
+            # Negative before it has come to its runs: nothing has begun that could be stopped otherwise.
+            status = process.wait(max(1.0, end - time.monotonic()))
+            return EXIT_STOPPED if status == -signal.SIGTERM else status
+        return EXIT_STOPPED
     finally:
         if process.poll() is None:
             process.kill()  # its runs then write a checkpoint and end by themselves
@@ -238,7 +241,7 @@ def measure(name: str, line: Sequence[str], environment: Mapping[str, str], end:
         status = run_until([sys.executable, "-m", "groupdetr_fast", "analyze", *arguments], environment, end)
         print(f"{name}: exit status {status} after {time.monotonic() - began:.0f} s", flush=True)
         if status != 0:
-            return EXIT_STOPPED if status is None else status
+            return status
     return 0
 
 

@@ -84,8 +84,13 @@ def test_a_command_that_does_not_stop_is_killed(monkeypatch):
     monkeypatch.setattr(evidence, "STOP_SECONDS", 1)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     start = time.monotonic()
-    assert run_until(python(deaf), {}, start + 4) is None
+    assert run_until(python(deaf), {}, start + 4) == EXIT_STOPPED
     assert time.monotonic() - start < 20
+
+
+def test_a_command_that_is_stopped_while_it_imports_goes_on_later(monkeypatch):
+    monkeypatch.setattr(evidence, "STOP_SECONDS", 30)
+    assert run_until(python("import time; time.sleep(60)"), {}, time.monotonic() + 30) == EXIT_STOPPED
 
 
 def make_run(folder, name, done):
