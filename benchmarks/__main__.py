@@ -20,6 +20,7 @@ COMMANDS = {
     "deformable_tiles": ("gpu.deformable_tiles", "walks of deformable attention over sorted samples, without a GPU"),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
+    "evidence": ("paper.evidence", "the paper's tables and figures by trainings on one GPU, in the time there is"),
     "speed": ("paper.speed", "the picture of the first page: how many times as fast as what else there is"),
     "roofline": ("paper.roofline", "floors of the kernels on an H100, on paper"),
     "scaling": ("paper.scaling", "steps and epochs of many GPUs, on paper"),
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see above")
     name = parser.parse_args(sys.argv[1:2]).command
     sys.argv[:2] = [f"benchmarks {name}"]  # so that usage and errors name the command
-    importlib.import_module(COMMANDS[name][0]).main()
+    sys.exit(importlib.import_module(COMMANDS[name][0]).main())
 
 
 if __name__ == "__main__":

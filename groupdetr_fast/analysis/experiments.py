@@ -17,6 +17,7 @@ __all__ = [
     "assignment_cells",
     "average",
     "group_cells",
+    "paired_differences",
     "result_row",
     "with_groups",
 ]
@@ -31,6 +32,8 @@ VARIANTS: dict[str, tuple[bool, Assignment]] = {
     "group assignment only": (False, "group"),
     "both (Group DETR)": (True, "group"),
 }
+
+CONFIDENCE = 0.95  # of intervals
 
 ASSIGNMENTS: tuple[Assignment, ...] = ("one_to_one", "one_to_many", "group")  # of figure 1
 
@@ -141,11 +144,59 @@ def average(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str], *, 
     for combination, members in together.items():
         entry: Row = {**dict(zip(keys, combination, strict=True)), counted: len(members)}
         for value in values:
-            numbers = [row[value] for row in members if row[value] is not None and not math.isnan(row[value])]
+            numbers = [row[value] for row in members if not _is_missing(row[value])]
             entry[value] = statistics.mean(numbers) if numbers else None
             entry[f"{value}_std"] = statistics.stdev(numbers) if len(numbers) > 1 else None
         averages.append(entry)
     return averages
+
+
+def paired_differences(
+    rows: Iterable[Row], keys: Sequence[str], baseline: Sequence[Any], values: Sequence[str]
+) -> list[Row]:
+    """How far runs are from the baseline's run of the same seed, on average, and how sure that is.
+
+    Runs of one seed see their images in the same order, so that their difference varies less than each of them.
+
+    Args:
+        rows: one for each run, with ``seed``.
+        keys: columns whose values are kept apart.
+        baseline: the values of these columns in the rows that the others are compared to.
+        values: columns that are compared.
+
+    Returns:
+        Per combination of keys but the baseline's: the keys, ``seeds`` (how many have both runs), and for each value
+        ``<value>_difference``, the mean, with ``<value>_from`` and ``<value>_to``, the ends of its interval of 95 % by
+        Student's t; these are None for a single seed. Missing numbers (None, nan) are left out; combinations that
+        share no seed with the baseline are not there.
+    """
+    from scipy.stats import t as student
+
+    by_seed: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for row in rows:
+        by_seed.setdefault(tuple(row[key] for key in keys), {})[row["seed"]] = row
+    of_baseline = by_seed.pop(tuple(baseline), {})
+    compared = []
+    for combination, runs in by_seed.items():
+        shared = sorted(set(runs) & set(of_baseline))
+        if not shared:
+            continue
+        entry: Row = {**dict(zip(keys, combination, strict=True)), "seeds": len(shared)}
+        for value in values:
+            pairs = [(runs[seed][value], of_baseline[seed][value]) for seed in shared]
+            found = [own - other for own, other in pairs if not (_is_missing(own) or _is_missing(other))]
+            mean = statistics.mean(found) if found else None
+            entry |= {f"{value}_difference": mean, f"{value}_from": None, f"{value}_to": None}
+            if mean is not None and len(found) > 1:
+                error = statistics.stdev(found) / math.sqrt(len(found))
+                half = float(student.ppf(0.5 + CONFIDENCE / 2, len(found) - 1)) * error
+                entry |= {f"{value}_from": mean - half, f"{value}_to": mean + half}
+        compared.append(entry)
+    return compared
+
+
+def _is_missing(number: float | None) -> bool:
+    return number is None or math.isnan(number)
 
 
 def _seeded(training: CocoTrainingConfig, seed: int) -> CocoTrainingConfig:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["ForkError", "ForkServer", "ForkedRun", "forks_are_safe"]
+__all__ = ["ForkError", "ForkServer", "ForkedRun", "forks_are_safe", "thread_limits"]
 
 POLL_SECONDS = 0.05  # while a run is waited for
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -40,6 +40,11 @@ def forks_are_safe() -> bool:
     return sys.platform == "linux"
 
 
+def thread_limits(threads: int) -> dict[str, str]:
+    """Variables for a process with so many CPU threads: those of torch, and those of the COCO metric."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+
+
 class ForkServer:
     """The process that is forked, and what is asked of it.
 
@@ -49,7 +54,7 @@ class ForkServer:
 
     def __init__(self, threads: int):
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),  # which is read when libraries are loaded
+            **thread_limits(threads),  # which are read when libraries are loaded
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # an import that asks whether there are GPUs is not to initialise one
         }
         command = [sys.executable, "-m", "groupdetr_fast.analysis.forking"]

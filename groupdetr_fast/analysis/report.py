@@ -17,6 +17,7 @@ from .plots import save_figure
 __all__ = ["Measurement", "write_measurement", "write_page"]
 
 PAGE = "index.html"
+DIFFERENCES = "Differences to the runs with one group, paired by seed; their mean lies between from and to at 95 %."
 ORDER = (
     "assignment",
     "sweep_groups",
@@ -42,6 +43,7 @@ class Measurement:
         rows: all results, one for each run, step or query; the csv file.
         summary: the table for readers, averaged over seeds.
         settings: of the training that the runs vary.
+        differences: of the runs to those with one group; see ``experiments.paired_differences``.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Measurement:
     rows: Sequence[Mapping[str, Any]]
     summary: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    differences: Sequence[Mapping[str, Any]] = ()
 
 
 def write_measurement(measurement: Measurement, figure: Figure, folder: Path) -> None:
@@ -66,6 +69,10 @@ def write_measurement(measurement: Measurement, figure: Figure, folder: Path) ->
     write_page(folder)
     print(measurement.title)
     for line in markdown_table(measurement.summary):
+        print(line)
+    if measurement.differences:
+        print(DIFFERENCES)
+    for line in markdown_table(measurement.differences):
         print(line)
     print(f"files: {folder / name}.png, .csv, .json; page: {folder / PAGE}")
 
@@ -93,6 +100,7 @@ def _section(measurement: Measurement) -> str:
         f"<p>{html.escape(measurement.caption)}</p>",
         f"<pre>{html.escape(measurement.command)}</pre>",
         html_table(measurement.summary),
+        *([f"<p>{DIFFERENCES}</p>", html_table(measurement.differences)] if measurement.differences else []),
         f'<p>All {len(measurement.rows)} results: <a href="{name}.csv">{name}.csv</a>, '
         f'<a href="{name}.json">{name}.json</a></p>',
         "<details><summary>Settings of the training</summary>"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..data.config import usable_cores
 from ..training.faults import StopRequest, TrainingStopped
-from .forking import ForkedRun, ForkError, ForkServer, forks_are_safe
+from .forking import ForkedRun, ForkError, ForkServer, forks_are_safe, thread_limits
 from .gpus import SharedGpu, shared_gpus
 from .run import Run, RunResults, run_command
 
@@ -259,7 +259,7 @@ class _Pool:
         if forks_are_safe():
             self.forks = self.forks or ForkServer(self.threads)
             return self.forks.start(folder, folder / LOG, environment)
-        variables = os.environ | {"OMP_NUM_THREADS": str(self.threads)} | environment
+        variables = os.environ | thread_limits(self.threads) | environment
         with (folder / LOG).open("a") as log:
             return psutil.Popen(run_command(folder), stdout=log, stderr=subprocess.STDOUT, env=variables)
 

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from scipy import stats
 
 from groupdetr_fast.analysis.experiments import (
     VARIANTS,
@@ -12,6 +13,7 @@ from groupdetr_fast.analysis.experiments import (
     assignment_cells,
     average,
     group_cells,
+    paired_differences,
     with_groups,
 )
 from groupdetr_fast.analysis.run import Run
@@ -97,3 +99,29 @@ def test_mean_and_sample_standard_deviation():
     assert one == {"k": 1, "runs": 3, "AP": pytest.approx(0.25), "AP_std": pytest.approx(statistics.stdev([0.1, 0.4]))}
     assert three == {"k": 3, "runs": 1, "AP": 0.5, "AP_std": None}
     assert five == {"k": 5, "runs": 1, "AP": None, "AP_std": None}
+
+
+def test_differences_are_paired_by_seed():
+    """Against scipy's paired test; a seed without its partner does not count, nor does a run without the number."""
+    baseline, own = [0.30, 0.34, 0.28, 0.33, 0.31], [0.33, 0.35, 0.33, 0.34, 0.35]
+    rows = [
+        {"num_groups": groups, "seed": seed, "AP": value}
+        for groups, values in ((1, baseline), (3, own))
+        for seed, value in enumerate(values)
+    ]
+    rows += [{"num_groups": 3, "seed": 9, "AP": 0.9}, {"num_groups": 5, "seed": 2, "AP": 0.5}]
+    rows += [{"num_groups": 7, "seed": 0, "AP": math.nan}, {"num_groups": 7, "seed": 1, "AP": None}]
+    rows += [{"num_groups": 9, "seed": 9, "AP": 0.9}]
+    three, five, seven = paired_differences(rows, ("num_groups",), (1,), ("AP",))
+    interval = stats.ttest_rel(own, baseline).confidence_interval(0.95)
+    assert (three["num_groups"], three["seeds"]) == (3, 5)
+    assert three["AP_difference"] == pytest.approx(statistics.mean(own) - statistics.mean(baseline))
+    assert (three["AP_from"], three["AP_to"]) == pytest.approx((interval.low, interval.high))
+    assert five == {
+        "num_groups": 5, "seeds": 1, "AP_difference": pytest.approx(0.22), "AP_from": None, "AP_to": None
+    }  # fmt: skip
+    assert (seven["seeds"], seven["AP_difference"], seven["AP_to"]) == (2, None, None)
+
+
+def test_without_a_baseline_there_are_no_differences():
+    assert paired_differences([{"num_groups": 3, "seed": 0, "AP": 0.1}], ("num_groups",), (1,), ("AP",)) == []

@@ -36,7 +36,9 @@ def test_a_fork_makes_the_run_of_a_process_of_its_own_whatever_was_made_before(s
         run = prepared(training, tmp_path / name, seed=seed, epochs=1)
         process = server.start(tmp_path / name, tmp_path / name / "log.txt", {"A_VARIABLE": "of this run"})
         assert process.poll() is None
-        assert process.environ().get("A_VARIABLE") is None  # what the system shows is of its beginning
+        shown = process.environ()  # of its beginning, as the system has it
+        assert shown.get("A_VARIABLE") is None
+        assert shown["OMP_NUM_THREADS"] == shown["RAYON_NUM_THREADS"] == "1"
         assert process.memory_info().rss > 2**20
         assert process.wait(120) == 0, (tmp_path / name / "log.txt").read_text()
         assert run.is_done(tmp_path / name)

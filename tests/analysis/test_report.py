@@ -160,6 +160,16 @@ def test_a_measurement_leaves_its_files_and_a_page(tmp_path, capsys):
         assert expected in text
 
 
+def test_differences_are_printed_and_on_the_page(tmp_path, capsys):
+    difference = {"num_groups": 2, "seeds": 2, "AP_difference": 0.05, "AP_from": -0.012, "AP_to": 0.112}
+    write_measurement(measurement("cost", differences=[difference]), FIGURES["cost"](), tmp_path)
+    assert "paired by seed" in (printed := capsys.readouterr().out)
+    assert "| 2 | 2 | 0.050 | -0.012 | 0.112 |" in printed
+    text = " ".join(Page((tmp_path / "index.html").read_text()).text)
+    assert "paired by seed" in text
+    assert "-0.012" in text
+
+
 def test_a_page_of_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no measurement in"):
         write_page(tmp_path)

@@ -27,7 +27,8 @@ folder = Path(sys.argv[1])
 settings = json.loads((folder / "settings.json").read_text())
 optimization = settings["training"]["optimization"]
 note = (folder.parent / "notes.txt").open("a")
-print("start", folder.name, os.environ["OMP_NUM_THREADS"], file=note, flush=True)
+threads = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")]
+print("start", folder.name, *threads, file=note, flush=True)
 ballast = bytearray({ballast})
 if optimization["seed"] == {failing}:
     sys.exit("error: no luck")
@@ -73,7 +74,7 @@ def started(folder):
 def test_every_run_is_made_once_with_its_threads(pretend, runs, tmp_path):
     results = run_sweep([*runs, runs[0]], tmp_path / "runs", jobs=2, threads=3)
     assert sorted(started(tmp_path / "runs")) == sorted(run.name for run in runs)
-    assert {note[2] for note in notes(tmp_path / "runs") if note[0] == "start"} == {"3"}
+    assert {tuple(note[2:]) for note in notes(tmp_path / "runs") if note[0] == "start"} == {("3", "3")}
     assert set(results) == {run.name for run in runs}
     assert [row["epoch"] for row in results[runs[0].name].epochs] == [1, 2]
 

@@ -170,6 +170,26 @@ def test_a_builder_compiles_what_has_no_wheel(pip, tmp_path):
     assert commands[1][:4] == ["python3.12", "-m", "pip", "wheel"]
 
 
+def test_a_wheel_that_was_compiled_before_serves_without_a_builder(pip, tmp_path):
+    earlier, work = tmp_path / "earlier", tmp_path / "work"
+    earlier.mkdir()
+    work.mkdir()
+    wheel = make_wheel(earlier, "a_b")
+    commands = pip(NONE, NONE, NONE, (0, "", "b"))
+    assert carry.fetch_wheel(Requirement("a-b==1"), work, None, earlier) == work / wheel.name
+    with pytest.raises(LeftOut):
+        carry.fetch_wheel(Requirement("a-b==2"), work, None, earlier)
+    carry.fetch_wheel(Requirement("a-b==1"), work, "python3.12", earlier)
+    assert commands[-1][:4] == ["python3.12", "-m", "pip", "wheel"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
+def test_what_no_gpu_needs_stays_here():
+    wanted = {requirement.name for requirement, _ in carry.wanted(carry.ROOT / "pyproject.toml", carry.EXTRAS, [])}
+    assert not wanted & set(carry.STAY_HERE)
+    assert {"hotcoco", "pycocotools", "tyro", "hypothesis"} <= wanted
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
 def test_peers_are_wanted_at_the_compared_versions():
     wanted = list(carry.wanted(carry.ROOT / "pyproject.toml", carry.EXTRAS, carry.PEERS))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import gpu_report
 import pytest
@@ -234,3 +235,36 @@ def test_without_a_gpu_it_fails_with_one_sentence(tmp_path, capsys):
     assert stopped.value.code == 1
     assert "needs a GPU, but torch finds none" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_share_their_minutes(tmp_path, monkeypatch):
+    """Each takes its usual time at most, the last one what is left; what has no time is left out."""
+    clock = [100.0]
+    monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
+
+    def minutes(*arguments):
+        recorded.clear()
+        assert gpu_report.main([*arguments, "--results", str(tmp_path), "--rehearse"]) == 0
+        return recorded
+
+    recorded = []
+
+    class Noted:
+        found_wrong = False
+
+        def __init__(self, folder, stage, *, minutes, **others):
+            recorded.append((stage, minutes))
+
+    def import_module(name):
+        return SimpleNamespace(run=lambda recorder: clock.__setitem__(0, clock[0] + 60))
+
+    monkeypatch.setattr(gpu_report, "Recorder", Noted)
+    monkeypatch.setattr(gpu_report.importlib, "import_module", import_module)
+    usual = gpu_report.MINUTES
+    assert minutes("smoke", "step") == [("smoke", usual["smoke"]), ("step", usual["step"])]
+    assert minutes("smoke", "ops", "step", "--minutes", "9") == [
+        ("smoke", usual["smoke"]), ("ops", usual["ops"]), ("step", 7.0)
+    ]  # fmt: skip
+    assert minutes("ops", "step", "tune", "--minutes", "1.5") == [("ops", 1.5), ("step", 0.5)]
+    assert minutes("smoke", "--minutes", "4") == [("smoke", 4.0)]
+    assert [stage for stage, _ in minutes("all")] == list(usual)

@@ -202,13 +202,26 @@ def test_operators_do_not_depend_on_the_batch(trainer_in, model, overrides):
     assert not [name for name, *_ in first if any(part in name for part in SYNCHRONISING)]
 
 
+ASSIGNMENTS = {  # of the measurements, beside that of Group DETR
+    "one-to-one": {"assignment": "one_to_one"},
+    "one-to-many": {"assignment": "one_to_many", "positives": 3},
+    "groups without separate self-attention": {"positives": 2},
+}
+
+
 @pytest.mark.parametrize("kind", [DeviceStep, CapturableStep])
-@pytest.mark.parametrize("model", [CONDITIONAL, DINO, "dn_detr_r50", "dab_deformable_detr_r50"])
-def test_a_step_on_fake_gpu_tensors_never_meets_the_host(model, kind):
+@pytest.mark.parametrize(
+    ("model", "assignment"),
+    [
+        *((model, {}) for model in (CONDITIONAL, DINO, "dn_detr_r50", "dab_deformable_detr_r50")),
+        *(pytest.param(CONDITIONAL, assignment, id=name) for name, assignment in ASSIGNMENTS.items()),
+    ],
+)
+def test_a_step_on_fake_gpu_tensors_never_meets_the_host(model, assignment, kind):
     """Any synchronisation raises there, and no operator takes or gives a tensor of the CPU."""
     with FakeTensorMode(), torch.device("cuda"):
         detector = build(model, dropout=0.1).train()
-        criterion = gd.build_criterion(detector)
+        criterion = gd.build_criterion(detector, **assignment)
 
         def add_gradients(batches):
             (inputs,) = batches

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...analysis import experiments, plots
-from ...analysis.experiments import average
+from ...analysis.experiments import average, paired_differences
 from .common import USAGES, Sweep
 
 __all__ = ["AblationCommand"]
@@ -26,4 +26,5 @@ class AblationCommand(Sweep):
             f"{self.nms_threshold:g}; {self.seeds_in_words()}",
             rows,
             summary,
+            differences=paired_differences(rows, ("variant",), ("one group",), ("AP_one_group", "AP_all_queries_nms")),
         )

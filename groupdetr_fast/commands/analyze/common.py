@@ -67,10 +67,12 @@ class Analysis:
         rows: Sequence[Row],
         summary: Sequence[Row],
         settings: Mapping[str, Any] | None = None,
+        differences: Sequence[Row] = (),
     ) -> None:
         """Write the measurement's files; ``settings`` are those of the training unless given."""
         settings = to_json(self.training()) if settings is None else settings
-        write_measurement(Measurement(name, title, caption, self.command, rows, summary, settings), figure, self.output)
+        measurement = Measurement(name, title, caption, self.command, rows, summary, settings, differences)
+        write_measurement(measurement, figure, self.output)
 
 
 @dataclass(frozen=True, kw_only=True)

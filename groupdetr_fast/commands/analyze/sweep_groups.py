@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...analysis import experiments, plots
-from ...analysis.experiments import average
+from ...analysis.experiments import average, paired_differences
 from .common import Sweep, count_of
 
 __all__ = ["SweepGroupsCommand"]
@@ -45,4 +45,5 @@ class SweepGroupsCommand(Sweep):
             f"at a time on {count_of(self.threads, 'thread')} each; {self.seeds_in_words()}",
             rows,
             summary,
+            differences=paired_differences(rows, keys, (1, epochs), ("AP_one_group",)),
         )

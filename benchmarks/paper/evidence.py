@@ -1,0 +1,289 @@
+"""The paper's tables and figures by trainings on one GPU: one command, which ends in time and goes on later.
+
+    python benchmarks evidence table_1 [ablation ...] --minutes 5 [--results DIR] [--earlier DIR]
+
+Each name is a command of ``groupdetr analyze``, which this program prints and runs, one after another, most wanted
+first. Where the time is over, the command is asked to stop: what was trained stays in runs/evidence, and the same line
+goes on. ``--results`` gets an archive for each folder of runs, with what finished runs have found, tables, figures and
+logs, but no weights; ``--earlier`` begins with what such archives hold, on whichever machine they were made.
+
+The exit status is 0 if all is measured, 75 if the same line has to go on, and else that of the command that failed.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from groupdetr_fast.training.faults import EXIT_STOPPED
+from harness.places import ROOT
+
+__all__ = ["EVIDENCE", "Evidence", "arguments_of", "main"]
+
+# As the commands have it, from the root of the repository: a run is named by its settings, of which the places of
+# images are a part, and so has one name on all machines.
+RUNS = Path("runs/evidence")
+DATA = RUNS / "data"
+STOP_SECONDS = 40  # for runs to write a checkpoint and for the sweep to end
+BEGIN_SECONDS = 10  # below which nothing is begun any more
+MPS_SECONDS = 60  # for a process to begin and to use the GPU
+# What an archive has of a finished run, whose weights would take too much room. The rest is of the measurement.
+OF_RUNS = ("settings.json", "results.json", "measured.json", "distances.csv", "log.txt")
+GPU = "--precision bf16 --cache-on device --cuda-graphs 2 --graph-image-multiple 64 --graph-targets 8"
+FAIR = f"--num-queries 45 --epochs 20 --evaluate-every 4 {GPU}"
+# Photographs of 640 x 480: three short sides are three sizes, each of batches of 4 and of the one image that is left.
+BLOOD_CELLS = (
+    "--train-images {photographs}/images --train-annotations {photographs}/annotations/instances_train.json "
+    "--val-images {photographs}/images --val-annotations {photographs}/annotations/instances_val.json "
+    "--backbone timm:tf_efficientnet_lite0 --backbone-weights {photographs}/lite0.safetensors --backbone-stages 3 "
+    "--input-norm True --image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5 --num-queries 40 --d-model 128 --num-heads 4 "
+    "--encoder-layers 2 --decoder-layers 3 --dim-feedforward 512 --dropout 0.0 --short-sides 288 320 352 "
+    "--max-size 512 --crop 0 --eval-short-side 320 --eval-max-size 512 --epochs 60 --decay cosine "
+    "--warmup-steps 100 --lr 1e-3 --backbone-lr 1e-4 --batch-size 4 --evaluate-every 10 --workers 0 --cache-images "
+    "--precision bf16 --cuda-graphs 6 --graph-image-multiple 64 --graph-targets 32"
+)
+
+
+class Evidence(NamedTuple):
+    """A measurement: what it shows, the folder whose runs it shares with others, and its ``groupdetr analyze``."""
+
+    shows: str
+    folder: str
+    arguments: str
+
+
+EVIDENCE = {
+    "table_1": Evidence("table 1 on the digits", "digits", f"sweep-groups --groups 1 2 3 5 7 9 11 --seeds 3 {GPU}"),
+    "table_1_fair": Evidence(
+        "tables 1 and 2, five seeds, with queries and epochs enough for one group",
+        "digits_fair",
+        f"sweep-groups --groups 1 2 3 5 7 9 11 --baseline-epochs 36 --seeds 5 {FAIR}",
+    ),
+    "ablation": Evidence("table 7 with 11 groups", "digits_fair", f"ablation --num-groups 11 --seeds 5 {FAIR}"),
+    "figure_1": Evidence("figure 1", "digits_fair", f"assignment --groups 1 3 5 7 11 --seeds 5 {FAIR}"),
+    "figure_4": Evidence("figure 4 with 11 groups", "digits_fair", f"distances --num-groups 11 --seeds 5 {FAIR}"),
+    "blood_cells": Evidence(
+        "groups on photographs at 320 pixels, five seeds",
+        "bccd",
+        f"sweep-groups --groups 1 3 11 --seeds 5 {BLOOD_CELLS}",
+    ),
+}
+
+# Instead of those for a GPU and of large models, for a rehearsal on the CPU.
+TINY = (
+    "--groups 1 2 --seeds 2 --epochs 1 --evaluate-every 1 --num-queries 15 --d-model 32 --num-heads 2 "
+    "--encoder-layers 1 --decoder-layers 1 --dim-feedforward 32 --batch-size 64 --decay step --lr-drop 1 "
+    "--warmup-steps 0 --num-groups 2 --baseline-epochs 2 --jobs 1"
+)
+
+
+def arguments_of(name: str, photographs: str, rehearsal: bool = False) -> list[str]:
+    """What ``groupdetr analyze`` is called with.
+
+    Args:
+        name: of :data:`EVIDENCE`.
+        photographs: folder of the blood cells, with the weights of their backbone.
+        rehearsal: at a tiny size on the CPU.
+    """
+    _, folder, line = EVIDENCE[name]
+    arguments = [word.format(photographs=photographs) for word in line.split()]
+    if rehearsal:
+        arguments = _rehearsed(arguments)
+    return [*arguments, "--output", str(RUNS / (f"{folder}_rehearsal" if rehearsal else folder))]
+
+
+def _rehearsed(arguments: Sequence[str]) -> list[str]:
+    """The same measurement of other runs: flags that are given twice have the second value."""
+    tiny, known = [], set(arguments)
+    for flag, values in _flags(TINY.split()):
+        if flag not in ("--groups", "--num-groups", "--baseline-epochs") or flag in known:
+            tiny += [flag, *values]
+    sizes = ["--backbone", "conv:8-16", "--cuda-graphs", "0", "--precision", "no", "--cache-images"]
+    if "--cache-on" not in known:  # the photographs: two short sides are not for the device
+        sizes += ["--backbone-weights", "None", "--backbone-stages", "None", "--short-sides", "48", "--eval-short-side"]
+        sizes += ["48", "--max-size", "64", "--eval-max-size", "64"]
+    return [*arguments, *sizes, *tiny]
+
+
+def _flags(words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Flags with their values."""
+    flag, values = "", []
+    for word in words:
+        if word.startswith("--"):
+            if flag:
+                yield flag, values
+            flag, values = word, []
+        else:
+            values.append(word)
+    if flag:
+        yield flag, values
+
+
+def _path() -> str:
+    """Where Python finds this checkout, and what else it has found so far."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def in_steps(arguments: Sequence[str]) -> list[list[str]]:
+    """A measurement with about half of its seeds, so that there is a table early, and then with all."""
+    place = list(arguments).index("--seeds") + 1 if "--seeds" in arguments else 0
+    while "--seeds" in arguments[place:]:
+        place += list(arguments[place:]).index("--seeds") + 1
+    half = int(arguments[place]) // 2 if place else 0
+    return [[*arguments, "--seeds", str(half)], list(arguments)] if half else [list(arguments)]
+
+
+def run_until(command: Sequence[str], environment: Mapping[str, str], end: float) -> int:
+    """The exit status of a command, or that of a stopped training: it is asked to stop in time, and killed at the end.
+
+    Args:
+        command: handles SIGTERM as ``groupdetr analyze`` does.
+        environment: variables besides those of this process.
+        end: as of ``time.monotonic()``.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, end - STOP_SECONDS - time.monotonic()))
+        print("asked to stop: the time is over", flush=True)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            # Negative before it has come to its runs: nothing has begun that could be stopped otherwise.
+            status = process.wait(max(1.0, end - time.monotonic()))
+            return EXIT_STOPPED if status == -signal.SIGTERM else status
+        return EXIT_STOPPED
+    finally:
+        if process.poll() is None:
+            process.kill()  # its runs then write a checkpoint and end by themselves
+            process.wait()
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write what is known of a folder of runs: measurements, finished runs without their weights, all logs."""
+    unfinished = archive.with_name(f".{archive.name}")
+    with tarfile.open(unfinished, "w:gz") as packed:
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            packed.add(file, file.name)
+        for run in sorted((folder / "runs").glob("*")):
+            done = (run / "measured.json").is_file()
+            for file in (run / name for name in OF_RUNS):
+                if file.is_file() and (done or file.name == "log.txt"):
+                    packed.add(file, f"runs/{run.name}/{file.name}" if done else f"unfinished/{run.name}.txt")
+    unfinished.rename(archive)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Put finished runs of an archive where they are not finished yet."""
+    with tempfile.TemporaryDirectory() as place, tarfile.open(archive) as packed:
+        packed.extractall(place, filter="data")
+        for run in Path(place, "runs").glob("*"):
+            if not (folder / "runs" / run.name / "measured.json").exists():
+                shutil.copytree(run, folder / "runs" / run.name, dirs_exist_ok=True)
+
+
+@contextmanager
+def multi_process_service(wanted: bool) -> Iterator[dict[str, str]]:
+    """NVIDIA's MPS, by which kernels of several processes run at once, as variables for the processes.
+
+    Where it does not start, or a process cannot use the GPU by it, there are none and all goes on without.
+    """
+    program = shutil.which("nvidia-cuda-mps-control") if wanted else None
+    if program is None:
+        if wanted:
+            print("nvidia-cuda-mps-control is not installed: without MPS", flush=True)
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variables = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        environment = {**os.environ, **variables}
+        check = [sys.executable, "-c", "import torch; assert torch.ones(8, device='cuda').sum().item() == 8"]
+        try:
+            subprocess.run([program, "-d"], env=environment, stdin=subprocess.DEVNULL, check=True, timeout=MPS_SECONDS)
+            try:
+                subprocess.run(check, env=environment, check=True, timeout=MPS_SECONDS)
+            except (OSError, subprocess.SubprocessError):
+                _quit(program, environment)
+                raise
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"without MPS: {error}", flush=True)
+            yield {}
+            return
+        print("with MPS", flush=True)
+        try:
+            yield variables
+        finally:
+            _quit(program, environment)
+
+
+def _quit(program: str, environment: Mapping[str, str]) -> None:
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run([program], env=environment, input="quit\n", text=True, timeout=MPS_SECONDS)
+
+
+def measure(name: str, line: Sequence[str], environment: Mapping[str, str], end: float) -> int:
+    """Make a measurement in steps, each as far as there is time; the first exit status that is not 0."""
+    for arguments in in_steps(line):
+        print(f"{name}: groupdetr analyze {shlex.join(arguments)}", flush=True)
+        if end - time.monotonic() < STOP_SECONDS + BEGIN_SECONDS:
+            print(f"{name}: no time", flush=True)
+            return EXIT_STOPPED
+        began = time.monotonic()
+        status = run_until([sys.executable, "-m", "groupdetr_fast", "analyze", *arguments], environment, end)
+        print(f"{name}: exit status {status} after {time.monotonic() - began:.0f} s", flush=True)
+        if status != 0:
+            return status
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
+    lines = [f"  {name:14}{evidence.shows}" for name, evidence in EVIDENCE.items()]
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n" + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="+", choices=EVIDENCE, metavar="NAME", help="see above")
+    parser.add_argument("--minutes", type=float, required=True, help="for all of it, until the last archive is written")
+    parser.add_argument("--results", type=Path, help="folder for the archives")
+    parser.add_argument("--earlier", type=Path, help="folder of archives to begin with")
+    parser.add_argument(
+        "--photographs", default="build/bccd", help="blood_cells: annotations/, images/ and lite0.safetensors"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time, instead of one for each core")
+    parser.add_argument("--mps", action="store_true", help="let kernels of several runs work at once, by NVIDIA's MPS")
+    parser.add_argument("--rehearse", action="store_true", help="all of it at a tiny size, on the CPU")
+    options = parser.parse_args(arguments)
+    end = start + 60 * options.minutes
+    folders = {EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else "") for name in options.names}
+    for folder in sorted(folders):
+        archive = options.earlier and options.earlier / f"{folder}.tar.gz"
+        if archive and archive.is_file():
+            unpack(archive, ROOT / RUNS / folder)
+    variables = {"GROUPDETR_FAST_CACHE": str(DATA), "PYTHONPATH": _path()}
+    if options.rehearse:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    status = 0
+    with multi_process_service(options.mps) as of_service:
+        for name in options.names:
+            line = arguments_of(name, options.photographs, options.rehearse)
+            line += [] if options.jobs is None else ["--jobs", str(options.jobs)]
+            became = measure(name, line, {**variables, **of_service}, end)
+            status = status or became
+            folder = EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else "")
+            if options.results and (ROOT / RUNS / folder).is_dir():
+                options.results.mkdir(parents=True, exist_ok=True)
+                pack(ROOT / RUNS / folder, options.results / f"{folder}.tar.gz")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
