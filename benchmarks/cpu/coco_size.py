@@ -34,7 +34,7 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.evaluation import CocoEvaluator
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.loaders import evaluation_set, training_loader, training_set
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 from harness.memory import forget_peak, resident
 from harness.places import RESULTS, ROOT
 from harness.results import commit, processor

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import DeviceStep, RunningStatistics
 from groupdetr_fast.training.ema import AveragedWeights
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
+from groupdetr_fast.training.optimization import build_optimizer
 from groupdetr_fast.training.step_losses import Losses
 from harness.documents import PERFORMANCE, table, write_section
 from harness.results import processor

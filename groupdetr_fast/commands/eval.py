@@ -8,7 +8,7 @@ from ..data.config import DataConfig
 from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
-from ..training.optimization import OptimizationConfig
+from ..training.config import OptimizationConfig
 from ..transformers_detector.families import of_transformers
 from .flags import CheckpointArgument, named
 

@@ -15,7 +15,7 @@ from ..models.checkpoints import CheckpointHeader, CheckpointMismatch, read_head
 from ..models.checkpoints.read import find_weights
 from ..models.detector import Detector
 from ..models.postprocess import check_selection
-from ..training.optimization import OptimizationConfig
+from ..training.config import OptimizationConfig
 from ..training.tracking import TrackerName
 from ..transformers_detector.families import PREFIX, of_transformers, place_of, require_transformers
 from .config_file import to_yaml

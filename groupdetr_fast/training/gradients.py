@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..targets import StepTotals
-from .optimization import OptimizationConfig
+from .config import OptimizationConfig
 from .passes import GroupPasses, average_gradients
 from .sharding import whole
 from .state import TrainingState

@@ -10,7 +10,7 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_plain
 from groupdetr_fast.runs.recipes import digits_demo
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @pytest.mark.parametrize(

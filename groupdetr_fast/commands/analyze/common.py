@@ -21,7 +21,7 @@ from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
 from ...runs.config import CocoTrainingConfig, ModelConfig
 from ...runs.recipes import with_digits
-from ...training.optimization import OptimizationConfig
+from ...training.config import OptimizationConfig
 
 __all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of"]
 
