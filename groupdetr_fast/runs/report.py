@@ -15,13 +15,13 @@ from torch import Tensor
 from ..data import CocoDataset
 from ..evaluation.coco import METRICS
 from ..evaluation.diagnosis import ERRORS, ClassDiagnosis, Diagnosis, diagnose
-from ..evaluation.ground_truth import IouType
 from ..evaluation.plots import draw_confusion, draw_curves, draw_errors, draw_precision_recall
 from ..evaluation.visualize import draw_detections
 from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
 from ..prediction import class_table
 from .config import CocoTrainingConfig
+from .kept_files import CONFIG_FILE
 
 __all__ = ["PAGE", "THRESHOLDS", "write_report"]
 
@@ -69,9 +69,8 @@ def _write(
 ) -> Path:
     folder = config.output / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
-    iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     results = read_json(config.output / "detections.json") or []
-    diagnosis = diagnose(dataset.annotation_file, results, iou_type)
+    diagnosis = diagnose(dataset.annotation_file, results, config.model.iou_type)
     write_json(config.output / THRESHOLDS, {each.name: each.threshold for each in diagnosis.classes})
     sections = [_summary(config, dataset, metrics, history)]
     if history:
@@ -200,5 +199,5 @@ def _as_detections(results: Sequence[Mapping[str, Any]], labels: Mapping[int, in
 def _command(config: CocoTrainingConfig, history: Sequence[Mapping[str, Any]]) -> str:
     if not history:
         return ""
-    settings = html.escape(str(config.output / "config.yaml"))
+    settings = html.escape(str(config.output / CONFIG_FILE))
     return f"<p>The same training again:</p><pre>groupdetr train --config {settings} --output ANOTHER_FOLDER</pre>"
