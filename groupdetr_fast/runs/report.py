@@ -20,6 +20,7 @@ from ..evaluation.visualize import draw_detections
 from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
 from ..prediction import class_table
+from ..training.selection import best_epoch
 from .config import CocoTrainingConfig
 from .kept_files import CONFIG_FILE
 
@@ -94,11 +95,11 @@ def _summary(
     queries = "" if model.num_queries is None else f" of {model.num_queries} queries"
     what = f"<p>{html.escape(model.model)}, {model.num_groups} group(s){queries} in training, one in inference. "
     what += f"{len(dataset)} images of {html.escape(str(dataset.annotation_file))}.</p>"
-    if history:
+    best = best_epoch(history)
+    if best is not None:
         minutes = sum(row["seconds"] for row in history) / 60
-        best = max((row["metrics"]["AP"], row["epoch"]) for row in history if "metrics" in row)
-        what += f"<p>{len(history)} epochs in {minutes:.1f} minutes of training; best AP {best[0]:.3f} in epoch "
-        what += f"{best[1]}. What follows is the last evaluation.</p>"
+        what += f"<p>{len(history)} epochs in {minutes:.1f} minutes of training; best AP {best['metrics']['AP']:.3f} "
+        what += f"in epoch {best['epoch']}. What follows is the last evaluation.</p>"
     return what + html_table([{name: metrics[name] for name in METRICS}])
 
 
