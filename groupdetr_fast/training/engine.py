@@ -111,7 +111,7 @@ class Trainer:
         if self.config.cuda_graphs:
             check_graphs(accelerator, self.config, observing=observe is not None and not chooses(observe))
         self.stop = StopRequest()
-        self.state = self._begin(model, loader)
+        self.state = self._build_state(model, loader)
         self.ledger = StepLedger(self.state, settings.max_skipped_steps, self.config.clip_norm)
         self.gradients = StepGradients(self.state, model, criterion, self.config, observe)
         self._step = self._build_step()
@@ -120,7 +120,7 @@ class Trainer:
         self._norm: Tensor | None = None  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
-    def _begin(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
+    def _build_state(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
         """The state before the first step."""
         config, accelerator = self.config, self.accelerator
         model, optimizer, loader = accelerator.prepare(bare, build_optimizer(bare, config), loader)
@@ -169,7 +169,7 @@ class Trainer:
         with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
             self._say_what_is_trained()
             self._evaluate_what_was_interrupted()
-            while self.state.epoch < self.config.epochs and not self._waited_long_enough():
+            while self.state.epoch < self.config.epochs and not self._stops_early():
                 self._run_epoch()
         self.accelerator.end_training()
         return self._results()
@@ -344,7 +344,7 @@ class Trainer:
         if state.history and not state.current.batches and "metrics" not in state.history[-1]:
             self._evaluate_last_epoch()
 
-    def _waited_long_enough(self) -> bool:
+    def _stops_early(self) -> bool:
         history, patience = self.state.history, self.settings.early_stopping
         if not patience or not history or "metrics" not in history[-1]:
             return False

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ...data import DataError
-from ...data.annotations import read_json as read_coco
+from ...data.annotations import read_coco
 from ...data.videos import FrameChoice, Video, is_stream, require_video
 from ...evaluation.visualize import CELL_PIXELS, PICTURE_PIXELS
 from ...prediction import InferenceSettings, load_model, settings_of
@@ -17,7 +17,7 @@ from ...prediction.images import Predictor
 from ...prediction.options import Options
 from ...prediction.tiles import Merge, Metric
 from ...prediction.video import detect_frames
-from ..flags import CheckpointArgument, DetectorFlags, named
+from ..flags import CheckpointArgument, DetectorFlags, require_checkpoint
 from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
 from .sources import Sources, find_sources, unlike_each_other
@@ -110,7 +110,7 @@ class PredictCommand(DetectorFlags):
             **{each.name: getattr(self, each.name) for each in fields(Options) if each.name != "settings"}
         )
         self._frame_choice()
-        checkpoint = named(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
+        checkpoint = require_checkpoint(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
         sources = find_sources(self.images, besides=self.output)
         if not sources.exist:
             raise DataError(f"there is nothing at {sources}")
