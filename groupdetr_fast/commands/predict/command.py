@@ -12,7 +12,7 @@ from ...data import DataError
 from ...data.annotations import read_coco
 from ...data.videos import FrameChoice, Video, is_stream, require_video
 from ...evaluation.visualize import CELL_PIXELS, PICTURE_PIXELS
-from ...prediction import InferenceSettings, load_model, settings_of
+from ...prediction import EVAL_SETTINGS, InferenceSettings, load_model, settings_of
 from ...prediction.images import Predictor
 from ...prediction.options import Options
 from ...prediction.tiles import Merge, Metric
@@ -199,10 +199,4 @@ class PredictCommand(DetectorFlags):
                 settings = settings.with_categories(categories, self.labels)
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
-        return settings.with_sizes(
-            square=self.square,
-            eval_short_side=self.eval_short_side,
-            eval_max_size=self.eval_max_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-        )
+        return settings.with_sizes(**{name: getattr(self, name) for name in EVAL_SETTINGS})
