@@ -34,9 +34,9 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.evaluation import CocoEvaluator
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.loaders import evaluation_set, training_loader, training_set
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 from harness.memory import forget_peak, resident
-from harness.places import RESULTS, ROOT
+from harness.places import RESULTS, ROOT, python_path
 from harness.results import commit, processor
 
 from .coco_like import HEIGHT, WIDTH, coco_like
@@ -193,8 +193,8 @@ def _ellipses(boxes: torch.Tensor) -> torch.Tensor:
 
 def measure(name: str, data: Path, cache: Path, reduce: int) -> Iterator[dict[str, Any]]:
     """The rows of one measurement."""
-    path = filter(None, (str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH")))
-    own = {"PYTHONPATH": os.pathsep.join(path), "GROUPDETR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    path = python_path(ROOT / "benchmarks", ROOT)
+    own = {"PYTHONPATH": path, "GROUPDETR_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     machine = {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit()}
     for case in MEASUREMENTS[name]:
         command = [sys.executable, "-m", "cpu.coco_size", "--measure", name, case, str(data), str(reduce)]

@@ -30,6 +30,7 @@ import groupdetr_fast as gd
 from groupdetr_fast import _eager, _gpus, _library, ops
 from groupdetr_fast.losses import GroupMatcher, SetCriterion
 from harness.documents import ON_CPUS, significant, table, write_section
+from harness.interleave import in_turn
 from harness.no_device import idle_driver
 from harness.places import RESULTS
 from harness.results import commit, processor
@@ -283,14 +284,13 @@ def least(timed: dict[Any, Timed], rounds: int, sample: float) -> dict[Any, floa
         sample: seconds that the calls of one turn take at least.
     """
     found = dict.fromkeys(timed, math.inf)
-    repeats, keys = {}, list(timed)
+    repeats = {}
     for key, (context, run) in timed.items():
         with context():
             _sample(run, 2)  # compiles
             repeats[key] = max(1, math.ceil(sample / max(_sample(run, 5), 1e-7)))
     for turn in range(rounds):
-        first = turn % len(keys)  # nobody always comes after the same neighbour
-        for key in keys[first:] + keys[:first]:
+        for key in in_turn(timed, turn):
             context, run = timed[key]
             with context():
                 found[key] = min(found[key], 1e6 * _sample(run, repeats[key]))

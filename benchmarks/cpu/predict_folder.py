@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks predict_folder --images DIR [--rounds 5] [--write]
 
-Three ways, which take turns: "in order" reads every image when its batch is due, as ``groupdetr predict`` did before it
-read ahead; "by size" also reads when an image is due, and lets images of similar size share a batch; "read ahead" does
-both, with threads, which is what ``gd.predict`` does. Two detectors: a Conditional DETR R50, in which the model takes
-nearly all the time, and the same with a backbone of a few channels, in which reading has a large part of it, as beside
-a GPU. Detections of the three ways are compared first. Padding is what a batch has beside its images.
+Three ways, which take turns: "in order" reads every image when its batch is due; "by size" also reads when an image is
+due, and lets images of similar size share a batch; "read ahead" does both, with threads, which is what ``gd.predict``
+does. Two detectors: a Conditional DETR R50, in which the model takes nearly all the time, and the same with a backbone
+of a few channels, in which reading has a large part of it, as beside a GPU. Detections of the three ways are compared
+first. Padding is what a batch has beside its images.
 """
 
 import argparse

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import DeviceStep, RunningStatistics
 from groupdetr_fast.training.ema import AveragedWeights
 from groupdetr_fast.training.half_weights import CAST, HalfWeights
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
+from groupdetr_fast.training.optimization import build_optimizer
 from groupdetr_fast.training.step_losses import Losses
 from harness.documents import ON_CPUS, table, write_section
 from harness.results import processor

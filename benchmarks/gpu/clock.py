@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.interleave import quartiles
+from harness.interleave import in_turn, quartiles
 
 __all__ = [
     "Captured",
@@ -22,8 +22,10 @@ __all__ = [
     "count_host_syncs",
     "eager_times",
     "host_syncs",
+    "host_times",
     "interleaved",
     "peak_bytes",
+    "synchronize",
 ]
 
 WARM_UP = 3  # calls: the first ones compile, allocate and choose algorithms
@@ -84,12 +86,10 @@ def capture(runs: Sequence[Callable[[], Any]], device: torch.device, pool: Pool 
 def interleaved(work: Mapping[str, Captured], device: torch.device, rounds: int) -> dict[str, tuple[float, ...]]:
     """First quartile, median and third quartile of the seconds of one call; every round does all of the work once."""
     seconds: dict[str, list[float]] = {key: [] for key in work}
-    keys = list(work)
     for captured in work.values():
         captured.replay()
-    for index in range(rounds):
-        first = index % max(len(keys), 1)  # nobody always comes after the same neighbour
-        for key in keys[first:] + keys[:first]:
+    for number in range(rounds):
+        for key in in_turn(work, number):
             seconds[key].append(_elapsed(work[key].replay, device) / work[key].calls)
     return {key: quartiles(values) for key, values in seconds.items()}
 
@@ -117,17 +117,19 @@ class HostTimes(NamedTuple):
 def eager_times(run: Callable[[], Any], device: torch.device, *, calls: int = 20, rounds: int = 5) -> HostTimes:
     """Medians over rounds of ``calls`` calls one after another, of which nobody waits for the results."""
     run()
-    samples = []
-    for _ in range(rounds):
-        _synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        queued = time.perf_counter()
-        _synchronize(device)
-        samples.append((time.perf_counter() - start, queued - start))
-    wall, host = (statistics.median(values) / calls for values in zip(*samples, strict=True))
-    return HostTimes(wall, host)
+    samples = [host_times(run, device, calls) for _ in range(rounds)]
+    return HostTimes(*map(statistics.median, zip(*samples, strict=True)))
+
+
+def host_times(run: Callable[[], Any], device: torch.device, calls: int) -> HostTimes:
+    """Means over ``calls`` calls one after another, of which nobody waits for the results."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    queued = time.perf_counter()
+    synchronize(device)
+    return HostTimes((time.perf_counter() - start) / calls, (queued - start) / calls)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
@@ -165,6 +167,7 @@ def host_syncs(run: Callable[[], Any], device: torch.device) -> list[str] | None
     return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in found]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work; on the CPU it is done already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

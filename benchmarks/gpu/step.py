@@ -34,9 +34,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from harness.interleave import quartiles
+from harness.interleave import in_turn, quartiles
 
-from .clock import HostTimes, host_syncs, peak_bytes
+from .clock import HostTimes, host_syncs, host_times, peak_bytes, synchronize
 from .recorder import Recorder, what_became
 from .training_step import (
     Batch,
@@ -75,7 +75,7 @@ def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
         try:
             differences[index] = difference(step)
             step()
-            once = _sample(step, 1).wall
+            once = host_times(step, step.batch.device, 1).wall
         except Exception as error:
             recorder.add("step", **step.fields, **what_became(error))
         else:
@@ -88,11 +88,9 @@ def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
     for number in range(most):
         if number >= fewest and time.monotonic() > end:
             break
-        keys = list(samples)
-        first = number % max(len(keys), 1)  # nobody always comes after the same neighbour
-        for index in keys[first:] + keys[:first]:
+        for index in in_turn(samples, number):
             try:
-                samples[index].append(_sample(steps[index], calls[index]))
+                samples[index].append(host_times(steps[index], steps[index].batch.device, calls[index]))
             except Exception as error:
                 recorder.add("step", **steps[index].fields, **what_became(error))
                 del samples[index]
@@ -109,21 +107,6 @@ def time_steps(recorder: Recorder, steps: Sequence[Step]) -> dict[int, float]:
         if step.contender == steps[0].contender:
             walls[step.training.num_groups] = row["wall"]
     return walls
-
-
-def _sample(step: Step, calls: int) -> HostTimes:
-    _synchronize(step.batch.device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    queued = time.perf_counter()
-    _synchronize(step.batch.device)
-    return HostTimes((time.perf_counter() - start) / calls, (queued - start) / calls)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_memory(recorder: Recorder, steps: Sequence[Step]) -> None:
@@ -171,7 +154,7 @@ def _kernels(step: Step) -> dict[str, Any]:
     with profile(activities=[activity]) as profiled:
         for _ in range(PROFILED):
             step()
-        _synchronize(step.batch.device)
+        synchronize(step.batch.device)
     events = [event for event in profiled.events() if event.device_type == kind and not event.is_user_annotation]
     if not events:
         raise RuntimeError("the profiler saw no kernels")
@@ -245,7 +228,7 @@ def _parts(step: Step, repeats: int) -> dict[str, float]:
             stack.callback(hook.remove)
         for _ in range(repeats):
             marked()
-    _synchronize(step.batch.device)
+    synchronize(step.batch.device)
     return marks.seconds()
 
 
@@ -270,7 +253,10 @@ def compile_model(recorder: Recorder, step: Step) -> None:
             )
             compiled()
             calls, rounds = (1, 2) if recorder.rehearsal else (3, 5)
-            pairs = [(_sample(compiled, calls), _sample(step, calls)) for _ in range(rounds)]
+            pairs = [
+                (host_times(compiled, recorder.device, calls), host_times(step, recorder.device, calls))
+                for _ in range(rounds)
+            ]
             row["wall_q1"], row["wall"], row["wall_q3"] = quartiles([own.wall for own, _ in pairs])
             row["host"] = statistics.median(own.host for own, _ in pairs)
             row["ratio"] = statistics.median(own.wall / eager.wall for own, eager in pairs)
@@ -306,7 +292,7 @@ def build(recorder: Recorder, name: str) -> list[Training]:
         with recorder.row("build", model=name, groups=num_groups) as row:
             start = time.perf_counter()
             trainings.append(Training(name, num_groups, recorder))
-            _synchronize(recorder.device)
+            synchronize(recorder.device)
             row["seconds"] = time.perf_counter() - start
     return trainings if len(trainings) == len(GROUPS[name]) else []
 

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness.places import ROOT
+from harness.places import ROOT, python_path
 
 from .pytest_stream import OUT_OF_TIME
 from .recorder import Recorder
@@ -102,7 +102,7 @@ def _version(package: str) -> tuple[int, ...]:
 
 
 def _environment(stream: Path, end: float) -> dict[str, str]:
-    environment = {
+    return {
         # The workers compile the same kernels; the first one to need a kernel shares it with the others.
         "TRITON_CACHE_DIR": str(stream.parent / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(stream.parent / "inductor"),
@@ -111,9 +111,8 @@ def _environment(stream: Path, end: float) -> dict[str, str]:
         **os.environ,
         "GROUPDETR_FAST_TESTS_STREAM": str(stream),
         "GROUPDETR_FAST_TESTS_END": str(end),
+        "PYTHONPATH": python_path(ROOT, ROOT / "benchmarks"),
     }
-    path = (str(ROOT), str(ROOT / "benchmarks"), environment.get("PYTHONPATH", ""))
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.places import ROOT
+from harness.places import ROOT, python_path
 
 __all__ = [
     "METRICS",
@@ -76,8 +76,7 @@ class Program:
     """A program that runs in the background. What it prints goes to a file, so that it can be read whenever it ends."""
 
     def __init__(self, command: Sequence[str], **environment: str):
-        path = (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", ""))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment}
+        environment = {**os.environ, "PYTHONPATH": python_path(ROOT, ROOT / "benchmarks"), **environment}
         self._output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,

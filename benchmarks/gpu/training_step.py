@@ -20,10 +20,12 @@ from groupdetr_fast import ops
 from groupdetr_fast.layers import attention as layers_attention
 from groupdetr_fast.ops.cross_attention import is_fused
 from groupdetr_fast.targets import StepTotals
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
-from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepGraphs, StepInputs
+from groupdetr_fast.training.graph_sizes import GraphSizes
+from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, StepGraphs, StepInputs
 from groupdetr_fast.training.half_weights import HalfWeights
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler
+from groupdetr_fast.training.optimization import build_optimizer, build_scheduler
 from groupdetr_fast.training.passes import GroupPasses
 from groupdetr_fast.training.step_losses import Losses
 from harness import naive

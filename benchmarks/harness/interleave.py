@@ -9,11 +9,11 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["QUICK", "Effort", "Timing", "in_one_line", "measure", "quartiles"]
+__all__ = ["QUICK", "Effort", "Timing", "in_one_line", "in_turn", "measure", "quartiles"]
 
 Key = TypeVar("Key")
 LONG_CALL = 0.5  # seconds after which a call is its own warm-up
@@ -97,11 +97,16 @@ def _take_rounds(
             timings[key].calls = min(max(1, math.ceil(effort.sample / seconds)), MAX_CALLS)
         round_seconds += seconds * timings[key].calls
     fewest, most = effort.rounds
-    keys = list(able)
-    for index in range(min(max(fewest, int(effort.seconds / max(round_seconds, 1e-9))), most)):
-        first = index % max(len(keys), 1)  # nobody always comes after the same neighbour
-        for key in keys[first:] + keys[:first]:
+    for number in range(min(max(fewest, int(effort.seconds / max(round_seconds, 1e-9))), most)):
+        for key in in_turn(able, number):
             timings[key].seconds.append(_sample(able[key], timings[key].calls))
+
+
+def in_turn(keys: Iterable[Key], number: int) -> list[Key]:
+    """The keys in the order of a round: each round begins with another one, so that every one begins at times."""
+    keys = list(keys)
+    first = number % max(len(keys), 1)
+    return keys[first:] + keys[:first]
 
 
 def in_one_line(error: Exception) -> str:

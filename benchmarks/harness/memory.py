@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .interleave import in_one_line
-from .places import ROOT
+from .places import ROOT, python_path
 
 __all__ = ["Peak", "forget_peak", "peak_in_new_process", "resident"]
 
@@ -43,8 +43,7 @@ def peak_in_new_process(module: str, case: str, contender: str, *, small: bool =
         small: run the case's small problem, only to see that it works.
     """
     command = [sys.executable, "-m", "harness.memory", module, case, contender, *(["--small"] if small else [])]
-    path = filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT / "benchmarks")}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode != 0:
         raise RuntimeError(f"measuring the memory of {contender} failed:\n{process.stderr[-4000:]}")

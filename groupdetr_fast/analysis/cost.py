@@ -14,10 +14,9 @@ import torch
 
 from ..files import read_json, write_json
 from ..runs.config import CocoTrainingConfig
-from ..runs.config_file import from_plain
+from ..runs.config_file import from_plain, to_json
 from ..training.engine import Trainer
 from ..training.progress import peak_memory_mib
-from .json_files import to_json
 from .steps import trainer_of
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]

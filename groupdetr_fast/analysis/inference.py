@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
 from ..data import CocoDataset
-from ..evaluation.coco import CocoEvaluator
-from ..evaluation.ground_truth import IouType
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
 from ..models.checkpoints import find_weights
 from ..models.detector import Detector
 from ..runs.config import CocoTrainingConfig
+from ..runs.evaluate import evaluator_of
 from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
 from ..training.checkpoint import WEIGHTS
 
@@ -101,31 +100,26 @@ class _Metrics:
 class _EvaluationData:
     """The evaluation set of a training, and how it is evaluated."""
 
+    config: CocoTrainingConfig
     dataset: CocoDataset
     loader: DataLoader[Any]
-    iou_type: IouType
-    top_k: int
 
     @classmethod
     def load(cls, config: CocoTrainingConfig) -> "_EvaluationData":
         dataset = evaluation_set(config)
-        iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
-        samples = evaluation_samples(dataset, config, _device())
-        return cls(dataset, evaluation_loader(samples, config), iou_type, config.top_k)
+        return cls(config, dataset, evaluation_loader(evaluation_samples(dataset, config, _device()), config))
 
     @torch.no_grad()
     def evaluate(self, model: Detector, detect: Callable[..., Output], nms_threshold: float | None = None) -> _Metrics:
-        plain, suppressed = (self._evaluator() for _ in range(2))
+        top_k = self.config.top_k
+        plain, suppressed = (evaluator_of(self.dataset, self.config) for _ in range(2))
         for image_ids, sizes, output in self._outputs(model, detect):
-            plain.update(image_ids, postprocess(output, sizes, top_k=self.top_k))
+            plain.update(image_ids, postprocess(output, sizes, top_k=top_k))
             if nms_threshold is not None:
                 candidates = postprocess(output, sizes, top_k=NMS_CANDIDATES)
                 left = [suppress_duplicates(detections, nms_threshold) for detections in candidates]
-                suppressed.update(image_ids, [{k: v[: self.top_k] for k, v in each.items()} for each in left])
+                suppressed.update(image_ids, [{k: v[:top_k] for k, v in each.items()} for each in left])
         return _Metrics(plain.summarize(), {} if nms_threshold is None else suppressed.summarize())
-
-    def _evaluator(self) -> CocoEvaluator:
-        return CocoEvaluator(self.dataset.annotation_file, self.iou_type, category_ids=self.dataset.category_ids)
 
     def _outputs(self, model: Detector, detect: Callable[..., Output]) -> Iterator[tuple[list[int], Tensor, Output]]:
         device = next(model.parameters()).device

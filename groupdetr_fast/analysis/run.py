@@ -19,13 +19,12 @@ from ..files import read_json, write_json
 from ..losses.matcher import GroupMatcher
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
-from ..runs.config_file import from_plain
+from ..runs.config_file import from_plain, to_json
 from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped
 from .distances import DistanceRecorder, read_distances
 from .inference import evaluate_usages
-from .json_files import to_json
 
 __all__ = ["Run", "RunError", "RunResults", "execute", "main", "run_command"]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import build_criterion
 from ..data import Batch
 from ..models.detector import Detector
+from ..runs.class_weights import criterion_of
 from ..runs.config import CocoTrainingConfig
 from ..runs.loaders import (
     evaluation_loader,
@@ -34,7 +34,7 @@ def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
     model = config.model.build(dataset.num_classes)
     samples = training_samples(dataset, config, accelerator.device)
     loader = training_loader(samples, config)
-    return Trainer(accelerator, model, build_criterion(model), loader, TrainerSettings(optimization, folder))
+    return Trainer(accelerator, model, criterion_of(config, model), loader, TrainerSettings(optimization, folder))
 
 
 def train_and_measure(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..data import DataError
-from ..data.annotations import read_annotations, read_json
+from ..data.annotations import read_annotations, read_coco
 from ..data.check import Findings, Statistics, check_part, compare_parts
 from ..data.config import DataPaths, usable_cores
 from ..data.layouts import find_yolo, has_part
@@ -87,7 +87,7 @@ class CheckCommand(DataPaths):
         else:
             paths = {"train": data.train_paths, "val": data.val_paths, "test": data.test_paths}
             folder, annotations = paths[part]()
-            content = read_json(annotations)
+            content = read_coco(annotations)
             if not folder.is_dir():
                 raise DataError(f"image folder {folder} does not exist; give the folder that holds the images")
         findings = check_part(

@@ -8,9 +8,9 @@ from ..data.config import DataConfig, Split
 from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
-from ..training.optimization import OptimizationConfig
+from ..training.config import OptimizationConfig
 from ..transformers_detector.families import of_transformers
-from .flags import CheckpointArgument, named
+from .flags import CheckpointArgument, require_checkpoint
 
 __all__ = ["EvalCommand"]
 
@@ -81,7 +81,7 @@ class EvalCommand:
         checkpoint = self.checkpoint
         if checkpoint is None and of_transformers(self.model):
             checkpoint = Path(str(self.model))
-        checkpoint = named(checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
+        checkpoint = require_checkpoint(checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
         header = describe_model(checkpoint, self.model)
         sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(

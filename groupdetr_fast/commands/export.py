@@ -6,7 +6,7 @@ from pathlib import Path
 from ..engines import EngineSettings
 from ..exporting import check_output, export_file
 from ..prediction import load_model
-from .flags import CheckpointArgument, DetectorFlags, named
+from .flags import CheckpointArgument, DetectorFlags, require_checkpoint
 
 __all__ = ["ExportCommand"]
 
@@ -37,7 +37,7 @@ class ExportCommand(DetectorFlags):
 
     def __call__(self) -> None:
         check_output(self.output, half=self.half, engine=self.engine)  # before the checkpoint is read
-        checkpoint = named(self.checkpoint, "groupdetr export CHECKPOINT --output FILE")
+        checkpoint = require_checkpoint(self.checkpoint, "groupdetr export CHECKPOINT --output FILE")
         model = load_model(checkpoint, device="cpu", **self.detector_settings())
         path = export_file(model, self.output, self.image_size, masks=self.masks, half=self.half, engine=self.engine)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

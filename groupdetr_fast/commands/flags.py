@@ -7,14 +7,14 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-__all__ = ["FLAGS", "CheckpointArgument", "DetectorFlags", "named", "read_flags"]
+__all__ = ["FLAGS", "CheckpointArgument", "DetectorFlags", "read_flags", "require_checkpoint"]
 
 T = TypeVar("T")
 
 FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
-# The first argument of every command that uses a checkpoint; :func:`named` asks for it where it is missing. The parser
-# would ask for it wherever a misspelt flag comes before it, and say nothing of the flag.
+# The first argument of every command that uses a checkpoint; :func:`require_checkpoint` asks for it where it is
+# missing. The parser would ask for it wherever a misspelt flag comes before it, and say nothing of the flag.
 CheckpointArgument = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")]]
 
 
@@ -24,7 +24,7 @@ def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
     return found
 
 
-def named(checkpoint: Path | None, usage: str) -> Path:
+def require_checkpoint(checkpoint: Path | None, usage: str) -> Path:
     """The checkpoint that a command line names.
 
     Args:

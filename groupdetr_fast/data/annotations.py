@@ -14,8 +14,19 @@ from torch import Tensor
 from .packed import Texts
 from .segmentations import Segmentation, Segmentations, parse_segmentation
 
-__all__ = ["WITHOUT_MASK", "Annotations", "DataError", "is_box", "is_inside", "read_annotations", "read_json"]
+__all__ = [
+    "MEDIUM",
+    "SMALL",
+    "WITHOUT_MASK",
+    "Annotations",
+    "DataError",
+    "is_box",
+    "is_inside",
+    "read_annotations",
+    "read_coco",
+]
 
+SMALL, MEDIUM = 32**2, 96**2  # pixels, the limits of COCO's small and medium objects
 WITHOUT_MASK = "objects without a usable segmentation"  # in the warning of those that were dropped for it
 _TABLES = ("images", "annotations", "categories")
 _IDS_IN_WARNING = 5
@@ -61,7 +72,7 @@ class Annotations:
     warnings: tuple[str, ...] = ()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO annotation file whose three tables are known to be lists of objects.
 
     Raises:
@@ -98,7 +109,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
             for one that cannot be understood, or if there is none at all.
     """
     path = Path(path)
-    _check_not_empty(path, content := read_json(path))
+    _check_not_empty(path, content := read_coco(path))
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))

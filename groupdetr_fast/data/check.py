@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .annotations import is_box, is_inside
+from .annotations import MEDIUM, SMALL, is_box, is_inside
 from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
 
 Entry = dict[str, Any]
-
-SMALL, MEDIUM = 32**2, 96**2  # pixels, the limits of COCO's small and medium objects
 
 
 @dataclass
@@ -89,7 +87,7 @@ def check_part(
     Args:
         name: of the part, for messages.
         image_folder: that the file names are relative to.
-        content: of a COCO json, as ``annotations.read_json`` returns it.
+        content: of a COCO json, as ``annotations.read_coco`` returns it.
         num_queries: N, queries of one group, to compare the number of objects with; None for no comparison.
         decode: whether to decode every image; without, only its header is read, and the files are not compared.
         workers: threads that read images.

@@ -8,10 +8,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
+from .annotations import MEDIUM, SMALL
+
 __all__ = ["CopyPaste"]
 
 CHANCE = 0.5  # of each object to be pasted
-SMALL, MEDIUM = 32**2, 96**2  # pixels; COCO's limits of small and medium objects
 LEAST_VISIBLE = 0.1  # of an object's pixels, with less of which it is no target any more
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, as_tensor
 
 from .detections import CollectedDetections, ImageDetections, check_lengths, to_coco_results
-from .ground_truth import CocoLike, GroundTruth, IouType, as_segmentation, read_json
+from .ground_truth import CocoLike, GroundTruth, IouType, as_segmentation, require_json
 
 __all__ = ["METRICS", "CocoEvaluator", "evaluate_coco", "format_table", "to_coco_results"]
 
@@ -134,7 +134,7 @@ def evaluate_coco(
             is not in the ground truth.
     """
     truth = GroundTruth.of(ground_truth, iou_type)
-    entries: Any = read_json(results, "result") if isinstance(results, (str, Path)) else results
+    entries: Any = require_json(results, "result") if isinstance(results, (str, Path)) else results
     if not isinstance(entries, Sequence):
         raise ValueError("results must be a list of detections")
     needed = ("image_id", "category_id", "score", "bbox" if iou_type == "bbox" else "segmentation")

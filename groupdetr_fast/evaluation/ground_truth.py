@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.segmentations import parse_segmentation
 
-__all__ = ["CocoLike", "GroundTruth", "IouType", "as_segmentation", "check_iou_type", "read_json"]
+__all__ = ["CocoLike", "GroundTruth", "IouType", "as_segmentation", "check_iou_type", "require_json"]
 
 IouType = Literal["bbox", "segm"]
 
@@ -150,8 +150,8 @@ def as_segmentation(entry: Mapping[str, Any], image: Mapping[str, Any], who: str
     return [polygon.tolist() for polygon in parsed]
 
 
-def read_json(path: str | Path, kind: str) -> Any:
-    """The content of a json file.
+def require_json(path: str | Path, kind: str) -> Any:
+    """The content of a json file that must be there.
 
     Raises:
         ValueError: if it cannot be read, or is no json.
@@ -167,7 +167,7 @@ def read_json(path: str | Path, kind: str) -> Any:
 def _content(source: "CocoLike | Mapping[str, Any] | str | Path") -> Mapping[str, Any]:
     content: Any = source
     if isinstance(source, (str, Path)):
-        content = read_json(source, "annotation")
+        content = require_json(source, "annotation")
     elif not isinstance(source, Mapping):
         content = source.dataset
     for key in ("images", "annotations", "categories"):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -53,7 +54,7 @@ class _View:
     image: Tensor  # uint8 [3, h, w]
     target: dict[str, Any]
     place: Place
-    of: "_Image"
+    source: "_Image"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -129,12 +130,12 @@ class Predictor:
         workers = self.workers if workers is None else workers
         batch_size = self.options.batch_size if batch_size is None else batch_size
 
-        def load(index: int, item: T) -> list[_View] | tuple[int, Tensor, E] | None:
+        def load(index: int, item: T) -> Iterable[_View]:
             loaded = read(item)
             if loaded is None:
-                return None
-            # A whole image is reduced at once; of one in tiles the tiles are cut when their turn comes.
-            return (index, *loaded) if tiled else list(self._views(index, *loaded))
+                return ()
+            views = self._views(index, *loaded)
+            return views if tiled else list(views)  # tiles are cut when their turn comes, a whole image is reduced now
 
         loaded = read_ahead(
             items,
@@ -143,15 +144,11 @@ class Predictor:
             ahead=2 if tiled else max(batch_size, 2 * workers),
             in_thread=in_thread,
         )
-        views = (view for each in loaded if each is not None for view in self._of(each))
-        for batch in batches_by_size(views, batch_size, ordered=ordered):
+        for batch in batches_by_size(chain.from_iterable(loaded), batch_size, ordered=ordered):
             for view, detection in zip(batch, self._detect_batch(batch), strict=True):
-                complete = view.of.add(view.place, detection, self.tiling)
+                complete = view.source.add(view.place, detection, self.tiling)
                 if complete is not None:
-                    yield Found(view.of.index, view.of.extra, self._named(complete))
-
-    def _of(self, loaded: "list[_View] | tuple[int, Tensor, Any]") -> Iterable[_View]:
-        return loaded if isinstance(loaded, list) else self._views(*loaded)
+                    yield Found(view.source.index, view.source.extra, self._named(complete))
 
     def _views(self, index: int, pixels: Tensor, extra: Any) -> Iterator[_View]:
         height, width = pixels.shape[-2:]

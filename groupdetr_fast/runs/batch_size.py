@@ -7,15 +7,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
-from ..build import build_criterion
 from ..data import Batch, CocoDataset, collate
 from ..data.largest import largest_training_size
 from ..random_state import random_state_kept
 from ..training.batch_size import TrialSteps, found_batch_size
 from ..training.progress import Display
 from ..transformers_detector.families import of_transformers
+from .class_weights import criterion_of
 from .config import CocoTrainingConfig
-from .config_file import from_yaml
+from .kept_files import begun_with
 
 __all__ = ["largest_batch", "with_batch_size"]
 
@@ -36,10 +36,10 @@ def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, datase
     """
     if config.optimization.batch_size != "auto":
         return config
-    numbers, how = _begun_with(config, accelerator), "as the run began"
+    numbers, how = _numbers_of_beginning(config, accelerator), "as the run began"
     if numbers is None:
         with random_state_kept():
-            numbers, how = _found(config, accelerator, dataset), "the largest that fits"
+            numbers, how = _find_numbers(config, accelerator, dataset), "the largest that fits"
         clear_device_cache(garbage_collection=True)  # what was tried may hold itself in cycles
     batch_size, accumulate = numbers
     Display(accelerator).print(
@@ -49,25 +49,22 @@ def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, datase
     return replace(config, optimization=replace(config.optimization, batch_size=batch_size, accumulate=accumulate))
 
 
-def _begun_with(config: CocoTrainingConfig, accelerator: Accelerator) -> tuple[int, int] | None:
-    path = config.output / "config.yaml"
-    if not (config.resume and path.exists()):
-        return None
-    begun = from_yaml(CocoTrainingConfig, path).optimization
-    if begun.batch_size == "auto":
+def _numbers_of_beginning(config: CocoTrainingConfig, accelerator: Accelerator) -> tuple[int, int] | None:
+    beginning = begun_with(config.output) if config.resume else None
+    begun = beginning.optimization if beginning is not None else None
+    if begun is None or begun.batch_size == "auto":
         return None
     images = begun.batch_size * begun.accumulate * accelerator.num_processes
     return (begun.batch_size, begun.accumulate) if images == config.optimization.images_per_step else None
 
 
-def _found(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> tuple[int, int]:
+def _find_numbers(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> tuple[int, int]:
     build = config.model.build if of_transformers(config.model.model) else config.model.build_empty
     model = build(dataset.num_classes)
-    criterion = build_criterion(model, assignment=config.assignment, positives=config.positives)
     trial = TrialSteps(
         accelerator,
         model,
-        criterion.to(accelerator.device),
+        criterion_of(config, model).to(accelerator.device),
         config.optimization,
         lambda size: largest_batch(config, dataset, size),
     )

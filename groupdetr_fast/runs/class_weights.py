@@ -49,8 +49,8 @@ def class_weights_of(config: CocoTrainingConfig, dataset: CocoDataset) -> ClassW
     return ClassWeights(names, [given.get(name, 1.0) for name in names])
 
 
-def criterion_of(config: CocoTrainingConfig, model: nn.Module, weights: ClassWeights | None) -> nn.Module:
-    """The losses of a run, with these weights of classes, which the log shows."""
+def criterion_of(config: CocoTrainingConfig, model: nn.Module, weights: ClassWeights | None = None) -> nn.Module:
+    """The losses of a run, with these weights of classes, if any, which the log then shows."""
     if weights is not None:
         pairs = [f"{name} {weight:.3g}" for name, weight in zip(*weights, strict=True)]
         more = ", ..." if len(pairs) > SHOWN else ""

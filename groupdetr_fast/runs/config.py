@@ -1,209 +1,25 @@
 """The configuration of a run."""
 
 import difflib
-import logging
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..losses.matcher import Assignment
-from ..models import build_model, load_checkpoint, model_config
-from ..models.checkpoints import CheckpointHeader, CheckpointMismatch, read_header
-from ..models.checkpoints.read import find_weights
-from ..models.detector import Detector
+from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
-from ..training.optimization import OptimizationConfig
+from ..training.config import OptimizationConfig
 from ..training.tracking import TrackerName
-from ..transformers_detector.families import PREFIX, of_transformers, place_of, require_transformers
-from .config_file import to_yaml
-
-if TYPE_CHECKING:
-    from ..transformers_detector.detector import TransformersDetector
+from ..transformers_detector.families import of_transformers, require_transformers
+from .config_file import to_plain, to_yaml
+from .model import ModelConfig
 
 __all__ = ["BALANCED", "CocoTrainingConfig", "ModelConfig"]
 
-logger = logging.getLogger(__name__)
-
 BALANCED = "balanced"  # weights of classes from the data
 STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what it is: not in its configuration's file
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which detector. Every setting that is None keeps the model's own default.
-
-    Attributes:
-        model: name of the detector: conditional_detr_r50, dab_detr_r50, dn_detr_r50 (each also with _dc5),
-            dab_deformable_detr_r50, dino_4scale_r50 or mask2former_r50; or transformers:DIR_OR_ID, a detector of
-            Hugging Face transformers (RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR, RF-DETR, Deformable DETR,
-            Conditional DETR, DAB-DETR, DETR) in a directory or on the hub, with its weights.
-        num_groups: K, groups of queries in training. Of a model of transformers, the number that it has (with the
-            command the default); any for its Conditional, DAB- and one-stage Deformable DETR.
-        num_queries: N, queries of one group.
-        d_model: size of tokens and queries.
-        num_heads: attention heads.
-        encoder_layers: number of encoder layers.
-        decoder_layers: number of decoder layers.
-        dim_feedforward: hidden size of the feed-forward blocks.
-        encoder_dim_feedforward: the same in the pixel decoder of Mask2Former.
-        dropout: probability.
-        backbone: resnet50 and the like, timm:NAME, or conv:W1-W2-... (small convolutions).
-        backbone_weights: imagenet (downloaded on first use), or a file; without either, the weights are random.
-        backbone_stages: use the first stages of the backbone only.
-        dilation: dilate the backbone's last stage (DC5).
-        frozen_stages: stages of the backbone that are not trained.
-        input_norm: normalise the projected features (for backbones whose features are large).
-        class_loss: weight of the loss of classes.
-        l1_loss: weight of the L1 loss of boxes.
-        giou_loss: weight of the GIoU loss of boxes.
-        loss_points: points of a mask at which Mask2Former computes costs and losses.
-        load: checkpoint to start from (of this package, an original repository or transformers).
-        new_class_head: with ``load``: train a new class head where the number of classes differs.
-        group_init_noise: let new groups begin as copies of group 0 with normal noise, of so many standard deviations of
-            its values (such as 0.1); None for groups that begin independently of each other. Groups that a checkpoint
-            ``load`` has stay as they are.
-        accelerate_kernels: let a model of transformers compute with the kernels of this package.
-    """
-
-    model: str = "conditional_detr_r50"
-    num_groups: int = 11
-    num_queries: int | None = None
-    d_model: int | None = None
-    num_heads: int | None = None
-    encoder_layers: int | None = None
-    decoder_layers: int | None = None
-    dim_feedforward: int | None = None
-    encoder_dim_feedforward: int | None = None
-    dropout: float | None = None
-    backbone: str | None = None
-    backbone_weights: str | None = None
-    backbone_stages: int | None = None
-    dilation: bool | None = None
-    frozen_stages: int | None = None
-    input_norm: bool | None = None
-    class_loss: float | None = None
-    l1_loss: float | None = None
-    giou_loss: float | None = None
-    loss_points: int | None = None
-    load: Path | None = None
-    new_class_head: bool = False
-    group_init_noise: float | None = None
-    accelerate_kernels: bool = True
-
-    def __post_init__(self) -> None:
-        if self.group_init_noise is not None and not 0 <= self.group_init_noise < math.inf:
-            raise ValueError(f"group_init_noise must be at least 0, got {self.group_init_noise}")
-
-    @classmethod
-    def of_checkpoint(cls, header: CheckpointHeader, **changes: Any) -> "ModelConfig":
-        """The detector that a checkpoint describes, without weights of its backbone, which the checkpoint has itself.
-
-        Args:
-            header: of the checkpoint; settings in it that are no fields here are left out.
-            **changes: fields that differ.
-        """
-        # Of a model of transformers, its own configuration in the header has all settings but the number of groups.
-        names = [f.name for f in fields(cls)] if not header.transformers else ["num_groups"]
-        settings = {name: header.model_config[name] for name in names if name in header.model_config}
-        return cls(**{**settings, "model": header.model, "backbone_weights": None, **changes})
-
-    @property
-    def predicts_masks(self) -> bool:
-        """Whether the detector predicts masks, and not boxes."""
-        return not of_transformers(self.model) and model_config(self.model).predicts_masks
-
-    def build(self, num_classes: int, *, resumed: Path | None = None) -> "Detector | TransformersDetector":
-        """The detector as a training begins with it, with the weights of ``load`` if that is given.
-
-        Args:
-            num_classes: C.
-            resumed: the checkpoint whose weights will replace those of the detector. It describes a model of
-                transformers too, so that the directory which that came from is not needed again.
-
-        Raises:
-            CheckpointMismatch: if ``load`` or ``resumed`` is of another detector, or has another number of classes.
-            ValueError: for settings that the detector does not have, and if it cannot be loaded.
-        """
-        model, trained = self._build_loaded(num_classes, resumed)
-        if self.group_init_noise is not None:
-            model.start_groups_near_first(self.group_init_noise, trained=trained)
-        return model
-
-    def _build_loaded(self, num_classes: int, resumed: Path | None) -> "tuple[Detector | TransformersDetector, int]":
-        """The detector with the weights of ``load``, and how many of its groups have something to keep, at least 1."""
-        if of_transformers(self.model):
-            return self._build_transformers(num_classes, resumed)
-        model, trained = self._build(num_classes), None
-        if self.load is not None:
-            trained = load_checkpoint(model, self.load, new_class_head=self.new_class_head).groups
-        elif model.config.backbone_weights is None and not model.config.backbone.startswith("conv:"):
-            logger.warning(
-                "the backbone %s starts from random weights, of which the first %d stages stay as they are: "
-                "pass backbone_weights (imagenet or a file) to start from pretrained ones",
-                model.config.backbone,
-                model.config.frozen_stages,
-            )
-        return model, trained[0] if trained else 1
-
-    def resolved_num_queries(self) -> int:
-        """``num_queries``, or what None stands for in this detector, which is one of this package."""
-        return self.num_queries or model_config(self.model).num_queries
-
-    def build_empty(self, num_classes: int) -> Detector:
-        """The detector with random weights everywhere, for those of a checkpoint to replace."""
-        return replace(self, backbone_weights=None)._build(num_classes)
-
-    def _build_transformers(self, num_classes: int, resumed: Path | None) -> "tuple[TransformersDetector, int]":
-        """The same, of a model of transformers."""
-        require_transformers()
-        from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
-
-        if self._overrides():
-            raise ValueError(
-                f"{next(iter(self._overrides()))} cannot be set for a model of transformers: its own configuration, "
-                "config.json, has all its settings"
-            )
-        checkpoint = resumed or self.load
-        if checkpoint is None:
-            model = load_pretrained(
-                self.model,
-                num_classes=num_classes,
-                num_groups=self.num_groups,
-                accelerate_kernels=self.accelerate_kernels,
-            )
-            return model, 1
-        header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
-        if not header.transformers:  # as transformers has saved it
-            name = checkpoint if of_transformers(checkpoint) else f"{PREFIX}{checkpoint}"
-            model = load_pretrained(str(name), accelerate_kernels=self.accelerate_kernels)
-        else:
-            model = build_from_header(header, num_groups=self.num_groups, accelerate_kernels=self.accelerate_kernels)
-        if (own := model.config.num_classes) != num_classes and self.new_class_head:
-            name = f"{PREFIX}{find_weights(place_of(checkpoint))}"
-            groups = self.num_groups if header.transformers else None
-            model = load_pretrained(
-                name, num_classes=num_classes, num_groups=groups, accelerate_kernels=self.accelerate_kernels
-            )
-            return model, 1
-        if own != num_classes:
-            sentence = f"{checkpoint} has a class head for {own} classes, and the data have {num_classes}"
-            raise CheckpointMismatch(sentence, (own, num_classes))
-        if header.transformers and resumed is None:
-            load_weights(model, checkpoint)
-        return model, int(header.model_config.get("num_groups", 1))
-
-    def _overrides(self) -> dict[str, Any]:
-        """Settings of the detector that are given."""
-        own = ("model", "num_groups", "load", "new_class_head", "group_init_noise", "accelerate_kernels")
-        overrides = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        return {name: value for name, value in overrides.items() if value is not None}
-
-    def _build(self, num_classes: int) -> Detector:
-        overrides = self._overrides()
-        return build_model(self.model, num_classes=num_classes, num_groups=self.num_groups, **overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,5 +159,15 @@ class CocoTrainingConfig:
 
     def as_yaml(self) -> str:
         """The configuration as ``groupdetr train --config`` reads it."""
-        own = CocoTrainingConfig(**{f.name: getattr(self, f.name) for f in fields(CocoTrainingConfig)})
-        return to_yaml(own, omit=STARTED)
+        return to_yaml(self._bare(), omit=STARTED)
+
+    def by_name(self) -> dict[str, Any]:
+        """The settings by their full names (``optimization.lr``), but for how the run is started and where it is."""
+        plain = to_plain(replace(self._bare(), optimization=self.optimization.resolved()))
+        rooms = {name: value for name, value in plain.items() if isinstance(value, dict)}
+        settings = {name: plain[name] for name in plain.keys() - rooms.keys() - {*STARTED, "output"}}
+        return settings | {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+
+    def _bare(self) -> "CocoTrainingConfig":
+        """The run without what a subclass adds, such as a command."""
+        return CocoTrainingConfig(**{each.name: getattr(self, each.name) for each in fields(CocoTrainingConfig)})

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from ..data import Batch, CocoDataset
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.detections import CollectedDetections
-from ..evaluation.ground_truth import IouType
 from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
@@ -31,7 +30,7 @@ from .config import CocoTrainingConfig
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
 
-__all__ = ["evaluate", "evaluate_checkpoint", "rehearse_evaluation"]
+__all__ = ["evaluate", "evaluate_checkpoint", "evaluator_of", "rehearse_evaluation"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     model = _build(config, dataset)
     samples = evaluation_samples(dataset, config, accelerator.device)
     loader = accelerator.prepare(evaluation_loader(samples, config))
-    _compare_categories(config, dataset)
+    _warn_of_other_categories(config, dataset)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     again = "run the same command again"
     with deaths_of_workers_explained(loader.num_workers, again), deaths_of_processes_explained(again):
@@ -123,7 +122,7 @@ def evaluate(
     gathered = gather_object([(detections.by_image, shown)])
 
     def summarize() -> dict[str, Any]:
-        evaluator = _evaluator(dataset, config)
+        evaluator = evaluator_of(dataset, config)
         evaluator.merge([found for found, _ in gathered])
         metrics = evaluator.summarize()
         write_whole(config.output / "detections.json", _as_json(evaluator))
@@ -151,18 +150,20 @@ def rehearse_evaluation(
         _detect(model, loader, detections, config)
 
     def summarize() -> None:
-        evaluator = _evaluator(dataset, config, image_ids=dataset.image_ids[:images])
+        evaluator = evaluator_of(dataset, config, image_ids=dataset.image_ids[:images])
         evaluator.merge([detections.by_image])
         evaluator.summarize()
 
     on_main_process(accelerator, summarize)
 
 
-def _evaluator(
+def evaluator_of(
     dataset: CocoDataset, config: CocoTrainingConfig, image_ids: Sequence[int] | None = None
 ) -> CocoEvaluator:
-    iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
-    return CocoEvaluator(dataset.annotation_file, iou_type, category_ids=dataset.category_ids, image_ids=image_ids)
+    """The metric of a run: of the images with these ids, or of all of the data set."""
+    return CocoEvaluator(
+        dataset.annotation_file, config.model.iou_type, category_ids=dataset.category_ids, image_ids=image_ids
+    )
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def _as_json(evaluator: CocoEvaluator) -> str:
     return f"[{', '.join(filter(None, images))}]\n"
 
 
-def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
+def _warn_of_other_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
     """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
     checkpoint = config.model.load
     categories = [] if checkpoint is None else describe_model(checkpoint, config.model.model).categories

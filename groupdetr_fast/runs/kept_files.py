@@ -1,7 +1,8 @@
-"""What a run keeps of files of one's own, so that it can be repeated when these have changed."""
+"""What a run keeps so that it can be repeated: its configuration, and the files of one's own that this names."""
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
@@ -9,16 +10,24 @@ from ..data.own_transforms import OwnTransforms, split_name
 from ..files import write_whole
 from .class_weights import ClassWeights
 from .config import BALANCED, CocoTrainingConfig
+from .config_file import from_yaml
 
-__all__ = ["CLASS_WEIGHTS_FILE", "TRANSFORMS_FILE", "keep_files", "with_kept_files"]
+__all__ = ["CONFIG_FILE", "begun_with", "keep_files", "with_kept_files"]
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
 TRANSFORMS_FILE, CLASS_WEIGHTS_FILE = "transforms_used.py", "class_weights_used.yaml"
 
 
+def begun_with(folder: Path) -> CocoTrainingConfig | None:
+    """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there."""
+    path = folder / CONFIG_FILE
+    return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+
+
 def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
-    """The run with the files that :func:`keep_files` writes in place of those that were given, for ``config.yaml``."""
+    """The run with the files that :func:`keep_files` writes in place of those that were given."""
     if config.augmentation.transforms is not None:
         _, function = split_name(config.augmentation.transforms)
         kept = f"{config.output / TRANSFORMS_FILE}:{function}"
@@ -29,7 +38,10 @@ def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
 
 
 def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: ClassWeights | None) -> None:
-    """Write the run's transforms and its weights of classes into its folder; warn where a resumed run had others."""
+    """Write the run's configuration, transforms and weights of classes into its folder.
+
+    Warns where a resumed run had other transforms or weights.
+    """
     texts = {
         TRANSFORMS_FILE: None if own is None else own.source,
         CLASS_WEIGHTS_FILE: None
@@ -43,3 +55,4 @@ def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: C
         if config.resume and path.exists() and path.read_text() != text:
             logger.warning("resuming with another content of %s than the run began with", path)
         write_whole(path, text)
+    write_whole(config.output / CONFIG_FILE, with_kept_files(config).as_yaml())

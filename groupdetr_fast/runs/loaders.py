@@ -72,7 +72,7 @@ def training_samples(
         DataError: for images to be kept in memory, wherever, that cannot be read. Of others, as many are left out as
             the configuration allows.
     """
-    found = _kept(dataset, config, device, training=True)
+    found = _where_kept(dataset, config, device, training=True)
     if isinstance(found, DeviceImages):
         return found
     return SkipUnreadable(dataset, 0 if config.strict else config.data.max_unreadable_images)
@@ -82,10 +82,10 @@ def evaluation_samples(
     dataset: CocoDataset, config: CocoTrainingConfig, device: torch.device
 ) -> CocoDataset | DeviceImages:
     """What :func:`evaluation_loader` loads of :func:`evaluation_set`; see :func:`training_samples`."""
-    return _kept(dataset, config, device, training=False)
+    return _where_kept(dataset, config, device, training=False)
 
 
-def _kept(
+def _where_kept(
     dataset: CocoDataset, config: CocoTrainingConfig, device: torch.device, *, training: bool
 ) -> CocoDataset | DeviceImages:
     """The data set with its images where the configuration wants them."""

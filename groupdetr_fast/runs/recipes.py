@@ -15,7 +15,7 @@ from pathlib import Path
 from ..data import AugmentationConfig, DigitsConfig, digits_dataset
 from ..data.config import DataConfig
 from ..models.registry import model_config
-from ..training.optimization import OptimizationConfig
+from ..training.config import OptimizationConfig
 from .config import CocoTrainingConfig, ModelConfig
 
 __all__ = ["RECIPES", "Recipe", "digits_demo", "find_recipe", "launched_recipe", "with_digits"]

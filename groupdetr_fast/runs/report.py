@@ -15,13 +15,14 @@ from torch import Tensor
 from ..data import CocoDataset
 from ..evaluation.coco import METRICS
 from ..evaluation.diagnosis import ERRORS, ClassDiagnosis, Diagnosis, diagnose
-from ..evaluation.ground_truth import IouType
 from ..evaluation.plots import draw_confusion, draw_curves, draw_errors, draw_precision_recall
 from ..evaluation.visualize import draw_detections
 from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
 from ..prediction import class_table
+from ..training.selection import best_epoch
 from .config import CocoTrainingConfig
+from .kept_files import CONFIG_FILE
 
 __all__ = ["PAGE", "THRESHOLDS", "write_report"]
 
@@ -69,9 +70,8 @@ def _write(
 ) -> Path:
     folder = config.output / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
-    iou_type: IouType = "segm" if config.model.predicts_masks else "bbox"
     results = read_json(config.output / "detections.json") or []
-    diagnosis = diagnose(dataset.annotation_file, results, iou_type)
+    diagnosis = diagnose(dataset.annotation_file, results, config.model.iou_type)
     write_json(config.output / THRESHOLDS, {each.name: each.threshold for each in diagnosis.classes})
     sections = [_summary(config, dataset, metrics, history)]
     if history:
@@ -95,11 +95,11 @@ def _summary(
     queries = "" if model.num_queries is None else f" of {model.num_queries} queries"
     what = f"<p>{html.escape(model.model)}, {model.num_groups} group(s){queries} in training, one in inference. "
     what += f"{len(dataset)} images of {html.escape(str(dataset.annotation_file))}.</p>"
-    if history:
+    best = best_epoch(history)
+    if best is not None:
         minutes = sum(row["seconds"] for row in history) / 60
-        best = max((row["metrics"]["AP"], row["epoch"]) for row in history if "metrics" in row)
-        what += f"<p>{len(history)} epochs in {minutes:.1f} minutes of training; best AP {best[0]:.3f} in epoch "
-        what += f"{best[1]}. What follows is the last evaluation.</p>"
+        what += f"<p>{len(history)} epochs in {minutes:.1f} minutes of training; best AP {best['metrics']['AP']:.3f} "
+        what += f"in epoch {best['epoch']}. What follows is the last evaluation.</p>"
     return what + html_table([{name: metrics[name] for name in METRICS}])
 
 
@@ -200,5 +200,5 @@ def _as_detections(results: Sequence[Mapping[str, Any]], labels: Mapping[int, in
 def _command(config: CocoTrainingConfig, history: Sequence[Mapping[str, Any]]) -> str:
     if not history:
         return ""
-    settings = html.escape(str(config.output / "config.yaml"))
+    settings = html.escape(str(config.output / CONFIG_FILE))
     return f"<p>The same training again:</p><pre>groupdetr train --config {settings} --output ANOTHER_FOLDER</pre>"

@@ -2,11 +2,12 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -14,23 +15,22 @@ from ..data import CocoDataset, DataError, SkipUnreadable
 from ..data.device_images import DeviceImages
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
-from ..files import write_whole
-from ..models.checkpoints import CheckpointHeader, read_header
+from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
-from ..training.checkpoint import BEST, latest_checkpoint, resumable_checkpoints
+from ..training.checkpoint import BEST, latest_checkpoint
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
+from ..training.gradients import Observe
 from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from ..transformers_detector.families import of_transformers
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
-from .config import STARTED, CocoTrainingConfig
-from .config_file import from_yaml, to_plain
+from .config import CocoTrainingConfig
 from .evaluate import evaluate, rehearse_evaluation
 from .folder import clear, reserved
-from .kept_files import keep_files, with_kept_files
+from .kept_files import keep_files
 from .loaders import (
     evaluation_loader,
     evaluation_samples,
@@ -40,24 +40,16 @@ from .loaders import (
     training_set,
 )
 from .report import write_report
+from .resuming import require_same_run
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, LOG_FILE = "config.yaml", "train.log"
-# What resuming cannot change, besides the detector; and what it can change of that.
-FIXED = {"data.labels"} | {
-    f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "query_lr", "seed")
-}
-FREE = {
-    f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
-}
+LOG_FILE = "train.log"
 
 
-def train(
-    config: CocoTrainingConfig, *, observe: Callable[[int, nn.Module, Any, Any], None] | None = None
-) -> dict[str, Any]:
+def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict[str, Any]:
     """Run a training, and print the COCO table of its end.
 
     Args:
@@ -87,53 +79,52 @@ def train(
         deaths_of_processes_explained(),
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
-        return _train(config, accelerator, observe)
+        data = _load_data(config, accelerator.device)
+        config = with_batch_size(config, accelerator, data.train_set)
+        with lack_of_memory_explained(config.optimization.images_per_batch):
+            return _train(config, accelerator, data, observe)
+
+
+class _Data(NamedTuple):
+    """The images of a training: as data sets, and as they are loaded.
+
+    Attributes:
+        train_set, val_set: what is trained and evaluated on.
+        train_samples, val_samples: what batches are made of: the same, perhaps from the memory of the device.
+        transforms: of the user's own, if the run has some.
+    """
+
+    train_set: CocoDataset
+    val_set: CocoDataset
+    train_samples: SkipUnreadable | DeviceImages
+    val_samples: CocoDataset | DeviceImages
+    transforms: OwnTransforms | None
+
+
+def _load_data(config: CocoTrainingConfig, device: torch.device) -> _Data:
+    transforms = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
+    val_set, train_set = evaluation_set(config), training_set(config, transforms)
+    _require_equal_categories(train_set, val_set)
+    # The device's memory has the images to train on first, and then what fits beside them.
+    samples = training_samples(train_set, config, device), evaluation_samples(val_set, config, device)
+    return _Data(train_set, val_set, *samples, transforms)
 
 
 def _train(
-    config: CocoTrainingConfig,
-    accelerator: Accelerator,
-    observe: Callable[[int, nn.Module, Any, Any], None] | None,
+    config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, observe: Observe | None
 ) -> dict[str, Any]:
-    """The training of :func:`train`, in a folder that no other one uses."""
-    own = OwnTransforms(config.augmentation.transforms) if config.augmentation.transforms else None
-    val_set, train_set = evaluation_set(config), training_set(config, own)
-    _check_categories(train_set, val_set)
-    device = accelerator.device  # whose memory has the images first, and then what fits beside them
-    samples = _Samples(training_samples(train_set, config, device), evaluation_samples(val_set, config, device))
-    config = with_batch_size(config, accelerator, train_set)
-    with lack_of_memory_explained(config.optimization.images_per_batch):
-        return _train_on(config, accelerator, train_set, val_set, samples, own, observe)
-
-
-class _Samples(NamedTuple):
-    """What is loaded, in training and in evaluation."""
-
-    train: SkipUnreadable | DeviceImages
-    val: CocoDataset | DeviceImages
-
-
-def _train_on(
-    config: CocoTrainingConfig,
-    accelerator: Accelerator,
-    train_set: CocoDataset,
-    val_set: CocoDataset,
-    samples: _Samples,
-    own: OwnTransforms | None,
-    observe: Callable[[int, nn.Module, Any, Any], None] | None,
-) -> dict[str, Any]:
-    """The same on these data, with batches of a known size."""
-    weights = class_weights_of(config, train_set)
+    """The training of :func:`train`, with batches of a known size, in a folder that no other one uses."""
+    weights = class_weights_of(config, data.train_set)
     newest = latest_checkpoint(config.output) if config.resume else None
-    model = config.model.build(val_set.num_classes, resumed=newest)
-    header = _header(config, model, val_set)
-    val_loader = accelerator.prepare(evaluation_loader(samples.val, config))
+    model = config.model.build(data.val_set.num_classes, resumed=newest)
+    header = _header(config, model, data.val_set)
+    val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))
 
     def run_evaluation(model: nn.Module) -> dict[str, Any]:
         running = own_trainer()
         assert running is not None  # it is what calls this
         display = running.progress.display
-        metrics = evaluate(accelerator, model, val_loader, val_set, config, running.stop_if_asked, display)
+        metrics = evaluate(accelerator, model, val_loader, data.val_set, config, running.stop_if_asked, display)
         log_picture(accelerator, "predictions", config.output / "predictions.png", running.state.batches)
         return metrics
 
@@ -141,7 +132,7 @@ def _train_on(
         accelerator,
         model,
         criterion_of(config, model, weights).to(accelerator.device),
-        training_loader(samples.train, config),
+        training_loader(data.train_samples, config),
         _settings(config, header, getattr(model, "files", dict)()),
         evaluate=run_evaluation,
         observe=observe,
@@ -150,82 +141,48 @@ def _train_on(
     # them, which then abort it now and then (pytorch/pytorch#179291).
     own_trainer = weakref.ref(trainer)
     if newest is not None:
-        _compare_with_beginning(config, loud=accelerator.is_main_process)
-        _compare_categories(config, val_set)
+        require_same_run(config, data.val_set, loud=accelerator.is_main_process)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
-    rehearse_evaluation(accelerator, trainer.state.model, val_set, config)
+    rehearse_evaluation(accelerator, trainer.state.model, data.val_set, config)
     if accelerator.is_main_process:
         if config.overwrite:  # not before everything that could be refused has been tried
             clear(config.output)
-        keep_files(config, own, weights)
-        write_whole(config.output / CONFIG_FILE, with_kept_files(config).as_yaml())
+        keep_files(config, data.transforms, weights)
     results = trainer.fit()
     if accelerator.is_main_process:
-        if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
-            metrics = results["epochs"][-1]["metrics"]
-            print(format_table(metrics))
-            if config.report and (page := write_report(config, val_set, metrics, results["epochs"])):
-                print(f"report: {page}")
-        if results["best_epoch"] is not None:
-            print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
-        print(f"results: {config.output}")
+        _say_results(config, results, data.val_set)
     return results
 
 
-def _compare_with_beginning(config: CocoTrainingConfig, *, loud: bool) -> None:
-    """Say how a configuration differs from that of the run which it resumes.
-
-    Raises:
-        ValueError: if a setting differs that cannot change within a run.
-    """
-    path = config.output / CONFIG_FILE
-    if not path.exists():  # of a version that wrote none
-        return
-    begun, now = (_flat(each) for each in (from_yaml(CocoTrainingConfig, path), with_kept_files(config)))
-    for name in now:
-        if now[name] == begun[name]:
-            continue
-        if name in FIXED or (name.startswith("model.") and name not in FREE):
-            raise ValueError(
-                f"{config.output} was begun with {name} = {begun[name]}, which cannot become {now[name]} on resuming: "
-                "leave it as it was, or begin another run with another output"
-            )
-        if loud:
-            logger.warning("resuming with %s = %s, which was %s", name, now[name], begun[name])
+def _say_results(config: CocoTrainingConfig, results: dict[str, Any], val_set: CocoDataset) -> None:
+    """Write the page about the training, and print how it ended."""
+    if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
+        metrics = results["epochs"][-1]["metrics"]
+        print(format_table(metrics))
+        if config.report and (page := write_report(config, val_set, metrics, results["epochs"])):
+            print(f"report: {page}")
+    if results["best_epoch"] is not None:
+        print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
+    print(f"results: {config.output}")
 
 
-def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
-    """Refuse to resume with data of other classes, even where there are as many.
-
-    Raises:
-        ValueError: if an id or a name differs.
-    """
-    for folder in resumable_checkpoints(config.output):
-        try:
-            begun = {entry["id"]: entry["name"] for entry in read_header(folder).categories}
-        except ValueError:  # damaged: resuming says so, and goes back to the one before it
-            continue
-        now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
-        if not begun:
-            continue
-        if begun != now:
-            number = min(dict(begun.items() ^ now.items()))
-            was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
-            raise ValueError(
-                f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
-                f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
-                "with another output, and load to start from these weights"
-            )
-        return
-
-
-def _flat(config: CocoTrainingConfig) -> dict[str, Any]:
-    """The settings by their full names, without those that say how a run is started and where it is."""
-    plain = to_plain(replace(config, optimization=config.optimization.resolved()))
-    rooms = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    flat = {name: plain[name] for name in plain.keys() - rooms.keys() - {*STARTED, "output", "recipe", "config"}}
-    return flat | {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+def _require_equal_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
+    train, val = (
+        {category["id"]: category.get("name") for category in dataset.categories} for dataset in (train_set, val_set)
+    )
+    if train.keys() != val.keys():
+        differing = sorted(train.keys() ^ val.keys())
+        raise DataError(
+            f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
+            f"(ids {differing[:5]} are in one only): give both files the same categories"
+        )
+    renamed = next((number for number in sorted(train) if train[number] != val[number]), None)
+    if renamed is not None:
+        raise DataError(
+            f"category {renamed} is {train[renamed]!r} in {train_set.annotation_file} and {val[renamed]!r} in "
+            f"{val_set.annotation_file}: give both files the same categories"
+        )
 
 
 def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> CheckpointHeader:
@@ -259,23 +216,5 @@ def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mappi
         max_skipped_steps=0 if config.strict else config.max_skipped_steps,
         files=files,
         trackers=config.track,
-        tracked=_flat(config),
+        tracked=config.by_name(),
     )
-
-
-def _check_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
-    train, val = (
-        {category["id"]: category.get("name") for category in dataset.categories} for dataset in (train_set, val_set)
-    )
-    if train.keys() != val.keys():
-        differing = sorted(train.keys() ^ val.keys())
-        raise DataError(
-            f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
-            f"(ids {differing[:5]} are in one only): give both files the same categories"
-        )
-    renamed = next((number for number in sorted(train) if train[number] != val[number]), None)
-    if renamed is not None:
-        raise DataError(
-            f"category {renamed} is {train[renamed]!r} in {train_set.annotation_file} and {val[renamed]!r} in "
-            f"{val_set.annotation_file}: give both files the same categories"
-        )

@@ -10,12 +10,13 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..targets import StepTotals
+from .config import OptimizationConfig
 from .device_step import bare_optimizer
 from .ema import AveragedWeights
 from .faults import TrainingError
 from .freezing import freeze
 from .half_weights import weight_casts
-from .optimization import OptimizationConfig, build_optimizer
+from .optimization import build_optimizer
 from .passes import GroupPasses
 from .recompute import recompute_decoder_layers
 

@@ -4,10 +4,8 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +18,7 @@ from ..files import write_whole
 from ..random_state import random_state_kept
 from ..targets import StepTotals
 from .checkpoint import mark_best
+from .config import TrainerSettings
 from .device_step import DeviceStep
 from .ema import AveragedWeights
 from .faults import (
@@ -32,7 +31,7 @@ from .faults import (
 from .freezing import freeze
 from .gradients import Observe, StepGradients, chooses
 from .graphs import CapturableStep, StepGraphs, check_graphs
-from .optimization import OptimizationConfig, build_optimizer, build_scheduler, described_groups
+from .optimization import build_optimizer, build_scheduler, described_groups
 from .processes import agreed, anywhere
 from .progress import TrainingProgress, reset_peak_memory
 from .recompute import recompute_decoder_layers
@@ -48,42 +47,6 @@ from .tracking import start_trackers
 __all__ = ["Trainer", "TrainerSettings", "build_accelerator"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How a training runs, apart from what it trains.
-
-    Attributes:
-        optimization: how to train.
-        run: folder of the run.
-        metadata: what is needed to rebuild the model, kept in every checkpoint and in ``results.json``.
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
-        early_stopping: epochs without a better AP after which the training ends; 0 to train all epochs.
-        early_stopping_delta: by how much AP must rise to count as better.
-        checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
-        checkpoint_minutes: the same in minutes since the checkpoint before.
-        max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
-            skipped.
-        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
-        files: texts to write beside the weights of every checkpoint, by the name of the file.
-        trackers: where curves go, see ``tracking.start_trackers``.
-        tracked: settings by name, which trackers show.
-    """
-
-    optimization: OptimizationConfig
-    run: Path
-    metadata: dict[str, Any] = field(default_factory=dict)
-    evaluate_every: int = 1
-    early_stopping: int = 0
-    early_stopping_delta: float = 0.0
-    checkpoint_every: int = 0
-    checkpoint_minutes: float = 0
-    max_skipped_steps: int = 10
-    keep_checkpoints: int = 0
-    files: Mapping[str, str] = field(default_factory=dict)
-    trackers: tuple[str, ...] = ("tensorboard",)
-    tracked: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -148,7 +111,7 @@ class Trainer:
         if self.config.cuda_graphs:
             check_graphs(accelerator, self.config, observing=observe is not None and not chooses(observe))
         self.stop = StopRequest()
-        self.state = self._begin(model, loader)
+        self.state = self._build_state(model, loader)
         self.ledger = StepLedger(self.state, settings.max_skipped_steps, self.config.clip_norm)
         self.gradients = StepGradients(self.state, model, criterion, self.config, observe)
         self._step = self._build_step()
@@ -157,7 +120,7 @@ class Trainer:
         self._norm: Tensor | None = None  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
-    def _begin(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
+    def _build_state(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
         """The state before the first step."""
         config, accelerator = self.config, self.accelerator
         model, optimizer, loader = accelerator.prepare(bare, build_optimizer(bare, config), loader)
@@ -206,7 +169,7 @@ class Trainer:
         with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
             self._say_what_is_trained()
             self._evaluate_what_was_interrupted()
-            while self.state.epoch < self.config.epochs and not self._waited_long_enough():
+            while self.state.epoch < self.config.epochs and not self._stops_early():
                 self._run_epoch()
         self.accelerator.end_training()
         return self._results()
@@ -381,7 +344,7 @@ class Trainer:
         if state.history and not state.current.batches and "metrics" not in state.history[-1]:
             self._evaluate_last_epoch()
 
-    def _waited_long_enough(self) -> bool:
+    def _stops_early(self) -> bool:
         history, patience = self.state.history, self.settings.early_stopping
         if not patience or not history or "metrics" not in history[-1]:
             return False

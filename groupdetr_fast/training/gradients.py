@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..targets import StepTotals
+from .config import OptimizationConfig
 from .half_weights import weight_casts
-from .optimization import OptimizationConfig
 from .passes import GroupPasses, average_gradients
 from .sharding import whole
 from .state import TrainingState

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .optimization import OptimizationConfig
+from .config import OptimizationConfig
 from .processes import mean_losses
 from .progress import peak_memory_mib
 from .selection import best_epoch

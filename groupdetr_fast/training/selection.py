@@ -3,13 +3,13 @@
 Both follow from the run's history alone, so that a run that was resumed chooses as one that was not interrupted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["best_epoch", "epochs_without_gain"]
 
 
-def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The entry of the epoch with the highest AP, the first of several; None if no epoch has one.
 
     Args:
@@ -19,7 +19,7 @@ def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return max(evaluated, key=lambda row: row["metrics"]["AP"], default=None)
 
 
-def epochs_without_gain(history: Sequence[dict[str, Any]], delta: float) -> int:
+def epochs_without_gain(history: Sequence[Mapping[str, Any]], delta: float) -> int:
     """Epochs since AP rose for the last time, as far as it was evaluated.
 
     Args:

@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from torch import nn
 
+from .config import OptimizationConfig
 from .host_memory import keep_freed_memory
-from .optimization import OptimizationConfig
 
 __all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"]
 

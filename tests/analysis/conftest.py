@@ -6,7 +6,7 @@ from groupdetr_fast.analysis.forking import ForkServer, forks_are_safe
 from groupdetr_fast.data import AugmentationConfig, DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from groupdetr_fast.analysis.json_files import to_json
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig
-from groupdetr_fast.runs.config_file import from_plain
+from groupdetr_fast.runs.config_file import from_plain, to_json
 from groupdetr_fast.runs.recipes import digits_demo
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from groupdetr_fast.commands import analyze
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.runs.config import ModelConfig
 from groupdetr_fast.runs.recipes import digits_demo
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
 FILES = ("train_images", "train_annotations", "val_images", "val_annotations")

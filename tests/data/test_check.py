@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from groupdetr_fast.data.annotations import read_json
+from groupdetr_fast.data.annotations import read_coco
 from groupdetr_fast.data.check import check_part, compare_parts
 
 
@@ -15,7 +15,7 @@ def check(write):
 
     def run(content, **settings):
         folder, path = write(content)
-        return check_part("train", folder, read_json(path), **settings)
+        return check_part("train", folder, read_coco(path), **settings)
 
     return run
 
@@ -67,7 +67,7 @@ def test_planted_faults(check, content, table, values, level, message):
 def test_nothing_outside_the_folder_is_opened(content, write, name, monkeypatch):
     folder, path = write(content)
     Image.new("RGB", (60, 40)).save(folder.parent / "secret.png")
-    entries = read_json(path)
+    entries = read_coco(path)
     entries["images"] = entries["images"][:1]
     entries["images"][0]["file_name"] = name
     monkeypatch.setattr("groupdetr_fast.data.check.open_image", lambda path: pytest.fail(f"{path} was opened"))
@@ -79,9 +79,9 @@ def test_damaged_images_are_found_by_decoding(check, content, write):
     folder, path = write(content)
     file = folder / content["images"][0]["file_name"]
     file.write_bytes(file.read_bytes()[:-40])
-    decoded = check_part("train", folder, read_json(path))
+    decoded = check_part("train", folder, read_coco(path))
     assert "cannot be read" in decoded.errors["image"][0]
-    assert not check_part("train", folder, read_json(path), decode=False).errors["image"]
+    assert not check_part("train", folder, read_coco(path), decode=False).errors["image"]
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -92,7 +92,7 @@ def test_images_turned_by_exif_are_counted_and_measured_upright(content, write, 
             exif = image.getexif()
             exif[0x0112] = orientation
             image.save(folder / "sub" / f"{image_id}.png", exif=exif)
-    findings = check_part("train", folder, read_json(path), decode=decode)
+    findings = check_part("train", folder, read_coco(path), decode=decode)
     assert findings.statistics.turned == 2
     assert len(findings.errors["size"]) == 1
     assert re.search(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import groupdetr_fast
 from groupdetr_fast.data import CocoDataset, DataError, SkipUnreadable, collate
-from groupdetr_fast.data.annotations import read_json
+from groupdetr_fast.data.annotations import read_coco
 from groupdetr_fast.data.check import check_part
 from groupdetr_fast.data.images import as_rgb
 from groupdetr_fast.data.yolo import read_yolo
@@ -100,7 +100,7 @@ def test_an_eps_runs_no_other_program_whatever_it_is_called(tmp_path, monkeypatc
         dataset[0]
     with pytest.raises(DataError, match=r"photo\.jpg cannot be read \(it is none of"):
         as_rgb(folder / "photo.jpg")
-    findings = check_part("train", folder, read_json(tmp_path / "instances.json"))
+    findings = check_part("train", folder, read_coco(tmp_path / "instances.json"))
     assert "photo.jpg cannot be read (it is none of" in findings.errors["image"][0]
     (tmp_path / "data.yaml").write_text("train: images\nnames: [a]\n")
     assert "photo.jpg cannot be read (it is none of" in read_yolo(tmp_path / "data.yaml", "train").faults[-1]

@@ -27,7 +27,7 @@ from groupdetr_fast.prediction import InferenceSettings, PredictOptions, class_t
 from groupdetr_fast.prediction.options import Options
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 AUGMENTATION = AugmentationConfig(
     short_sides=(40,), crop=0, eval_short_side=40, eval_max_size=None, image_mean=(0.5,) * 3, image_std=(0.25,) * 3

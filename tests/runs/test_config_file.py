@@ -8,7 +8,7 @@ from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.config_file import from_yaml, to_yaml
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @dataclass

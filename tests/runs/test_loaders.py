@@ -15,7 +15,7 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.loaders import evaluation_loader, training_loader
 from groupdetr_fast.runs.recipes import find_recipe
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 class CountedSamples:

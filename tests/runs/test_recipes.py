@@ -7,7 +7,7 @@ import pytest
 
 from groupdetr_fast.models.registry import model_config, model_names
 from groupdetr_fast.runs.recipes import RECIPES, find_recipe
-from groupdetr_fast.training.optimization import SCHEDULES
+from groupdetr_fast.training.config import SCHEDULES
 
 
 def queries_of(model):

@@ -103,6 +103,13 @@ def test_the_page_of_a_training_has_its_curves(run):
     assert f"groupdetr train --config {config.output / 'config.yaml'}" in text
 
 
+def test_of_equal_epochs_the_page_names_the_one_that_is_kept(run):
+    config, dataset, metrics, _ = run
+    history = [{"epoch": epoch, "seconds": 30.0, "train": {"loss": 9.0}, "metrics": metrics} for epoch in (1, 2)]
+    text = write_report(config, dataset, metrics, history).read_text()
+    assert f"best AP {metrics['AP']:.3f} in epoch 1." in text
+
+
 def test_prediction_takes_the_thresholds_that_are_written(run):
     """Of classes that were found 0.9, the score of all that is right; null for others, which have the general one."""
     config, dataset, metrics, _ = run

@@ -23,7 +23,7 @@ from groupdetr_fast.evaluation.detections import CollectedDetections
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 EPOCHS = 3
 IMAGES = 10  # 5 batches per epoch

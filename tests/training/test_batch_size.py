@@ -7,7 +7,7 @@ from accelerate import Accelerator
 import groupdetr_fast as gd
 from groupdetr_fast.data import collate
 from groupdetr_fast.training.batch_size import AIM, GpuMemory, TrialSteps, check_auto, largest_fitting, memory_of
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 SMALL = {"num_queries": 3, "d_model": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 

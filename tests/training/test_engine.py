@@ -21,7 +21,7 @@ from groupdetr_fast.runs.evaluate import evaluate_checkpoint
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine, progress
 from groupdetr_fast.training.checkpoint import latest_checkpoint
-from groupdetr_fast.training.optimization import OptimizationConfig
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @pytest.fixture(scope="module")

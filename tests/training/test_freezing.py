@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import groupdetr_fast as gd
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.freezing import freeze
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, described_groups
+from groupdetr_fast.training.optimization import build_optimizer, described_groups
 
 SMALL = {"num_queries": 3, "d_model": 16, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 1}
 

@@ -16,12 +16,14 @@ import groupdetr_fast as gd
 from groupdetr_fast.data import Batch
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training import engine
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import DeviceStep
 from groupdetr_fast.training.ema import AveragedWeights
 from groupdetr_fast.training.engine import Trainer, TrainerSettings, build_accelerator
 from groupdetr_fast.training.faults import TrainingError
-from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, GraphSizes, StepInputs, check_graphs
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
+from groupdetr_fast.training.graph_sizes import GraphSizes
+from groupdetr_fast.training.graphs import WARM_UP, CapturableStep, StepInputs, check_graphs
+from groupdetr_fast.training.optimization import build_optimizer
 
 CLASSES = 5
 TINY = {

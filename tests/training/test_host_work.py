@@ -11,11 +11,11 @@ from test_graphs import Operators, batches_of, build, trainer_in  # noqa: F401 (
 from torch import nn
 
 from groupdetr_fast.training import setup
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import HostCopy
 from groupdetr_fast.training.engine import _Agreement
 from groupdetr_fast.training.faults import StopRequest
 from groupdetr_fast.training.gradients import StepGradients
-from groupdetr_fast.training.optimization import OptimizationConfig
 from groupdetr_fast.training.setup import build_accelerator, send_buffers_only_if_trained
 from groupdetr_fast.training.step_losses import Losses
 

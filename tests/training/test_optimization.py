@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer, build_scheduler, go_on_at
+from groupdetr_fast.training.config import OptimizationConfig
+from groupdetr_fast.training.optimization import build_optimizer, build_scheduler, go_on_at
 
 
 class Model(torch.nn.Module):

@@ -11,8 +11,8 @@ import groupdetr_fast as gd
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.engine import build_accelerator
-from groupdetr_fast.training.optimization import OptimizationConfig
 from groupdetr_fast.training.setup import round_products
 
 

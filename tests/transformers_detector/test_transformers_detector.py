@@ -14,8 +14,9 @@ from transformers import AutoModelForObjectDetection
 import groupdetr_fast as gd
 from groupdetr_fast.models import postprocess
 from groupdetr_fast.targets import PackedTargets, StepTotals
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.half_weights import HalfWeights
-from groupdetr_fast.training.optimization import OptimizationConfig, build_optimizer
+from groupdetr_fast.training.optimization import build_optimizer
 from groupdetr_fast.training.recompute import recompute_decoder_layers
 
 HYBRIDS = ["RTDetr", "RTDetrV2", "DFine", "Deimv2"]

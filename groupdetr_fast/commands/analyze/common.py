@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ...analysis import experiments
 from ...analysis.experiments import Cell, Row
-from ...analysis.json_files import to_json
 from ...analysis.report import Measurement, write_measurement
 from ...analysis.run import Run, RunResults
 from ...analysis.steps import train_and_measure
@@ -20,8 +19,9 @@ from ...data import AugmentationConfig
 from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
 from ...runs.config import CocoTrainingConfig, ModelConfig
+from ...runs.config_file import to_json
 from ...runs.recipes import with_digits
-from ...training.optimization import OptimizationConfig
+from ...training.config import OptimizationConfig
 
 __all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of"]
 

@@ -9,15 +9,15 @@ from typing import Annotated, Literal
 import tyro
 
 from ...data import DataError
-from ...data.annotations import read_json as read_coco
+from ...data.annotations import read_coco
 from ...data.videos import FrameChoice, Video, is_stream, require_video
 from ...evaluation.visualize import CELL_PIXELS, PICTURE_PIXELS
-from ...prediction import InferenceSettings, load_model, settings_of
+from ...prediction import EVAL_SETTINGS, InferenceSettings, load_model, settings_of
 from ...prediction.images import Predictor
 from ...prediction.options import Options
 from ...prediction.tiles import Merge, Metric
 from ...prediction.video import detect_frames
-from ..flags import CheckpointArgument, DetectorFlags, named
+from ..flags import CheckpointArgument, DetectorFlags, require_checkpoint
 from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
 from .sources import Sources, find_sources, unlike_each_other
@@ -110,7 +110,7 @@ class PredictCommand(DetectorFlags):
             **{each.name: getattr(self, each.name) for each in fields(Options) if each.name != "settings"}
         )
         self._frame_choice()
-        checkpoint = named(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
+        checkpoint = require_checkpoint(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
         sources = find_sources(self.images, besides=self.output)
         if not sources.exist:
             raise DataError(f"there is nothing at {sources}")
@@ -199,10 +199,4 @@ class PredictCommand(DetectorFlags):
                 settings = settings.with_categories(categories, self.labels)
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
-        return settings.with_sizes(
-            square=self.square,
-            eval_short_side=self.eval_short_side,
-            eval_max_size=self.eval_max_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-        )
+        return settings.with_sizes(**{name: getattr(self, name) for name in EVAL_SETTINGS})
