@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupdetr_fast as gd
 from groupdetr_fast.targets import StepTotals
+from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.engine import build_accelerator
 from groupdetr_fast.training.half_weights import HalfWeights, weight_casts
-from groupdetr_fast.training.optimization import OptimizationConfig
 from groupdetr_fast.training.passes import GroupPasses
 from groupdetr_fast.training.recompute import recompute_decoder_layers
 
