@@ -1,5 +1,6 @@
 """Runs as forks of one process that has imported everything."""
 
+import io
 import os
 import signal
 import subprocess
@@ -180,6 +181,21 @@ def test_a_program_that_a_run_becomes_ends_with_its_server():
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     wait_for(lambda: has_ended(run), seconds=20)
+
+
+def test_a_server_ends_without_taking_down_what_it_has_imported(monkeypatch):
+    """Its runs hear by its end that they are to stop."""
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with forking._signals_blocked(), pytest.raises(SystemExit):
+        forking._serve()
+    assert statuses == [0]
 
 
 @pytest.mark.slow
