@@ -64,7 +64,8 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
+        if not first_says(str(stopped)):
+            print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
 
 

@@ -2,8 +2,8 @@
 
     python tests/lower_bounds.py >constraints.txt
 
-What the package needs to be built, to run with every extra and to be tested. Requirements without a bound (wheel,
-ninja) are left out.
+What the package needs to be built, to run with every extra and to be tested: of several bounds of one package the
+highest. Requirements without a bound (wheel, ninja) are left out.
 """
 
 import re
@@ -29,9 +29,17 @@ def requirements() -> list[str]:
 
 
 def constraints() -> Iterator[str]:
+    bounds: dict[str, str] = {}
     for requirement in sorted(set(requirements())):
         if bound := re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:;.*)?", requirement):
-            yield "{}=={}".format(*bound.groups())
+            name, version = bound.groups()
+            bounds[name] = max(bounds.get(name, version), version, key=_numbers)
+    for name, version in bounds.items():
+        yield f"{name}=={version}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """What is known of a model of transformers before it is built: its configuration and how it wants its images."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from ..data import AugmentationConfig
 from ..data.transforms import EVAL_SETTINGS
 from ..models.checkpoints import CheckpointHeader
 from .families import FAMILIES, Family, place_of, require_transformers
+from .hub import explained, without_hub
 
-__all__ = ["ModelSource", "explained", "read_source"]
+__all__ = ["ModelSource", "read_source"]
 
+PROCESSOR_FILE = "preprocessor_config.json"
 _REFERENCE_SIDE = 800  # to which the default sizes of AugmentationConfig belong
 
 
@@ -109,36 +113,16 @@ def read_source(name: str) -> ModelSource:
     """
     require_transformers()
     from transformers import AutoConfig
-    from transformers.image_processing_base import ImageProcessingMixin
 
     place = place_of(name)
     with explained(place):
-        config = json.loads(AutoConfig.from_pretrained(place).to_json_string(use_diff=False))
+        local = without_hub(place)
+        found = AutoConfig.from_pretrained(place, local_files_only=local)
+        config = json.loads(found.to_json_string(use_diff=False))
     family = _family(config, name)
-    try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(place)
-    except OSError:  # there is none
-        processor = _default_processor(family)
+    with explained(place):
+        processor = _processor(place, local) or _default_processor(family)
     return ModelSource(name, config, processor)
-
-
-@contextmanager
-def explained(place: str) -> Iterator[None]:
-    """Inside, what transformers raises for a model that it cannot load becomes one sentence.
-
-    Raises:
-        ValueError: instead of what transformers and the hub's client raise.
-    """
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:  # of the client's network library, among others, which is an implementation detail
-        reason = " ".join(str(error).split("\n")[0].split()).removesuffix(".") or type(error).__name__
-        raise ValueError(
-            f"transformers cannot load {place!r} ({reason}): give a directory with config.json and weights, or the id "
-            "of a model on the hub, with network"
-        ) from None
 
 
 def _family(config: Mapping[str, Any], name: str) -> Family:
@@ -146,6 +130,23 @@ def _family(config: Mapping[str, Any], name: str) -> Family:
     if kind not in FAMILIES:
         raise ValueError(f"{name} is a model of type {kind!r}; those that are trained here are {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def _processor(place: str, local: bool) -> dict[str, Any] | None:
+    """What a model's files say of its images; None if it has none that does.
+
+    Raises:
+        ConnectionError: if the hub does not say whether there is one, for which defaults would be a guess.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(place, local_files_only=local)
+    except OSError:
+        if not Path(place).exists() and try_to_load_from_cache(place, PROCESSOR_FILE) is None:
+            raise ConnectionError(f"the hub does not say whether it has a {PROCESSOR_FILE}") from None
+        return None
+    return dict(processor)
 
 
 def _default_processor(family: Family) -> dict[str, Any]:

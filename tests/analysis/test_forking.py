@@ -1,10 +1,10 @@
 """Runs as forks of one process that has imported everything."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from run_outcomes import outcome
+from run_processes import has_ended, wait_for
 
 from groupdetr_fast.analysis import forking, sweep
 from groupdetr_fast.analysis.forking import ForkedRun, ForkError, ForkServer, forks_are_safe
@@ -68,13 +69,6 @@ def test_a_run_gets_variables_of_its_own(server, training, tmp_path):
     assert server.start(tmp_path / "run", tmp_path / "log.txt", environment).wait(60) == 1
     assert "bf16" in (tmp_path / "log.txt").read_text()
     assert server.start(tmp_path / "run", tmp_path / "log.txt", {}).wait(120) == 0
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def begun(folder):
@@ -188,7 +182,22 @@ def test_a_program_that_a_run_becomes_ends_with_its_server():
         wait_for(lambda: run.name() == "sleep")
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    wait_for(lambda: not run.is_running() or run.status() == psutil.STATUS_ZOMBIE, seconds=20)
+    wait_for(lambda: has_ended(run), seconds=20)
+
+
+def test_a_server_ends_without_taking_down_what_it_has_imported(monkeypatch):
+    """Its runs hear by its end that they are to stop."""
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with forking._signals_blocked(), pytest.raises(SystemExit):
+        forking._serve()
+    assert statuses == [0]
 
 
 @pytest.mark.slow
@@ -197,9 +206,9 @@ def test_a_run_does_not_outlive_its_server(training, tmp_path):
     prepared(training, tmp_path, epochs=10_000)
     process = server.start(tmp_path, tmp_path / "log.txt", {})
     wait_for(lambda: begun(tmp_path))
+    run = psutil.Process(process.pid)
     server._process.kill()
-    gone, _ = psutil.wait_procs([psutil.Process(process.pid)], timeout=60)
-    assert gone
+    wait_for(lambda: has_ended(run))
     assert "stopped as asked" in (tmp_path / "log.txt").read_text()
     with pytest.raises(ForkError, match="the process that starts runs has ended"):
         server.ask(ended=process.pid)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from run_outcomes import outcome
+from run_processes import has_ended, wait_for
 
 from groupdetr_fast.analysis import gpus, sweep
 from groupdetr_fast.analysis.experiments import group_cells
@@ -108,8 +109,7 @@ run_sweep(runs, folder, jobs=2)
                 family = psutil.Process(process.pid).children(recursive=True)
                 process.send_signal(signal.SIGKILL)
                 killed += 1
-                _, left = psutil.wait_procs(family, timeout=30)
-                assert not left, "processes outlive their sweep"
+                wait_for(lambda family=family: all(map(has_ended, family)), seconds=30)
         if process.wait() == 0:
             break
     assert killed >= 1

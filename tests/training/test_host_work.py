@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from test_graphs import Operators, batches_of, build, trainer_in  # noqa: F401 (a fixture)
+from small_graphs import Operators, batches_of, build
 from torch import nn
 
 from groupdetr_fast.training import setup
@@ -24,7 +24,7 @@ NO_KERNELS = ("aten.detach", "aten.unbind", "aten.select", "aten.unsqueeze", "pr
 
 
 @pytest.fixture
-def plain_trainer_in(trainer_in):  # noqa: F811
+def plain_trainer_in(trainer_in):
     """Makes trainers whose steps are no graphs, and whose backbone has no batch norms that train."""
 
     def make(name, **options):

@@ -78,6 +78,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from groupdetr_fast import cli
+from groupdetr_fast.training.faults import TrainingStopped
 
 kind, folder = sys.argv[1:]
 rank = os.environ["RANK"]
@@ -89,6 +90,8 @@ def command():
         raise ValueError(f"process {rank} has no data")
     if kind == "second" and rank == "1":
         raise OSError("the disk of process 1 is full")
+    if kind == "stopped":
+        raise TrainingStopped("stopped as asked")
 
 try:
     if kind == "flag":
@@ -109,6 +112,7 @@ except SystemExit as ended:
         ("each", {"error: process 0 has no data": 1, "error: process 1 has no data": 1}, ["1", "1"]),
         ("second", {"error: the disk of process 1 is full": 1}, [None, "1"]),
         ("flag", {"--learning-rat": 1}, ["2", "2"]),
+        ("stopped", {"stopped as asked": 1}, ["75", "75"]),
     ],
 )
 def test_two_processes_of_torchrun(kind, said, statuses, tmp_path):
