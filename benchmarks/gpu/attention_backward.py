@@ -1,11 +1,12 @@
 """What grouped attention's backward pass executes for a group of a head, in one kernel and in two, without a GPU.
 
     python benchmarks attention_backward
-    python benchmarks attention_backward --architectures 90 --queries 300
+    python benchmarks attention_backward --architectures 80 90 --queries 300 --tile 320 16 2
 
 Of both ways that the op can go (groupdetr_fast/ops/grouped_attention/one_block.py), in bfloat16, for heads of 32
 channels: instructions in the loops that multiply, from their machine code, times the turns that these make. Numbers are
-those of all warps. These are counts, not times.
+those of all warps. These are counts, not times. Kernels that spill are named. With --tile the one kernel alone is
+compiled, with another tile, and nothing is written.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from harness.places import RESULTS
 
@@ -53,8 +55,8 @@ class Count(NamedTuple):
     control: int
 
 
-def counts(architecture: int, queries: int, dropout: bool) -> Iterator[Count]:
-    """Two kernels, then one."""
+def counts(architecture: int, queries: int, dropout: bool, tile: Sequence[int] | None = None) -> Iterator[Count]:
+    """Two kernels, then one; with a ``tile``, which is a block, a step and stages, the latter alone."""
     from groupdetr_fast.ops.grouped_attention import triton_cases, triton_launch
 
     kernels = list(triton_launch._TILES)[1:]
@@ -63,9 +65,13 @@ def counts(architecture: int, queries: int, dropout: bool) -> Iterator[Count]:
         (triton_cases.compile_case(kernel, "half", CHANNELS, tile, dropout), tile.step, math.ceil(queries / tile.block))
         for kernel, tile in zip(kernels, tiles, strict=True)
     ]
-    tile = triton_launch._one_block_tile(queries)
-    one = [(triton_cases.one_block_case(CHANNELS, queries, dropout), tile.step, 1)]
-    for way, cases in {"two kernels": two, "one kernel": one}.items():
+    own = triton_launch._one_block_tile(queries)
+    if tile is not None:
+        own = triton_launch.Tile(*tile[:2], own.num_warps, tile[2])
+    with mock.patch.object(triton_cases, "_one_block_tile", return_value=own):
+        one = [(triton_cases.one_block_case(CHANNELS, queries, dropout), own.step, 1)]
+    ways = {"two kernels": two, "one kernel": one} if tile is None else {"one kernel": one}
+    for way, cases in ways.items():
         sums, registers, warps = dict.fromkeys(Count._fields[7:], 0), [], []
         for case, step, programs in cases:
             compiled = compile_triton(case, architecture)
@@ -76,6 +82,8 @@ def counts(architecture: int, queries: int, dropout: bool) -> Iterator[Count]:
                 for name, number in in_a_turn(loop).items():
                     sums[name] += times * number
             registers.append(usage.registers)
+            for problem in usage.problems():
+                print(problem)
             blocks = blocks_at_a_time(architecture, case.num_warps, usage.registers, usage.shared_memory)
             warps.append(blocks * case.num_warps)
         programs = sum(number for *_, number in cases)
@@ -136,10 +144,13 @@ def main() -> None:
     known = [architecture for architecture in SHARED_MEMORY if 80 <= architecture < 100 or architecture == 120]
     parser.add_argument("--architectures", type=int, nargs="+", default=known, choices=known)
     parser.add_argument("--queries", type=int, nargs="+", default=[100, 300], help="of a group, up to 320")
+    parser.add_argument("--tile", type=int, nargs=3, metavar=("BLOCK", "STEP", "STAGES"), help="of the one kernel")
     parser.add_argument("--csv", type=Path, default=ROWS, help="where the table goes")
     options = parser.parse_args()
     from groupdetr_fast.ops.grouped_attention.one_block import MAX_QUERIES
 
+    if options.tile is not None and (options.tile[0] % 64 or min(options.tile) < 1 or options.tile[1] % 16):
+        raise SystemExit("--tile: BLOCK must be a multiple of 64, STEP a power of 2 from 16 on, STAGES at least 1")
     if not all(1 <= queries <= MAX_QUERIES for queries in options.queries):
         raise SystemExit(f"--queries: one kernel serves groups of 1 to {MAX_QUERIES} queries")
     found = [
@@ -147,7 +158,8 @@ def main() -> None:
         for architecture in options.architectures
         for queries in options.queries
         for dropout in (False, True)
-        for count in counts(architecture, queries, dropout)
+        for count in counts(architecture, queries, dropout, options.tile)
     ]
-    update(options.csv, found)
+    if options.tile is None:
+        update(options.csv, found)
     print(table(Count._fields, found))

@@ -50,7 +50,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("queries", [7, 32, 33, 64, 65, 100, 128, 129])
 @pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.float16, 0.0), (torch.float32, 0.3)], ids=str)
 def test_matches_reference(queries, dtype, dropout_p):
-    groups = QueryGroups(1 if queries > 65 else 3, queries)
+    groups = QueryGroups(1 if queries > 33 else 3, queries)
     check(make_inputs(groups, 32, dtype=dtype), settings(groups, dropout_p))
 
 
@@ -75,11 +75,11 @@ def test_at_length(queries, dtype, dropout_p):
     check(make_inputs(groups, 32, dtype=dtype), settings(groups, dropout_p))
 
 
-@pytest.mark.parametrize("queries", [15, 16, 17, 32, 33, 48, 70])
+@pytest.mark.parametrize("queries", [15, 16, 33, 70])
 @pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.float32, 0.0), (torch.float16, 0.3)], ids=str)
 def test_in_one_pass_and_in_several(queries, dtype, dropout_p, small_tiles):
     groups = QueryGroups(2, queries)
-    check(make_inputs(groups, 24, 9, batch=2, heads=2, dtype=dtype), settings(groups, dropout_p))
+    check(make_inputs(groups, 24, 9, heads=2, dtype=dtype), settings(groups, dropout_p))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(1, 3), (16, 32), (24, 17), (32, 1)])
@@ -95,7 +95,7 @@ def test_heads(dim, value_dim, small_tiles):
 )
 def test_strides(view, small_tiles):
     groups = QueryGroups(2, 37)
-    inputs = make_inputs(groups, 20, batch=2, heads=2)
+    inputs = make_inputs(groups, 20, batch=2)
     *expected, grad = run(inputs, arguments := settings(groups, 0.3))
     *views, grad_view = view([*inputs, grad])
     assert not views[0].is_contiguous()
@@ -174,7 +174,7 @@ FAULTS = {
     "no tile is the last": ("if tile == TILES - 1:", "if tile == TILES:"),
     "passes do not add up": ("if FIRST_TILE > 0:", "if FIRST_TILE < 0:"),
     "the first pass writes the gradient alone": ("if STOP_TILE < TILES:", "if FIRST_TILE > 0:"),
-    "the last tile is left out": ("min((index + 1) * (BLOCK // TILE), TILES)", "min((index + 1) * 2, TILES - 1)"),
+    "the last tile is left out": ("< TILES * TILE else TILES,", "< TILES * TILE else TILES - 1,"),
     "columns of dropout start anew": ("first + tl.arange(0, TILE))", "start + tl.arange(0, TILE))"),
     "rows of dropout start anew": (
         "rows = start + index * TILE + tl.arange(0, TILE)",

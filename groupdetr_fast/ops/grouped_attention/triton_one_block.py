@@ -104,7 +104,8 @@ def _grouped_attention_bwd_one_block_kernel(
     if sums is not None:
         sums = of_problem(sums, problem, num_heads, length.to(tl.int64) * num_heads * HEAD_DIM, HEAD_DIM)
 
-    for index in tl.static_range(tl.cdiv(TILES, BLOCK // TILE)):
+    # Operators of constants alone give constants in every version of Triton, tl.cdiv and min do not.
+    for index in tl.static_range((TILES * TILE + BLOCK - 1) // BLOCK):
         if index > 0:
             tl.debug_barrier()  # as above, of the sums
         _pass(
@@ -142,7 +143,7 @@ def _grouped_attention_bwd_one_block_kernel(
             STEP=STEP,
             TILE=TILE,
             FIRST_TILE=index * (BLOCK // TILE),
-            STOP_TILE=min((index + 1) * (BLOCK // TILE), TILES),
+            STOP_TILE=(index + 1) * (BLOCK // TILE) if (index + 1) * BLOCK < TILES * TILE else TILES,
             TILES=TILES,
             PRECISION=PRECISION,
         )
