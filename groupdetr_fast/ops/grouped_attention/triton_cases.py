@@ -30,7 +30,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     for dropout in (False, True):
                         for dtype in ("fp32", "fp16", "bf16") if precision == "fma" else (None,):
                             yield compile_case(kernel, precision, dim, tile, dropout, dtype)
-    for queries in (*_ONE_BLOCK_TILES, 192, 256):  # of the last tile one pass, and passes of three tiles and one or two
+    for queries in _ONE_BLOCK_TILES:
         for dropout in (False, True):
             yield one_block_case(MAX_DIM, queries, dropout)
 
@@ -46,10 +46,10 @@ def compile_case(
 def one_block_case(dim: int, queries: int, dropout: bool, dtype: str = "bf16") -> CompileCase:
     """The kernel that does all of backward, for groups of so many queries and heads of ``dim`` channels."""
     tile = _one_block_tile(queries)
-    constexprs = _one_block_constexprs(tile, queries)
-    passes = constexprs["TILES"] * constexprs["TILE"] > tile.block
+    of_keys = _one_block_constexprs(tile, queries)
+    one_pass = of_keys["TILES"] * of_keys["TILE"] <= tile.block
+    more: dict[str, int | None] = {**of_keys, **({"sums": None} if one_pass else {})}
     size = f"{tile.block}x{tile.step}-{queries}"
-    more = constexprs if passes else constexprs | {"sums": None}
     return _case(_grouped_attention_bwd_one_block_kernel, "half", dim, tile, dropout, dtype, more, size)
 
 

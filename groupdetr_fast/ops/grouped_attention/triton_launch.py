@@ -53,8 +53,14 @@ _TILES = {
 _SMALL_GROUP = 32
 _SMALL_TILE = Tile(16, 16, 2)
 _MAX_DIM_WITHOUT_TENSOR_CORES = 64
-# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys.
-_ONE_BLOCK_TILES = {32: Tile(32, 16, 2), 128: Tile(128, 32, 4), MAX_QUERIES: Tile(192, 16, 4)}
+# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Nothing spills.
+_ONE_BLOCK_TILES = {
+    32: Tile(32, 16, 2),
+    128: Tile(128, 32, 4),
+    192: Tile(192, 16, 4),
+    256: Tile(128, 16, 4),
+    MAX_QUERIES: Tile(192, 16, 4),
+}
 
 
 def forward(
