@@ -121,7 +121,7 @@ def test_one_kernel_needs_tensor_cores(monkeypatch):
     tensors = [torch.zeros(1, 20, 1, 32, dtype=torch.float16)] * 2
 
     def launch():
-        call = triton_launch._call(*tensors, [1, 20], 0.0, 1.0)
+        call = triton_launch._call(*tensors, QueryGroups(1, 20).as_ints(), 0.0, 1.0)
         return triton_launch._one_block_launch((tensors[0].stride(),) * 4, "where it can", 1, *call)
 
     triton_launch._one_block_launch.cache_clear()
