@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 
 from interpreted_grouped_attention import LAYOUTS, check, make_inputs, settings
 
-from groupdetr_fast import QueryGroups
+from groupdetr_fast import QueryGroups, _choices
 from groupdetr_fast.ops import _triton
-from groupdetr_fast.ops.grouped_attention import triton_cases, triton_launch
+from groupdetr_fast.ops.grouped_attention import one_block, triton_cases, triton_launch
+from groupdetr_fast.testing import attention_one_block
 
 OP = torch.ops.groupdetr_fast.grouped_attention
 OP_BACKWARD = torch.ops.groupdetr_fast.grouped_attention_backward
@@ -73,6 +74,82 @@ def test_which_gpus_have_tensor_cores_for_triton(monkeypatch):
     assert _triton.has_tensor_cores(torch.device("cpu"))  # in the interpreter
 
 
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("groups", "dtype", "dims", "fits"),
+    [
+        (QueryGroups(11, 300), torch.bfloat16, (32, 32), True),
+        (QueryGroups(11, 300), torch.float16, (1, 17), True),
+        (QueryGroups(1, 1), HALF, (32, 32), True),
+        (QueryGroups(3, 320), HALF, (32, 32), True),
+        (QueryGroups(3, 321), HALF, (32, 32), False),
+        (QueryGroups(11, 300), torch.float32, (32, 32), False),
+        (QueryGroups(11, 300), HALF, (33, 32), False),
+        (QueryGroups(11, 300), HALF, (32, 33), False),
+        (QueryGroups(11, 300), HALF, (0, 32), False),
+        (QueryGroups(11, 100, 1, 3), HALF, (32, 32), False),
+        (QueryGroups(11, 100, 1, 3, denoising_scope="every"), HALF, (32, 32), False),
+    ],
+    ids=str,
+)
+def test_what_one_kernel_can_do(groups, dtype, dims, fits):
+    assert one_block.fits(groups, dtype, *dims) == fits
+    with attention_one_block(True):
+        assert one_block.serves(groups, dtype, *dims, problems=1, multiprocessors=132) == fits
+    with attention_one_block(False):
+        assert not one_block.serves(groups, dtype, *dims, problems=1000, multiprocessors=1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "problems", "serves"),
+    [
+        (QueryGroups(11, 300), 16, True),  # 2 images of 8 heads: 176 programs
+        (QueryGroups(11, 300), 11, False),
+        (QueryGroups(11, 300), 12, True),  # one for each multiprocessor
+        (QueryGroups(11, 65), 11, False),
+        (QueryGroups(11, 64), 1, True),
+    ],
+)
+def test_where_one_kernel_pays(groups, problems, serves, monkeypatch):
+    monkeypatch.setattr(_choices, "attention_one_block", "where it pays")
+    assert one_block.serves(groups, HALF, 32, 32, problems=problems, multiprocessors=132) == serves
+
+
+def test_one_kernel_needs_tensor_cores(monkeypatch):
+    tensors = [torch.zeros(1, 20, 1, 32, dtype=torch.float16)] * 2
+
+    def launch():
+        call = triton_launch._call(*tensors, QueryGroups(1, 20).as_ints(), 0.0, 1.0)
+        return triton_launch._one_block_launch((tensors[0].stride(),) * 4, "where it can", 1, *call)
+
+    triton_launch._one_block_launch.cache_clear()
+    with attention_one_block(True):
+        assert launch() is not None
+        monkeypatch.setattr(triton_launch, "has_tensor_cores", lambda device: False)
+        assert launch() is None
+
+
+@pytest.mark.parametrize(
+    ("queries", "tile", "tiles", "passes"),
+    [
+        (1, 32, 1, 1),
+        (32, 32, 1, 1),
+        (33, 64, 1, 1),
+        (128, 64, 2, 1),
+        (129, 64, 3, 1),
+        (192, 64, 3, 1),
+        (193, 64, 4, 2),
+        (320, 64, 5, 2),
+    ],
+)
+def test_tiles_and_passes_of_one_kernel(queries, tile, tiles, passes):
+    chosen = triton_launch._one_block_tile(queries)
+    assert triton_launch._one_block_constexprs(chosen, queries) == {"TILE": tile, "TILES": tiles}
+    assert -(-tiles // (chosen.block // tile)) == passes
+
+
 @pytest.mark.parametrize(
     ("precision", "dim", "architecture"),
     [
@@ -99,6 +176,35 @@ def test_compiles_for_unusual_arguments(precision, dim, architecture):
         source = ASTSource(kernel, case.signature | channels, constexprs | {"stride_ql": 1})
         options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
         assert compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("queries", [7, 32, 64, 65, 100, 128, 129, 192, 256, 300, 320])
+def test_one_kernel_matches_reference(queries, dtype, dropout_p):
+    groups = QueryGroups(3, queries)
+    inputs = make_inputs(groups, 32, 32 if queries % 2 else 24, batch=2, heads=2, dtype=dtype, device="cuda")
+    with attention_one_block(True):
+        check(inputs, settings(groups, dropout_p, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("queries", [100, 300])
+def test_one_kernel_gives_the_same_again_and_in_a_cuda_graph(queries, dropout_p):
+    groups = QueryGroups(11, queries)
+    inputs = make_inputs(groups, 32, batch=2, heads=8, dtype=torch.bfloat16, device="cuda")
+    arguments = settings(groups, dropout_p, device="cuda")
+    out, lse = OP(*inputs, *arguments)
+    with attention_one_block(True):
+        first, second = (OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments) for _ in range(2))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments)
+        graph.replay()
+    for results in (second, captured):
+        assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(results, first, strict=True))
 
 
 @pytest.mark.gpu

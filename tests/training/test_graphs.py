@@ -9,7 +9,8 @@ import groupdetr_fast as gd
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.device_step import DeviceStep
 from groupdetr_fast.training.ema import AveragedWeights
-from groupdetr_fast.training.graphs import CapturableStep, GraphSizes, StepInputs
+from groupdetr_fast.training.graph_sizes import GraphSizes
+from groupdetr_fast.training.graphs import CapturableStep, StepInputs
 from groupdetr_fast.training.optimization import build_optimizer
 
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
