@@ -78,6 +78,7 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
     trained = [weight for _, _, weight in cast_in]
     of_halves = [torch.ones_like(weight, dtype=torch.bfloat16) for weight in trained]
     half_weights = HalfWeights(model, torch.bfloat16)
+    half_weights.take(module for module in model.modules() if type(module) in CAST)
 
     def cast_plainly() -> None:
         torch.autograd.grad([weight.to(torch.bfloat16) for weight in trained], trained, of_halves)

@@ -425,7 +425,10 @@ NOTHING = "Not yet measured on a GPU."
 
 def goals(folder: Path) -> str:
     smokes, ops, steps = (runs_of(folder, stage) for stage in ("smoke", "ops", "step"))
-    return goals_table(smokes[-1], ops, steps) if smokes and ops and steps else NOTHING
+    if not (smokes and ops and steps):
+        return NOTHING
+    origins = dict.fromkeys(origin(run) for run in (smokes[-1], *ops, *steps))
+    return "\n\n".join((" ".join(origins), goals_table(smokes[-1], ops, steps)))
 
 
 def parts(folder: Path, full: bool) -> Iterable[str]:

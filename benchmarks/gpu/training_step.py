@@ -250,17 +250,16 @@ class Step:
 
     def _add_gradients(self) -> dict[str, Tensor]:
         targets = self.batch.packed()
-        with self.weights_cast():
-            losses = self._pass_over_groups(targets) if self.groups_per_pass else self._pass_at_once(targets)
+        losses = self._pass_over_groups(targets) if self.groups_per_pass else self._pass_at_once(targets)
         return {name: value.detach() for name, value in losses.items()}
 
     def _pass_over_groups(self, targets: gd.PackedTargets) -> dict[str, Tensor]:
         batch, training = self.batch, self.training
         passes = GroupPasses(training.model, training.criterion, self.groups_per_pass)
-        return passes(batch.images, batch.masks, targets, StepTotals.of([targets]), autocast=self._autocast)
+        return passes(batch.images, batch.masks, targets, StepTotals.of([targets]), autocast=self.in_precision)
 
     def _pass_at_once(self, targets: gd.PackedTargets) -> dict[str, Tensor]:
-        with self._autocast():
+        with self.in_precision():
             output = self.training.model(self.batch.images, self.batch.masks, targets)
         self.mark("decoder")
         losses = self._losses(output, targets)
@@ -277,10 +276,12 @@ class Step:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
 
-    def weights_cast(self) -> contextlib.AbstractContextManager[None]:
-        """A context for the passes of a batch."""
+    @contextlib.contextmanager
+    def in_precision(self) -> Iterator[None]:
+        """A context for a forward pass."""
         at_once = self.cast_at_once and not self.compiled
-        return self.training.weights.cast() if at_once else contextlib.nullcontext()
+        with self._autocast(), self.training.weights.cast() if at_once else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -350,11 +351,10 @@ def in_graph(step: Step) -> GraphedStep:
 
     def add_gradients(batches: Sequence[StepInputs]) -> tuple[list[dict[str, Tensor]], Tensor]:
         (inputs,) = batches
-        with step.weights_cast():
-            with step.patched(), torch.autocast(batch.device.type, dtype=torch.bfloat16):
-                output = training.model(inputs.images, inputs.masks, inputs.targets)
-            losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
-            losses["loss"].backward()
+        with step.patched(), step.in_precision():
+            output = training.model(inputs.images, inputs.masks, inputs.targets)
+        losses = training.criterion(output, inputs.targets, StepTotals.of([inputs.targets]))
+        losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(training.parameters, CONFIG.clip_norm)
         return [{name: value.detach() for name, value in losses.items()}], norm
 

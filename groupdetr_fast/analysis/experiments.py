@@ -204,7 +204,9 @@ def _seeded(training: CocoTrainingConfig, seed: int) -> CocoTrainingConfig:
 
 
 def _with_epochs(training: CocoTrainingConfig, epochs: int) -> CocoTrainingConfig:
-    """The same training for another number of epochs; a drop of the rates keeps its distance to the end."""
-    optimization = training.optimization.resolved()
-    drop = tuple(max(1, epoch + epochs - optimization.epochs) for epoch in optimization.drops)
-    return replace(training, optimization=replace(optimization, epochs=epochs, lr_drop=drop))
+    """The same training for another number of epochs; drops that were given keep their distance to the end."""
+    given, resolved = training.optimization, training.optimization.resolved()
+    drop = None
+    if given.lr_drop is not None or given.schedule is not None:
+        drop = tuple(max(1, epoch + epochs - resolved.epochs) for epoch in resolved.drops)
+    return replace(training, optimization=replace(resolved, epochs=epochs, lr_drop=drop))

@@ -15,7 +15,7 @@ from .device_step import bare_optimizer
 from .ema import AveragedWeights
 from .faults import TrainingError
 from .freezing import freeze
-from .half_weights import weight_casts
+from .half_weights import forward_precision
 from .optimization import build_optimizer
 from .passes import GroupPasses
 from .recompute import recompute_decoder_layers
@@ -186,7 +186,7 @@ class TrialSteps:
             recompute_decoder_layers(model)
         self.model = model.to(accelerator.device).train()
         self.passes = GroupPasses(model, criterion, config.groups_per_pass) if config.groups_per_pass else None
-        self._weights_cast = weight_casts(model, accelerator, compiled=config.compile)
+        self._in_precision = forward_precision(model, accelerator, compiled=config.compile)
         self.optimizer = build_optimizer(model, config)
         # With which AdamW makes its state and leaves the weights as they are, also where a gradient is not finite.
         adam: Any = bare_optimizer(self.optimizer)
@@ -210,10 +210,9 @@ class TrialSteps:
             self.optimizer.zero_grad()
 
     def _pass(self, batch: Any, totals: StepTotals) -> None:
-        with self._weights_cast():
-            if self.passes is not None:
-                self.passes(batch.images, batch.masks, batch.targets, totals, autocast=self.accelerator.autocast)
-                return
-            with self.accelerator.autocast():
-                output = self.model(batch.images, batch.masks, batch.targets)
-            self.criterion(output, batch.targets, totals)["loss"].backward()
+        if self.passes is not None:
+            self.passes(batch.images, batch.masks, batch.targets, totals, autocast=self._in_precision)
+            return
+        with self._in_precision():
+            output = self.model(batch.images, batch.masks, batch.targets)
+        self.criterion(output, batch.targets, totals)["loss"].backward()

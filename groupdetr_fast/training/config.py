@@ -159,10 +159,10 @@ class OptimizationConfig:
         return replace(self, precision=launched)
 
     def resolved(self) -> "OptimizationConfig":
-        """The same settings with a precision, and with ``epochs`` and ``lr_drop`` from the named schedule if any."""
+        """The same settings with a precision and ``lr_drop``; this and ``epochs`` are of the named schedule if any."""
         config = replace(self, precision=self.precision or "no")
         if config.schedule is None:
-            return config
+            return replace(config, lr_drop=config.drops)
         epochs, lr_drop = SCHEDULES[config.schedule]
         return replace(config, schedule=None, epochs=epochs, lr_drop=lr_drop)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..targets import StepTotals
 from .config import OptimizationConfig
-from .half_weights import weight_casts
+from .half_weights import forward_precision
 from .passes import GroupPasses, average_gradients
 from .sharding import whole
 from .state import TrainingState
@@ -58,7 +58,7 @@ class StepGradients:
         if config.groups_per_pass:
             self.passes = GroupPasses(bare, criterion, config.groups_per_pass)
             self._check_passes()
-        self._weights_cast = weight_casts(bare, self.accelerator, compiled=config.compile)
+        self._in_precision = forward_precision(bare, self.accelerator, compiled=config.compile)
         self._parameters = list(state.model.parameters())
         self._clip_norm = config.clip_norm or math.inf
 
@@ -93,11 +93,10 @@ class StepGradients:
 
     def _pass_over_batch(self, index: int, batch: Any, totals: StepTotals) -> dict[str, Tensor]:
         """Forward and backward pass of the batch with this number in the step, from 1. Returns its losses."""
-        with self._weights_cast():
-            with self.accelerator.autocast():  # which FSDP's model does not have in itself
-                output = self.state.model(batch.images, batch.masks, batch.targets)
-            losses = self.criterion(output, batch.targets, totals)
-            self.accelerator.backward(losses["loss"])
+        with self._in_precision():  # which FSDP's model does not have in itself
+            output = self.state.model(batch.images, batch.masks, batch.targets)
+        losses = self.criterion(output, batch.targets, totals)
+        self.accelerator.backward(losses["loss"])
         if self.observe is not None and self._observes(self.state.batches + index):
             self.observe(self.state.batches + index, self.bare, output, batch.targets)
         return {name: value.detach() for name, value in losses.items()}
@@ -105,7 +104,5 @@ class StepGradients:
     def _pass_over_groups(self, batch: Any, totals: StepTotals) -> dict[str, Tensor]:
         """The same, some groups at a time; this goes past the wrapper that averages gradients over processes."""
         assert self.passes is not None
-        accelerator = self.accelerator
-        functions: dict[str, Any] = {"backward": accelerator.backward, "autocast": accelerator.autocast}
-        with self._weights_cast():
-            return self.passes(batch.images, batch.masks, batch.targets, totals, **functions)
+        functions: dict[str, Any] = {"backward": self.accelerator.backward, "autocast": self._in_precision}
+        return self.passes(batch.images, batch.masks, batch.targets, totals, **functions)

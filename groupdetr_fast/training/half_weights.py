@@ -5,8 +5,8 @@ microseconds for each of hundreds of weights, a sixth of all that a step of a Co
 weights are cast by one operator and all gradients by another. Every number stays the same, bit for bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,37 +14,70 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-__all__ = ["HalfWeights", "weight_casts"]
+__all__ = ["CAST", "HalfWeights", "forward_precision"]
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Whose weights autocast casts in their forward passes. Not their subclasses, which may do something else with them
 # before, such as convolutions that standardise their weights.
-CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.PReLU)
 
 
 class HalfWeights:
-    """Lets linear layers and convolutions have weights that are cast already.
+    """Lets layers have weights that are cast already.
+
+    A layer does so from the pass after the first one that called it, if that called it under autocast alone. Left as
+    they are: subclasses, layers with hooks before their forward passes, such as those of ``spectral_norm``, and weights
+    that are not float32. What a model computes of ``layer.weight`` by itself, it computes of the cast weight.
 
     Args:
-        model: bare; its modules are looked up once. Weights that are not float32 are left as they are.
+        model: bare; its modules are looked up once.
         dtype: to which autocast would cast them.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self.dtype = dtype
+        # Layers that nothing is known of, and whether all calls so far were under autocast; None without a call.
+        self._unknown: dict[nn.Module, bool | None] = {
+            module: None for module in model.modules() if type(module) in CAST and not module._forward_pre_hooks
+        }
         self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        for module in model.modules():
-            if type(module) in CAST:
-                kept = module._parameters
-                found = ((name, weight) for name, weight in kept.items() if weight is not None)
-                self._places += [(kept, name, weight) for name, weight in found if weight.dtype is torch.float32]
+
+    def take(self, layers: Iterable[nn.Module]) -> None:
+        """Let the weights of these be cast from now on."""
+        for layer in layers:
+            kept = layer._parameters
+            found = ((name, kept.get(name)) for name in ("weight", "bias"))
+            self._places += [
+                (kept, name, weight) for name, weight in found if weight is not None and weight.dtype is torch.float32
+            ]
 
     @contextmanager
     def cast(self) -> Iterator[None]:
-        """Inside, which is for a forward pass and all backward passes from it, the modules have their weights cast.
+        """Inside, which is for a forward pass, layers have their weights cast.
 
         Gradients reach the parameters in float32. Frozen weights are cast, too, and get none.
         """
+        hooks = [layer.register_forward_pre_hook(self._note) for layer in self._unknown]
+        halves = self._halves()
+        for kept, name, weight in self._places:
+            kept[name] = halves[id(weight)]
+        try:
+            yield
+        finally:
+            for kept, name, weight in self._places:
+                kept[name] = weight
+            for hook in hooks:
+                hook.remove()
+            called = {layer: under for layer, under in self._unknown.items() if under is not None}
+            self._unknown = {layer: None for layer in self._unknown if layer not in called}
+            self.take(layer for layer, under in called.items() if under)
+
+    def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        under = bool(inputs) and isinstance(inputs[0], Tensor) and torch.is_autocast_enabled(inputs[0].device.type)
+        self._unknown[layer] = self._unknown[layer] is not False and under
+
+    def _halves(self) -> dict[int, Tensor]:
+        """By the identities of the weights."""
         weights = list({id(weight): weight for _, _, weight in self._places}.values())
         trained = [weight for weight in weights if weight.requires_grad]
         frozen = [weight for weight in weights if not weight.requires_grad]
@@ -52,22 +85,15 @@ class HalfWeights:
             halves = cast_all(frozen, self.dtype)
         if trained:
             halves += _CastAll.apply(self.dtype, *trained)
-        of = {id(weight): half for weight, half in zip([*frozen, *trained], halves, strict=True)}
-        for kept, name, weight in self._places:
-            kept[name] = of[id(weight)]
-        try:
-            yield
-        finally:
-            for kept, name, weight in self._places:
-                kept[name] = weight
+        return {id(weight): half for weight, half in zip([*frozen, *trained], halves, strict=True)}
 
 
-def weight_casts(
+def forward_precision(
     model: nn.Module, accelerator: Accelerator, *, compiled: bool
-) -> Callable[[], AbstractContextManager[None]]:
-    """What to enter for the forward and backward passes of a batch.
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What to enter for a forward pass: the accelerator's autocast, and weights that are cast all at once.
 
-    It does nothing in float32; where a model is compiled, which fuses casts with what needs them; and with several
+    The latter not in float32; nor where a model is compiled, which fuses casts with what needs them; nor with several
     processes, which send gradients while those of other layers are computed, and not all at the end.
 
     Args:
@@ -77,8 +103,15 @@ def weight_casts(
     """
     dtype = HALF_TYPES.get(accelerator.mixed_precision)
     if dtype is None or compiled or accelerator.distributed_type != DistributedType.NO:
-        return nullcontext
-    return HalfWeights(model, dtype).cast
+        return accelerator.autocast
+    weights = HalfWeights(model, dtype)
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with accelerator.autocast(), weights.cast():
+            yield
+
+    return both
 
 
 def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -53,9 +53,11 @@ def test_figure_1_compares_at_equal_numbers_of_queries(training):
     ]
 
 
-def test_measurements_share_runs(training):
+@pytest.mark.parametrize("lr_drop", [(1,), None], ids=["drop given", "drop by the epochs"])
+def test_measurements_share_runs(training, lr_drop):
     """With one group, all assignments are the same run; and figure 1, table 1 and table 7 have runs in common."""
     training = replace(training, model=replace(training.model, num_groups=4))
+    training = replace(training, optimization=replace(training.optimization, lr_drop=lr_drop))
     figure_1, table_1 = assignment_cells(training, (1, 4), [7]), group_cells(training, (1, 4), (), [7])
     assert len(names(figure_1)) == 4
     assert names(table_1) < names(figure_1)
@@ -79,6 +81,8 @@ def test_more_epochs_for_one_group(training):
     ]  # fmt: skip
     longer = cells[2].training.optimization
     assert (longer.epochs, longer.lr_drop, longer.seed) == (5, (4,), 7)  # the rates drop one epoch before the end
+    free = replace(training, optimization=replace(training.optimization, lr_drop=None, epochs=1))
+    assert group_cells(free, (1,), (36,), [7])[1].training.optimization.drops == (33,)
 
 
 def test_the_number_of_queries_is_the_models_own_unless_given(training):

@@ -105,6 +105,19 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.5}
 
 
+def test_a_drop_that_follows_the_epochs_is_named_where_it_moves(config, caplog):
+    config = replace(config, evaluate_every=3, pictures=0)
+    config = replace(config, optimization=replace(config.optimization, lr_drop=None, epochs=2))
+    train(replace(config, optimization=replace(config.optimization, epochs=1)))
+    caplog.clear()
+    train(replace(config, resume=True))
+    warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
+    assert warnings == [
+        "resuming with optimization.epochs = 2, which was 1",
+        "resuming with optimization.lr_drop = (1,), which was ()",
+    ]
+
+
 def test_what_is_refused_on_resuming_changes_nothing(config):
     """The command that was meant still works."""
     config = after_one_epoch(config)

@@ -1,9 +1,12 @@
 """Weights that are cast all at once: the same numbers as autocast's, by a fraction of its operators."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from small_graphs import batches_of
 from test_passes import MASKS, MODELS, small_batch, small_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +15,7 @@ import groupdetr_fast as gd
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.engine import build_accelerator
-from groupdetr_fast.training.half_weights import HalfWeights, weight_casts
+from groupdetr_fast.training.half_weights import HalfWeights, forward_precision
 from groupdetr_fast.training.passes import GroupPasses
 from groupdetr_fast.training.recompute import recompute_decoder_layers
 
@@ -27,36 +30,43 @@ def gradients(model):
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def two_batches(model, dtype, cast, groups_per_pass=0, masks=False):
+def two_batches(model, dtype, cast, device="cpu", groups_per_pass=0, masks=False):
     """The losses of two batches, and their gradients, added up."""
     criterion = gd.build_criterion(model)
     model.zero_grad()
     torch.manual_seed(7)
     losses = []
 
-    def autocast():
-        return torch.autocast("cpu", dtype)
+    @contextmanager
+    def precision():
+        with torch.autocast(device, dtype), cast():
+            yield
 
     for seed in (3, 4):
         batch = small_batch(3, 2, seed=seed, masks=masks)
-        images, targets = batch.images.float(), batch.targets._map(float32)
+        images, padding = batch.images.float().to(device), batch.masks.to(device)
+        targets = batch.targets._map(float32).to(device)
         totals = StepTotals.of([targets])
-        with cast():
-            if groups_per_pass:
-                passes = GroupPasses(model, criterion, groups_per_pass)
-                found = passes(images, batch.masks, targets, totals, autocast=autocast)
-            else:
-                with autocast():
-                    out = model(images, batch.masks, targets)
-                found = criterion(out, targets, totals)
-                found["loss"].backward()
+        if groups_per_pass:
+            passes = GroupPasses(model, criterion, groups_per_pass)
+            found = passes(images, padding, targets, totals, autocast=precision)
+        else:
+            with precision():
+                out = model(images, padding, targets)
+            found = criterion(out, targets, totals)
+            found["loss"].backward()
         losses.append(found["loss"].item())
     return losses, gradients(model)
 
 
-def assert_like_autocast(model, dtype, **options):
-    losses, expected = two_batches(model, dtype, nullcontext, **options)
-    found_losses, found = two_batches(model, dtype, HalfWeights(model, dtype).cast, **options)
+def assert_like_autocast(model, dtype, device="cpu", **options):
+    losses, expected = two_batches(model, dtype, nullcontext, device, **options)
+    weights = HalfWeights(model, dtype)
+    two_batches(model, dtype, weights.cast, device, **options)  # the first pass finds out which weights autocast casts
+    with Casts() as counted:
+        found_losses, found = two_batches(model, dtype, weights.cast, device, **options)
+    assert counted.at_once > 0
+    assert counted.of_weights == 0
     assert found_losses == losses
     assert found.keys() == expected.keys()
     assert len(expected) > 20
@@ -66,10 +76,32 @@ def assert_like_autocast(model, dtype, **options):
         assert found[name].stride() == gradient.stride()
 
 
+class Casts(TorchDispatchMode):
+    """Counts casts of single weights, and copies of many tensors at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_weights = self.at_once = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        self.of_weights += name == "_to_copy" and isinstance(args[0], nn.Parameter)
+        self.at_once += name == "_foreach_copy_"
+        return function(*args, **(kwargs or {}))
+
+
 @TYPES
 @pytest.mark.parametrize(("name", "overrides"), MODELS)
 def test_losses_and_gradients_are_those_of_autocast(name, overrides, dtype):
     assert_like_autocast(small_model(name, **overrides).float(), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@TYPES
+@pytest.mark.parametrize("name", ["conditional_detr_r50", "dn_detr_r50"])  # no sums whose order changes
+def test_those_of_a_gpu_too(name, dtype):
+    assert_like_autocast(small_model(name).float().cuda(), dtype, "cuda")
 
 
 @TYPES
@@ -105,7 +137,12 @@ def test_groups_in_passes():
 def test_layers_that_are_computed_again():
     model = small_model("conditional_detr_r50", dropout=0.1).float()
     recompute_decoder_layers(model)
-    assert_like_autocast(model, torch.bfloat16)
+    losses, expected = two_batches(model, torch.bfloat16, nullcontext)
+    weights = HalfWeights(model, torch.bfloat16)
+    for _ in range(2):
+        found_losses, found = two_batches(model, torch.bfloat16, weights.cast)
+    assert found_losses == losses
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 class Odd(nn.Module):
@@ -120,76 +157,90 @@ class Odd(nn.Module):
         self.table = nn.Embedding(4, 4)
         self.tied = nn.Linear(4, 4, bias=False)
         self.tied.weight = self.table.weight
+        self.plain = nn.Linear(4, 4)
         self.standardised = self.Standardised(4, 4)
+        self.normalised = nn.utils.spectral_norm(nn.Linear(4, 4))
+        self.precise = nn.Linear(4, 4)
+        self.sometimes = nn.Linear(4, 4)
         self.wide = nn.Linear(4, 4).double()
         self.unused = nn.Linear(4, 4)
 
     def forward(self, indices):
-        x = self.standardised(self.tied(self.table(indices)))
-        return x.float() + self.wide.weight.float().sum()
+        x = self.normalised(self.standardised(self.plain(self.tied(self.table(indices)))))
+        x = self.sometimes(x)
+        with torch.autocast("cpu", enabled=False):
+            x = self.sometimes(self.precise(x.float()))
+        return x + self.wide.weight.float().sum()
 
 
 def test_what_autocast_does_not_cast_stays_as_it_is():
     torch.manual_seed(0)
-    model, indices = Odd(), torch.tensor([0, 3])
-    with torch.autocast("cpu", torch.bfloat16):
-        model(indices).square().sum().backward()
-    expected = gradients(model)
-    model.zero_grad()
-    with HalfWeights(model, torch.bfloat16).cast():
-        assert model.tied.weight.dtype == torch.bfloat16
-        assert model.table.weight.dtype == model.standardised.weight.dtype == torch.float32
-        assert model.wide.weight.dtype == torch.float64
-        with torch.autocast("cpu", torch.bfloat16):
-            model(indices).square().sum().backward()
-    found = gradients(model)
-    assert found.keys() == expected.keys() == {"table.weight", "standardised.weight", "wide.weight"}
-    for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+    model, indices = Odd().eval(), torch.tensor([0, 3])
+    weights = HalfWeights(model, torch.bfloat16)
+    found = []
+    for cast in (nullcontext, weights.cast, weights.cast):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), cast():
+            out = model(indices)
+        out.square().sum().backward()
+        found.append(gradients(model))
+    for gradient_of in found[1:]:
+        assert gradient_of.keys() == found[0].keys()
+        for name, gradient in found[0].items():
+            assert torch.equal(gradient_of[name], gradient), name
+    with weights.cast():
+        halves = {name for name, layer in model.named_modules() if "weight" in vars(layer)["_parameters"]}
+        halves = {name for name in halves if model.get_submodule(name).weight.dtype == torch.bfloat16}
+    assert halves == {"tied", "plain"}
 
 
 def test_the_weights_come_back_after_a_fault():
     model = Odd()
     before = dict(model.named_parameters())
-    with pytest.raises(KeyError, match="a fault"), HalfWeights(model, torch.bfloat16).cast():
-        raise KeyError("a fault")
+    weights = HalfWeights(model, torch.bfloat16)
+    weights.take([model.plain])
+
+    def fail():
+        with weights.cast():
+            assert model.plain.weight.dtype == torch.bfloat16
+            raise KeyError("a fault")
+
+    with pytest.raises(KeyError, match="a fault"):
+        fail()
     after = dict(model.named_parameters())
     assert all(after[name] is weight for name, weight in before.items())
     assert after.keys() == before.keys()
+    assert not any(module._forward_pre_hooks for module in (model.plain, model.tied))
 
 
-class Casts(TorchDispatchMode):
-    """Counts casts, and copies of many tensors at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.single = self.at_once = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._overloadpacket.__name__
-        self.single += name == "_to_copy"
-        self.at_once += name == "_foreach_copy_"
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_step_casts_no_weight_by_itself():
-    model = small_model("conditional_detr_r50").float()
-    counts = {}
-    for cast in (nullcontext, HalfWeights(model, torch.bfloat16).cast):
-        with Casts() as counts[cast]:
-            two_batches(model, torch.bfloat16, cast)
-    plain, here = counts.values()
-    cast = [w for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) for w in m.parameters(recurse=False)]
-    assert plain.at_once == 0
-    assert here.at_once == 2 * 2  # forward and backward, two batches
-    # A weight that no loss depends on is cast as well, and has no gradient; norms of the backbone are no part of it.
-    assert plain.single - here.single >= 2 * 2 * len(cast) - 2 * len([w for w in cast if w.grad is None])
+@pytest.mark.parametrize("groups_per_pass", [0, 1])
+def test_the_training_loop_casts_at_once(trainer_in, groups_per_pass):
+    trainer = trainer_in("run", cuda_graphs=0, precision="bf16", groups_per_pass=groups_per_pass, accumulate=2)
+    batches = batches_of(4)
+    trainer.run_step(batches[:2])
+    with Casts() as counted:
+        trainer.run_step(batches[2:])
+    assert counted.of_weights == 0
+    assert counted.at_once >= 2 * 2  # of each batch forward and backward
 
 
 @pytest.mark.parametrize(
-    ("settings", "compiled", "is_cast"),
-    [({"precision": "bf16"}, False, True), ({"precision": "bf16"}, True, False), ({"precision": "no"}, False, False)],
+    ("precision", "distributed", "compiled", "at_once"),
+    [
+        ("bf16", DistributedType.NO, False, True),
+        ("fp16", DistributedType.NO, False, True),
+        ("bf16", DistributedType.NO, True, False),
+        ("bf16", DistributedType.MULTI_CPU, False, False),
+        ("bf16", DistributedType.FSDP, False, False),
+        ("no", DistributedType.NO, False, False),
+    ],
 )
-def test_which_trainings_cast_at_once(tmp_path, settings, compiled, is_cast):
-    accelerator = build_accelerator(OptimizationConfig(**settings), tmp_path, cpu=True)
-    assert (weight_casts(Odd(), accelerator, compiled=compiled) is not nullcontext) == is_cast
+def test_which_trainings_cast_at_once(precision, distributed, compiled, at_once):
+    accelerator = SimpleNamespace(mixed_precision=precision, distributed_type=distributed, autocast=nullcontext)
+    entered = forward_precision(Odd(), accelerator, compiled=compiled)
+    assert (entered is not nullcontext) == at_once
+
+
+def test_accelerate_names_the_precisions_so(tmp_path):
+    assert build_accelerator(OptimizationConfig(precision="bf16"), tmp_path, cpu=True).mixed_precision == "bf16"
+    assert build_accelerator(OptimizationConfig(precision="no"), tmp_path, cpu=True).mixed_precision == "no"

@@ -73,6 +73,7 @@ def test_step_drop_after_the_given_epoch():
 @pytest.mark.parametrize(("epochs", "drops"), [(1, ()), (2, (1,)), (12, (11,)), (50, (46,)), (100, (92,))])
 def test_the_drop_follows_the_epochs_unless_it_is_given(epochs, drops):
     assert OptimizationConfig(epochs=epochs).drops == drops
+    assert OptimizationConfig(epochs=epochs).resolved().lr_drop == drops
     found = rates(OptimizationConfig(epochs=epochs), steps=2 * epochs, steps_per_epoch=2)
     last = 2 * (epochs - drops[0]) if drops else 0
     assert [row[0] for row in found] == pytest.approx([1e-4] * (2 * epochs - last) + [1e-5] * last)
@@ -111,7 +112,7 @@ def test_cosine_with_warmup():
 def test_named_schedules_are_the_papers():
     assert OptimizationConfig(schedule="12e").resolved() == OptimizationConfig(epochs=12, lr_drop=(11,)).resolved()
     assert OptimizationConfig(schedule="50e").resolved() == OptimizationConfig(epochs=50, lr_drop=(40,)).resolved()
-    assert OptimizationConfig().resolved() == OptimizationConfig(precision="no")
+    assert OptimizationConfig().resolved() == OptimizationConfig(precision="no", lr_drop=(11,))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -24,18 +25,17 @@ PT = {"format": "pt"}  # which transformers wants to be told
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 
-def loss_and_gradients(detector, batches, autocast=nullcontext, cast=nullcontext):
+def loss_and_gradients(detector, batches, precision=nullcontext):
     """Losses and gradients of a step on some batches, as the training loop computes them."""
     detector.zero_grad()
     criterion = gd.build_criterion(detector)
     totals = StepTotals.of([targets for _, targets in batches])
     parts = []
     for images, targets in batches:
-        with cast():
-            with autocast():
-                out = detector(images, None, targets)
-            losses = criterion(out, targets, totals)
-            losses["loss"].backward()
+        with precision():
+            out = detector(images, None, targets)
+        losses = criterion(out, targets, totals)
+        losses["loss"].backward()
         parts.append({name: value.detach() for name, value in losses.items()})
     gradients = {name: weight.grad for name, weight in detector.named_parameters() if weight.grad is not None}
     return {name: sum(part[name] for part in parts) for name in parts[0]}, gradients
@@ -296,15 +296,20 @@ def test_what_a_model_cannot_do_is_refused():
 
 @EVERY
 def test_weights_that_are_cast_at_once_give_what_autocast_gives(name):
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16)
-
     detector, batches = detector_of(name), [batch_of((2, 1))]
-    torch.manual_seed(0)
-    expected = loss_and_gradients(detector, batches, autocast)
-    torch.manual_seed(0)
-    found = loss_and_gradients(detector, batches, autocast, HalfWeights(detector, torch.bfloat16).cast)
-    for found_of, expected_of in zip(found, expected, strict=True):
+    weights = HalfWeights(detector, torch.bfloat16)
+
+    @contextmanager
+    def precision(cast):
+        with torch.autocast("cpu", torch.bfloat16), cast():
+            yield
+
+    found = []
+    for cast in (nullcontext, weights.cast, weights.cast):  # the first pass finds out which ones autocast casts
+        torch.manual_seed(0)
+        found.append(loss_and_gradients(detector, batches, partial(precision, cast)))
+    expected, _, (losses, gradients) = found
+    for found_of, expected_of in zip((losses, gradients), expected, strict=True):
         assert found_of.keys() == expected_of.keys()
         for key, value in expected_of.items():
             assert torch.equal(found_of[key], value), key
