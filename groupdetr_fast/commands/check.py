@@ -49,7 +49,8 @@ class CheckCommand(DataPaths):
     def __call__(self) -> None:
         findings = self.findings()
         for part in findings:
-            _print_statistics(part)
+            if part.checked:
+                _print_statistics(part)
         counts = {"error": 0, "warning": 0}
         for kind in counts:
             for part in findings:
@@ -65,7 +66,7 @@ class CheckCommand(DataPaths):
         """What is found in the parts for training and evaluation, and in the part "test" of a data path that has one.
 
         Raises:
-            DataError: if the data are not given, or a file of annotations cannot be read.
+            DataError: if the data are not given, or a file of annotations for training or evaluation cannot be read.
         """
         if self.folder is not None and self.data_path is not None:
             raise DataError("give the folder or data_path, not both")
@@ -74,22 +75,29 @@ class CheckCommand(DataPaths):
         queries = self.num_queries or model_config(self.model).num_queries
         findings = [self._check(part, data, queries) for part in ("train", "val")]
         compare_parts(*findings)
-        if data.data_path is not None and has_part(data.data_path, "test"):
-            findings.append(self._check("test", data, queries))
-            compare_parts(findings[0], findings[-1])
+        try:
+            if data.data_path is not None and has_part(data.data_path, "test"):
+                findings.append(self._check("test", data, queries))
+                compare_parts(findings[0], findings[-1])
+        except DataError as error:  # no training reads this part
+            findings.append(Findings("test", checked=False))
+            findings[-1].warnings["other"].append(f"test: {error}: not checked")
         return findings
 
     def _check(self, part: str, data: DataPaths, num_queries: int) -> Findings:
         yolo = None if data.data_path is None else find_yolo(data.data_path)
         if yolo is not None:
             found = read_yolo(yolo, part)
-            folder, content = found.image_folder, found.content
+            folder, content, labelled = found.image_folder, found.content, found.labelled
         else:
             paths = {"train": data.train_paths, "val": data.val_paths, "test": data.test_paths}
             folder, annotations = paths[part]()
             content = read_coco(annotations)
             if not folder.is_dir():
                 raise DataError(f"image folder {folder} does not exist; give the folder that holds the images")
+            labelled = bool(content["annotations"])
+        if part == "test" and not labelled:
+            raise DataError("without labels")
         findings = check_part(
             part,
             folder,

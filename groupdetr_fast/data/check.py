@@ -61,6 +61,7 @@ class Findings:
         unnamed: the ids of those without one, which is an error of its own.
         statistics: see there.
         digests: of each file that was read, its image ids: equal files have equal digests.
+        checked: whether the part could be checked; if not, a warning says why, and there are no statistics.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Findings:
     unnamed: set[int] = field(default_factory=set)
     statistics: Statistics = field(default_factory=Statistics)
     digests: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    checked: bool = True
 
 
 def check_part(

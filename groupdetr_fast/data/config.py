@@ -59,8 +59,9 @@ class DataPaths:
         """Folder of images and annotation file of the part ``test``, which no training sees.
 
         Raises:
-            DataError: if there is no ``data_path``, or no such part in it.
+            DataError: if there is no ``data_path``, or no such part in it, or data are given twice.
         """
+        self._check_given_once()
         if self.data_path is None:
             raise DataError(
                 'split "test" is a part of data_path; name the files of other data by val_images and val_annotations'
@@ -81,10 +82,13 @@ class DataPaths:
         images, annotations = self.test_paths()
         return replace(self, data_path=None, val_images=images, val_annotations=annotations)
 
-    def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
+    def _check_given_once(self) -> None:
         files = any((self.train_images, self.train_annotations, self.val_images, self.val_annotations))
         if (self.data_path is not None) + (self.coco_path is not None) + files > 1:
             raise DataError("give data_path, coco_path, or the four of train and val images and annotations: only one")
+
+    def _paths(self, part: str, images: Path | None, annotations: Path | None) -> tuple[Path, Path]:
+        self._check_given_once()
         if self.data_path is not None:
             return find_data(self.data_path, part)
         if self.coco_path is not None:

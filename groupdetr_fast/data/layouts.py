@@ -43,7 +43,9 @@ def find_data(folder: str | Path, part: str) -> tuple[Path, Path]:
 
 
 def has_part(folder: str | Path, part: str) -> bool:
-    """Whether a data set has a part. What ``data.yaml`` names and is not there, as in exports without it, is none.
+    """Whether a data set has a part. What ``data.yaml`` names is none if no image of it is there.
+
+    Exports without a part may name its folder, and a list may name images that were not downloaded.
 
     Raises:
         DataError: as :func:`find_data`, but for a part that is not there.

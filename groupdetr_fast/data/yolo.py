@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ class YoloPart:
         image_folder: that the file names in ``content`` are relative to.
         content: as in a COCO json; category ids are YOLO's class numbers.
         faults: a sentence for each image or label that was left out.
+        labelled: whether any image has a label file; it is a fault if none has.
     """
 
     image_folder: Path
     content: dict[str, Any]
     faults: list[str] = field(default_factory=list)
+    labelled: bool = True
 
 
 def yolo_as_coco(data_file: Path, part: str) -> tuple[Path, Path]:
@@ -71,16 +73,17 @@ def yolo_as_coco(data_file: Path, part: str) -> tuple[Path, Path]:
 
 
 def has_images(data_file: Path, part: str) -> bool:
-    """Whether ``data.yaml`` names images of a part, and they are there.
+    """Whether ``data.yaml`` names images of a part, and any of them is there.
 
     Raises:
-        DataError: if the file cannot be read as yaml.
+        DataError: if the file cannot be read as yaml, or a list of images as text.
     """
     settings = _read_yaml(data_file)
     try:
-        return bool(_image_files(data_file, settings, part))
+        places = _places(data_file, settings, part)
     except DataError:
         return False
+    return any(map(os.path.isfile, _files_at(places.values())))  # lists also name what was not downloaded
 
 
 def read_yolo(data_file: Path, part: str) -> YoloPart:
@@ -96,7 +99,8 @@ def read_yolo(data_file: Path, part: str) -> YoloPart:
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     result = YoloPart(_common_folder(files), content)
     labels = [_label_file(path) for path in files]
-    if not any(label.is_file() for label in labels):
+    result.labelled = any(label.is_file() for label in labels)
+    if not result.labelled:
         result.faults.append(
             f"{data_file}: no image of {part} has a label file; that of {files[0].name} is looked for at {labels[0]}"
         )
@@ -191,21 +195,35 @@ def _class_names(path: Path, settings: dict[str, Any]) -> dict[int, str]:
 
 
 def _image_files(data_file: Path, settings: dict[str, Any], part: str) -> list[Path]:
-    """The images of a part: its entry is a folder, a text file of paths, or a list of those."""
+    """The images of a part, of which there is one at least, whether or not those of a list exist."""
+    places = _places(data_file, settings, part)
+    files = _files_at(places.values())
+    if not files:
+        raise DataError(f"{data_file}: there are no images in {', '.join(places)} ({part})")
+    return sorted(files)
+
+
+def _places(data_file: Path, settings: dict[str, Any], part: str) -> dict[str, Path]:
+    """Where the images of a part are, by entry: a folder or a text file of paths, or several of those."""
     sources = settings.get(part)
     sources = sources if isinstance(sources, list) else [sources]
     if not sources or not all(isinstance(source, str) for source in sources):
         raise DataError(f"{data_file} must say under {part} where the images are")
+    return {source: _find(data_file, settings, source) for source in sources}
+
+
+def _files_at(places: Iterable[Path]) -> set[Path]:
     files: list[Path] = []
-    for source in sources:
-        place = _find(data_file, settings, source)
+    for place in places:
         if place.is_dir():
             files += (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         else:
-            files += (place.parent / line.strip() for line in place.read_text().splitlines() if line.strip())
-    if not files:
-        raise DataError(f"{data_file}: there are no images in {', '.join(sources)} ({part})")
-    return sorted({Path(os.path.abspath(path)) for path in files})
+            try:
+                lines = place.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{place} cannot be read as a list of images ({error})") from None
+            files += (place.parent / line.strip() for line in lines if line.strip())
+    return {Path(os.path.abspath(path)) for path in files}
 
 
 def _find(data_file: Path, settings: dict[str, Any], source: str) -> Path:

@@ -102,7 +102,7 @@ def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: st
 
     In place: every ``torch.nn.MultiheadAttention`` that is called ``name`` becomes a
     :class:`GroupedMultiheadAttention`, with the parameters that it has, so that optimisers, checkpoints and copies go
-    on as before. Cross-attention keeps its class.
+    on as before. Cross-attention keeps its class. A subclass is refused, since what it computes would be lost.
 
     Args:
         decoder: of ``torch.nn.TransformerDecoderLayer`` or of one's own; not with an encoder, whose tokens are no
@@ -114,23 +114,28 @@ def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: st
         The decoder.
 
     Raises:
-        ValueError: if ``queries_per_group`` is below 1, there is no such attention, one has an option that is not
-            supported, or the decoder has an encoder in it.
+        ValueError: if ``queries_per_group`` is below 1, there is no such attention, one is of a subclass or has an
+            option that is not supported, or the decoder has an encoder in it.
     """
     modules = list(decoder.named_modules())
     encoders = [path for path, module in modules if isinstance(module, nn.TransformerEncoderLayer)]
     if encoders:
         raise ValueError(f"{encoders[0]} is an encoder, whose tokens are no queries: pass the decoder alone")
-    found = [
-        module
+    found = {
+        path: module
         for path, module in modules
         if path.rpartition(".")[2] == name and isinstance(module, nn.MultiheadAttention)
-    ]
+    }
     if not found:
         raise ValueError(f"the decoder has no torch.nn.MultiheadAttention called {name}: name the attribute by name=")
-    for module in found:
+    for path, module in found.items():
+        if type(module) not in (nn.MultiheadAttention, GroupedMultiheadAttention):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(
+                f"{path} is a {kind}, and what it computes is not known here: use torch.nn.MultiheadAttention itself"
+            )
         _check(module, queries_per_group)
-    for module in found:
+    for module in found.values():
         module.__class__ = GroupedMultiheadAttention
         vars(module)["queries_per_group"] = queries_per_group
     return decoder

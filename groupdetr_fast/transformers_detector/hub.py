@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-__all__ = ["explained", "without_hub"]
+__all__ = ["CONFIG_FILE", "explained", "without_hub"]
 
 CONFIG_FILE = "config.json"
 SECOND_LOOK = 1.0  # seconds after which the hub is asked again that could not be reached

@@ -12,7 +12,7 @@ from ..data import AugmentationConfig
 from ..data.transforms import EVAL_SETTINGS
 from ..models.checkpoints import CheckpointHeader
 from .families import FAMILIES, Family, place_of, require_transformers
-from .hub import explained, without_hub
+from .hub import CONFIG_FILE, explained, without_hub
 
 __all__ = ["ModelSource", "read_source"]
 
@@ -144,7 +144,11 @@ def _processor(place: str, local: bool) -> dict[str, Any] | None:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(place, local_files_only=local)
     except OSError:
         if not Path(place).exists() and try_to_load_from_cache(place, PROCESSOR_FILE) is None:
-            raise ConnectionError(f"the hub does not say whether it has a {PROCESSOR_FILE}") from None
+            reason = f"the hub does not say whether it has a {PROCESSOR_FILE}"
+            config = try_to_load_from_cache(place, CONFIG_FILE)
+            if isinstance(config, str):  # a download of all files leaves no mark of those that the hub lacks
+                reason += f"; if all of its files are in the cache, give transformers:{Path(config).parent}"
+            raise ConnectionError(reason) from None
         return None
     return dict(processor)
 

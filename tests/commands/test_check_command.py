@@ -1,6 +1,7 @@
 """``groupdetr check`` on the embedded digits, and with faults planted in them."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -64,6 +65,60 @@ def test_the_part_to_test_on_is_checked_too(digits, tmp_path, capsys):
     assert "test: 20 images" in text
     assert "which is not in the table" in text
     assert "warning: image 1 of test is the same file as image 3 of train" in text
+
+
+def in_yolos_layout(digits, folder, test):
+    """The digits with an object in each image, and an entry of that part; it begins as images without labels."""
+    for part in ("train", "val", "test"):
+        shutil.copytree(digits / ("train" if part == "train" else "val"), folder / "images" / part)
+    for part in ("train", "val"):
+        (folder / "labels" / part).mkdir(parents=True)
+        for image in (folder / "images" / part).iterdir():
+            (folder / "labels" / part / f"{image.stem}.txt").write_text("0 0.5 0.5 1 1\n")
+    (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\ntest: {test}\nnames: [a]\n")
+
+
+@pytest.mark.parametrize(
+    ("test", "warning"),
+    [
+        ("images/test", "warning: test: without labels: not checked"),
+        ("test-dev.txt", None),
+        ("images/test/000001.png", r"warning: test: .*000001\.png cannot be read as a list of images .*: not checked"),
+    ],
+    ids=["unlabelled", "not downloaded", "binary"],
+)
+def test_a_part_to_test_on_in_yolos_layout_stops_no_training(digits, tmp_path, capsys, test, warning):
+    in_yolos_layout(digits, tmp_path, test)
+    (tmp_path / "test-dev.txt").write_text("./images/dev/1.png\n./images/dev/2.png\n")
+    check(tmp_path)
+    text = capsys.readouterr().out
+    assert "train: 20 images" in text
+    assert text.splitlines()[-1] == ("no errors, 1 warning" if warning else "no errors, 0 warnings")
+    assert "test:" not in text if warning is None else re.search(f"^{warning}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "folder", "warning"),
+    [
+        (None, "test", r'annotation file .*test\.json lacks the key "annotations"; .*'),
+        ("of val", "elsewhere", "no folder test or images with the images"),
+        ([], "test", "without labels"),
+    ],
+    ids=["no table", "no images", "unlabelled"],
+)
+def test_a_part_to_test_on_in_cocos_layout_stops_no_training(digits, tmp_path, capsys, annotations, folder, warning):
+    shutil.copytree(digits, tmp_path / "set")
+    shutil.copytree(tmp_path / "set" / "val", tmp_path / "set" / folder)
+    content = json.loads((tmp_path / "set" / "annotations" / "val.json").read_text())
+    if annotations != "of val":
+        content["annotations"] = annotations
+    content = {table: entries for table, entries in content.items() if entries is not None}
+    (tmp_path / "set" / "annotations" / "test.json").write_text(json.dumps(content))
+    check(tmp_path / "set")
+    text = capsys.readouterr().out
+    assert "val: 20 images" in text
+    assert "test: 20" not in text
+    assert re.search(rf"^warning: test: .*{warning}: not checked$", text, re.MULTILINE)
 
 
 def test_names_do_not_act_on_the_terminal(digits, tmp_path, capsys):

@@ -61,6 +61,9 @@ def test_a_part_to_test_on_that_is_not_there_is_refused(tmp_path):
         DataPaths(data_path=tmp_path).evaluated_on("test")
     with pytest.raises(DataError, match="part of data_path; name the files of other data by val_images"):
         DataPaths(coco_path=tmp_path).evaluated_on("test")
+    touch(tmp_path, "test/_annotations.coco.json")
+    with pytest.raises(DataError, match=r"give data_path, coco_path, or the four .*: only one"):
+        DataPaths(data_path=tmp_path, val_images=tmp_path, val_annotations=tmp_path / "a.json").evaluated_on("test")
     with pytest.raises(ValueError, match='split must be "val" or "test", got \'train\''):
         DataPaths(data_path=tmp_path).evaluated_on("train")
 
@@ -71,6 +74,16 @@ def test_a_part_that_data_yaml_names_in_vain_is_none(tmp_path):
     (tmp_path / "data.yaml").write_text("train: images\nval: images\ntest: ../test/images\nnames: [a]\n")
     assert has_part(tmp_path, "val")
     assert not has_part(tmp_path, "test")
+
+
+def test_a_list_of_images_is_a_part_if_any_of_them_is_there(tmp_path):
+    """COCO as Ultralytics has it names the images of test-dev, which few download."""
+    touch(tmp_path, "images/a.png")
+    (tmp_path / "data.yaml").write_text("train: images\nval: images\ntest: test.txt\nnames: [a]\n")
+    (tmp_path / "test.txt").write_text("./test/a.png\n./test/b.png\n")
+    assert not has_part(tmp_path, "test")
+    touch(tmp_path, "test/b.png")
+    assert has_part(tmp_path, "test")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,14 @@ def test_images_none_of_which_has_a_label_are_a_fault(write):
     message = r"no image of train has a label file; that of a.png is looked for at .*labels/train/a.txt"
     with pytest.raises(DataError, match=message):
         yolo_as_coco(file, "train")
+    assert (read_yolo(file, "train").labelled, read_yolo(file, "val").labelled) == (False, True)
     assert read_yolo(file, "val").faults == []
+
+
+def test_a_list_of_images_that_is_no_text_is_named(write):
+    file = write({"train/a": []}, "train: images/train/a.png\nnames: [a]\n")
+    with pytest.raises(DataError, match=r"a\.png cannot be read as a list of images"):
+        read_yolo(file, "train")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,24 @@ def test_what_does_not_fit_is_refused():
         GroupedMultiheadAttention(DIM, HEADS, queries_per_group=5, add_bias_kv=True)
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """Computes something else."""
+
+    def forward(self, query, *_, **__):
+        return query, None
+
+
+@pytest.mark.parametrize("kind", [OwnAttention, torch.ao.nn.quantizable.MultiheadAttention])
+def test_attention_that_is_not_torchs_own_is_refused(kind):
+    decoder = nn.ModuleDict({"self_attn": nn.MultiheadAttention(DIM, HEADS)})
+    holder = nn.ModuleList([decoder, nn.ModuleDict({"self_attn": kind(DIM, HEADS)})])
+    with pytest.raises(ValueError, match=rf"1\.self_attn is a {kind.__module__}\.{kind.__qualname__}, "):
+        group_self_attention(holder, QUERIES)
+    assert type(decoder["self_attn"]) is nn.MultiheadAttention
+    group_self_attention(decoder, QUERIES)
+    assert group_self_attention(decoder, 2 * QUERIES)["self_attn"].queries_per_group == 2 * QUERIES
+
+
 def written_out(names, model, images, targets):
     """The loss of the page's step: masks, scipy, loops over layers, images and groups."""
     classes = names["CLASSES"]

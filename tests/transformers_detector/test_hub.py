@@ -1,10 +1,12 @@
 """Models of the hub: what is said without network, and what is left to the hub's client."""
 
 import http.server
+import re
 import socket
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, get_hf_file_metadata
@@ -72,6 +74,23 @@ def test_how_a_model_wants_its_images_is_not_guessed(no_hub, tmp_path):
     cache(tmp_path, "unknown")
     with pytest.raises(ValueError, match=r"cannot load 'a/b' \(the hub does not say whether it has a pre"):
         read_source("transformers:a/b")
+
+
+def test_a_download_of_all_files_is_used_by_its_folder(no_hub, tmp_path):
+    """``snapshot_download`` leaves links and no mark of files that the hub lacks, so that the sentence names a way."""
+    cache(tmp_path, "unknown")
+    folder = tmp_path / "models--a--b"
+    snapshot = folder / "snapshots" / REVISION
+    (folder / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        blob = file.rename(folder / "blobs" / f"{number:040}")
+        file.symlink_to(Path("../../blobs") / blob.name)
+    with pytest.raises(ValueError, match="the hub does not say") as refusal:
+        read_source("transformers:a/b")
+    named = re.search(r"if all of its files are in the cache, give (transformers:\S+)\):", str(refusal.value)).group(1)
+    assert named == f"transformers:{snapshot}"
+    assert read_source(named).augmentation().eval_short_side == 640
+    assert load_pretrained(named).config.num_groups == 1
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
