@@ -8,7 +8,7 @@ goes on. ``--results`` gets an archive for each folder of runs, with what finish
 logs, but no weights: at once, and anew after each measurement and after half of its seeds. ``--earlier`` begins with
 what such archives hold, on whichever machine they were made.
 
-The exit status is 0 if all is measured, 75 if the same line has to go on, and else that of the command that failed.
+The exit status is 0 if all is measured, 75 if the same line has to go on, and else that of the first that failed.
 """
 
 import argparse
@@ -299,15 +299,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variables = {"GROUPDETR_FAST_CACHE": str(DATA), "PYTHONPATH": _path()}
     if options.rehearse:
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    status = 0
+    statuses = []
     with multi_process_service(options.mps, end) as of_service:
         for name in options.names:
             line = arguments_of(name, options.photographs, options.rehearse)
             line += [] if options.jobs is None else ["--jobs", str(options.jobs)]
             keep = partial(_keep, folders[name], options.results)
-            became = measure(name, line, {**variables, **of_service}, end - PACK_SECONDS, keep)
-            status = status or became
-    return status
+            statuses.append(measure(name, line, {**variables, **of_service}, end - PACK_SECONDS, keep))
+    return EXIT_STOPPED if EXIT_STOPPED in statuses else next(filter(None, statuses), 0)
 
 
 def _keep(folder: Path, results: Path | None) -> None:

@@ -183,6 +183,17 @@ def test_what_is_left_is_said_by_the_exit_status(analyze, tmp_path, capsys):
     assert "table_1: no time" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [([1, EXIT_STOPPED], EXIT_STOPPED), ([EXIT_STOPPED, 1], EXIT_STOPPED), ([3, 1], 3), ([0, 0, 1], 1), ([1, 0, 0], 1)],
+)
+def test_a_failure_does_not_hide_that_the_line_has_to_go_on(analyze, ended, status):
+    statuses, _ = analyze
+    statuses += ended
+    assert main(["table_1", "blood_cells", "--minutes", "9"]) == status
+    assert statuses == []
+
+
 def test_earlier_archives_are_where_one_begins(analyze, tmp_path):
     make_run(tmp_path / "old", "known", True)
     (tmp_path / "archives").mkdir()
