@@ -10,8 +10,9 @@ tune     tiles of the kernels; profiles; the sanitizer
 all      one after another
 
 A stage appends its rows, one by one, to ``<results>/<stage>.jsonl``, ends within its minutes, and can be repeated
-alone. Several stages share ``--minutes``: each takes what it usually does at most, and the last one what is left. None
-needs an installation, git, a network or a compiler: ``PYTHONPATH=.`` and an extension that was built before will do.
+alone. Several stages share ``--minutes``: each takes what it usually does at most, and the last one what is left; one
+for which nothing is left has a row that says so. None needs an installation, git, a network or a compiler:
+``PYTHONPATH=.`` and an extension that was built before will do.
 What a missing package is needed for is left out, with the reason.
 
 The exit status is 1 if something is wrong; what is missing is not.
@@ -57,21 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
     stages = list(MINUTES) if "all" in options.stages else options.stages
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     wrong = False
-    for stage in stages:
-        minutes = minutes_of(stage, end, last=stage == stages[-1])
-        if minutes <= 0:
-            print(f"no time for {stage}", flush=True)
-            continue
+    for number, stage in enumerate(stages, 1):
+        minutes = minutes_of(stage, end, last=number == len(stages))
         recorder = Recorder(
             options.results,
             stage,
             device=device,
-            minutes=minutes,
+            minutes=max(minutes, 0.0),
             rehearsal=options.rehearse,
             commit=options.commit,
             only=options.only,
         )
-        importlib.import_module(f"gpu.{stage}").run(recorder)
+        if minutes > 0:
+            importlib.import_module(f"gpu.{stage}").run(recorder)
+        else:
+            recorder.add("stage", status="missing", note="no time: the stages before it took all")
         wrong |= recorder.found_wrong
     return int(wrong)
 

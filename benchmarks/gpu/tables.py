@@ -43,7 +43,7 @@ class Run(NamedTuple):
 def runs_of(folder: Path, stage: str) -> list[Run]:
     """The newest whole run of a stage, then what was measured again since in part: of each part the newest run.
 
-    Rehearsals and runs without a row of the stage's kind do not count.
+    Rehearsals do not count, nor runs without a row of the stage's kind that is not missing.
     """
     file = folder / f"{stage}.jsonl"
     if not file.exists():
@@ -54,7 +54,8 @@ def runs_of(folder: Path, stage: str) -> list[Run]:
         by_name.setdefault(row["run"], []).append(row)
     parts: dict[str, Run] = {}
     for environment, *rows in by_name.values():
-        if environment["rehearsal"] or not any(row["kind"] == STAGES[stage] for row in rows):
+        measured = any(row["kind"] == STAGES[stage] and row["status"] != "missing" for row in rows)
+        if environment["rehearsal"] or not measured:
             continue
         part = environment.get("only", "")
         parts = parts if part else {}  # a whole run has everything anew

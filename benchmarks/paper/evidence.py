@@ -5,9 +5,10 @@
 Each name is a command of ``groupdetr analyze``, which this program prints and runs, one after another, most wanted
 first. Where the time is over, the command is asked to stop: what was trained stays in runs/evidence, and the same line
 goes on. ``--results`` gets an archive for each folder of runs, with what finished runs have found, tables, figures and
-logs, but no weights; ``--earlier`` begins with what such archives hold, on whichever machine they were made.
+logs, but no weights: at once, and anew after each measurement and after half of its seeds. ``--earlier`` begins with
+what such archives hold, on whichever machine they were made.
 
-The exit status is 0 if all is measured, 75 if the same line has to go on, and else that of the command that failed.
+The exit status is 0 if all is measured, 75 if the same line has to go on, and else that of the first that failed.
 """
 
 import argparse
@@ -20,8 +21,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +37,9 @@ __all__ = ["EVIDENCE", "Evidence", "arguments_of", "main"]
 RUNS = Path("runs/evidence")
 DATA = RUNS / "data"
 STOP_SECONDS = 40  # for runs to write a checkpoint and for the sweep to end
+PACK_SECONDS = 15  # for what comes after the last run: its archive, and the end of MPS
 BEGIN_SECONDS = 10  # below which nothing is begun any more
-MPS_SECONDS = 60  # for a process to begin and to use the GPU
+MPS_SECONDS = 60  # for a process to begin and to use the GPU, where there is as much time
 # What an archive has of a finished run, whose weights would take too much room. The rest is of the measurement.
 OF_RUNS = ("settings.json", "results.json", "measured.json", "distances.csv", "log.txt")
 GPU = "--precision bf16 --cache-on device --cuda-graphs 2 --graph-image-multiple 64 --graph-targets 8"
@@ -192,10 +195,14 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 @contextmanager
-def multi_process_service(wanted: bool) -> Iterator[dict[str, str]]:
+def multi_process_service(wanted: bool, end: float) -> Iterator[dict[str, str]]:
     """NVIDIA's MPS, by which kernels of several processes run at once, as variables for the processes.
 
     Where it does not start, or a process cannot use the GPU by it, there are none and all goes on without.
+
+    Args:
+        wanted: if not, there are none.
+        end: as of ``time.monotonic()``, until when it has begun and ended; it begins :data:`PACK_SECONDS` before.
     """
     program = shutil.which("nvidia-cuda-mps-control") if wanted else None
     if program is None:
@@ -207,12 +214,14 @@ def multi_process_service(wanted: bool) -> Iterator[dict[str, str]]:
         variables = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environment = {**os.environ, **variables}
         check = [sys.executable, "-c", "import torch; assert torch.ones(8, device='cuda').sum().item() == 8"]
+        begun = end - PACK_SECONDS
         try:
-            subprocess.run([program, "-d"], env=environment, stdin=subprocess.DEVNULL, check=True, timeout=MPS_SECONDS)
+            timeout = _mps_seconds(begun)
+            subprocess.run([program, "-d"], env=environment, stdin=subprocess.DEVNULL, check=True, timeout=timeout)
             try:
-                subprocess.run(check, env=environment, check=True, timeout=MPS_SECONDS)
+                subprocess.run(check, env=environment, check=True, timeout=_mps_seconds(begun))
             except (OSError, subprocess.SubprocessError):
-                _quit(program, environment)
+                _quit(program, environment, begun)
                 raise
         except (OSError, subprocess.SubprocessError) as error:
             print(f"without MPS: {error}", flush=True)
@@ -222,16 +231,30 @@ def multi_process_service(wanted: bool) -> Iterator[dict[str, str]]:
         try:
             yield variables
         finally:
-            _quit(program, environment)
+            _quit(program, environment, end)
 
 
-def _quit(program: str, environment: Mapping[str, str]) -> None:
+def _mps_seconds(end: float) -> float:
+    return max(1.0, min(MPS_SECONDS, end - time.monotonic()))
+
+
+def _quit(program: str, environment: Mapping[str, str], end: float) -> None:
     with suppress(OSError, subprocess.SubprocessError):
-        subprocess.run([program], env=environment, input="quit\n", text=True, timeout=MPS_SECONDS)
+        subprocess.run([program], env=environment, input="quit\n", text=True, timeout=_mps_seconds(end))
 
 
-def measure(name: str, line: Sequence[str], environment: Mapping[str, str], end: float) -> int:
-    """Make a measurement in steps, each as far as there is time; the first exit status that is not 0."""
+def measure(
+    name: str, line: Sequence[str], environment: Mapping[str, str], end: float, keep: Callable[[], None]
+) -> int:
+    """Make a measurement in steps, each as far as there is time; the first exit status that is not 0.
+
+    Args:
+        name: what is printed before every line.
+        line: arguments of ``groupdetr analyze``.
+        environment: variables besides those of this process.
+        end: as of ``time.monotonic()``.
+        keep: called after every step, whatever became of it.
+    """
     for arguments in in_steps(line):
         print(f"{name}: groupdetr analyze {shlex.join(arguments)}", flush=True)
         if end - time.monotonic() < STOP_SECONDS + BEGIN_SECONDS:
@@ -240,6 +263,7 @@ def measure(name: str, line: Sequence[str], environment: Mapping[str, str], end:
         began = time.monotonic()
         status = run_until([sys.executable, "-m", "groupdetr_fast", "analyze", *arguments], environment, end)
         print(f"{name}: exit status {status} after {time.monotonic() - began:.0f} s", flush=True)
+        keep()
         if status != 0:
             return status
     return 0
@@ -263,26 +287,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="all of it at a tiny size, on the CPU")
     options = parser.parse_args(arguments)
     end = start + 60 * options.minutes
-    folders = {EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else "") for name in options.names}
-    for folder in sorted(folders):
-        archive = options.earlier and options.earlier / f"{folder}.tar.gz"
+    folders = {
+        name: ROOT / RUNS / (EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else ""))
+        for name in options.names
+    }
+    for folder in sorted(set(folders.values())):
+        archive = options.earlier and options.earlier / f"{folder.name}.tar.gz"
         if archive and archive.is_file():
-            unpack(archive, ROOT / RUNS / folder)
+            unpack(archive, folder)
+        _keep(folder, options.results)  # also of measurements that get no time
     variables = {"GROUPDETR_FAST_CACHE": str(DATA), "PYTHONPATH": _path()}
     if options.rehearse:
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    status = 0
-    with multi_process_service(options.mps) as of_service:
+    statuses = []
+    with multi_process_service(options.mps, end) as of_service:
         for name in options.names:
             line = arguments_of(name, options.photographs, options.rehearse)
             line += [] if options.jobs is None else ["--jobs", str(options.jobs)]
-            became = measure(name, line, {**variables, **of_service}, end)
-            status = status or became
-            folder = EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else "")
-            if options.results and (ROOT / RUNS / folder).is_dir():
-                options.results.mkdir(parents=True, exist_ok=True)
-                pack(ROOT / RUNS / folder, options.results / f"{folder}.tar.gz")
-    return status
+            keep = partial(_keep, folders[name], options.results)
+            statuses.append(measure(name, line, {**variables, **of_service}, end - PACK_SECONDS, keep))
+    return EXIT_STOPPED if EXIT_STOPPED in statuses else next(filter(None, statuses), 0)
+
+
+def _keep(folder: Path, results: Path | None) -> None:
+    """Write the archive of a folder of runs if both are there and wanted."""
+    if results and folder.is_dir():
+        results.mkdir(parents=True, exist_ok=True)
+        pack(folder, results / f"{folder.name}.tar.gz")
 
 
 if __name__ == "__main__":

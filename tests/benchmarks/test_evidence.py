@@ -149,6 +149,30 @@ def test_all_is_measured_and_packed(analyze, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bccd.tar.gz", "digits.tar.gz"]
 
 
+def test_the_last_archive_has_time_of_its_own(analyze, monkeypatch):
+    ends, begun = [], time.monotonic()
+    run_until = evidence.run_until
+    monkeypatch.setattr(evidence, "run_until", lambda *all_of: ends.append(all_of[2]) or run_until(*all_of))
+    assert main(["table_1", "--minutes", "9"]) == 0
+    assert len(ends) == 2
+    assert begun + 540 <= ends[0] + evidence.PACK_SECONDS <= time.monotonic() + 540
+
+
+def test_half_of_the_seeds_are_packed_before_the_others_begin(analyze, monkeypatch, tmp_path):
+    archive, packed = tmp_path / "out" / "digits.tar.gz", []
+    run_until = evidence.run_until
+    monkeypatch.setattr(evidence, "run_until", lambda *command: packed.append(archive.exists()) or run_until(*command))
+    assert main(["table_1", "--minutes", "9", "--results", str(tmp_path / "out")]) == 0
+    assert packed == [False, True]
+
+
+def test_what_gets_no_time_is_packed_as_it_was(analyze, tmp_path):
+    make_run(tmp_path / "runs" / "evidence" / "digits", "known", True)
+    assert main(["table_1", "--minutes", "0", "--results", str(tmp_path / "out")]) == EXIT_STOPPED
+    unpack(tmp_path / "out" / "digits.tar.gz", tmp_path / "there")
+    assert (tmp_path / "there" / "runs" / "known" / "measured.json").is_file()
+
+
 def test_what_is_left_is_said_by_the_exit_status(analyze, tmp_path, capsys):
     statuses, calls = analyze
     statuses += [0, EXIT_STOPPED, 0, 1]
@@ -157,6 +181,17 @@ def test_what_is_left_is_said_by_the_exit_status(analyze, tmp_path, capsys):
     assert main(["table_1", "--minutes", "0.1"]) == EXIT_STOPPED
     assert len(calls) == 4
     assert "table_1: no time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [([1, EXIT_STOPPED], EXIT_STOPPED), ([EXIT_STOPPED, 1], EXIT_STOPPED), ([3, 1], 3), ([0, 0, 1], 1), ([1, 0, 0], 1)],
+)
+def test_a_failure_does_not_hide_that_the_line_has_to_go_on(analyze, ended, status):
+    statuses, _ = analyze
+    statuses += ended
+    assert main(["table_1", "blood_cells", "--minutes", "9"]) == status
+    assert statuses == []
 
 
 def test_earlier_archives_are_where_one_begins(analyze, tmp_path):
@@ -171,9 +206,11 @@ def test_earlier_archives_are_where_one_begins(analyze, tmp_path):
 def mps(tmp_path, monkeypatch):
     """Stands in for the service; the programs that ran are in a file, the check of the GPU has the given status."""
 
+    slow_check = 'test "$SLOW" != check || exec sleep 40'
+
     def install(status):
-        control = f'echo "control $1 $(cat)" >> {tmp_path}/log'
-        for name, text in {"nvidia-cuda-mps-control": control, "python": f"exit {status}"}.items():
+        control = f'said=$(cat); echo "control $1 $said" >> {tmp_path}/log; test "$1$said" != "$SLOW" || exec sleep 40'
+        for name, text in {"nvidia-cuda-mps-control": control, "python": f"{slow_check}; exit {status}"}.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -186,14 +223,26 @@ def mps(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("status", "served"), [(0, True), (1, False)])
 def test_the_service_is_used_where_it_works(mps, status, served, capsys):
     log = mps(status)
-    with multi_process_service(True) as variables:
+    with multi_process_service(True, time.monotonic() + 99) as variables:
         assert set(variables) == ({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"} if served else set())
     assert log.read_text().splitlines() == ["control -d ", "control  quit"]
     assert ("with MPS" if served else "without MPS: ") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("slow", ["-d", "check", "quit"])
+def test_the_service_begins_and_ends_in_time(mps, slow, monkeypatch):
+    log = mps(0)
+    monkeypatch.setenv("SLOW", slow)
+    monkeypatch.setattr(evidence, "PACK_SECONDS", 2)
+    start = time.monotonic()
+    with multi_process_service(True, start + evidence.PACK_SECONDS + 2) as variables:
+        assert (slow == "quit") == bool(variables)
+    assert time.monotonic() - start < 35
+    assert ("control  quit" in log.read_text()) == (slow != "-d")
+
+
 def test_nobody_is_asked_for_the_service_who_does_not_want_it(mps):
     log = mps(0)
-    with multi_process_service(False) as variables:
+    with multi_process_service(False, time.monotonic() + 99) as variables:
         assert variables == {}
     assert not log.exists()

@@ -238,7 +238,7 @@ def test_without_a_gpu_it_fails_with_one_sentence(tmp_path, capsys):
 
 
 def test_stages_share_their_minutes(tmp_path, monkeypatch):
-    """Each takes its usual time at most, the last one what is left; what has no time is left out."""
+    """Each takes its usual time at most, the last one what is left; what has no time has a row that says so."""
     clock = [100.0]
     monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
 
@@ -247,13 +247,16 @@ def test_stages_share_their_minutes(tmp_path, monkeypatch):
         assert gpu_report.main([*arguments, "--results", str(tmp_path), "--rehearse"]) == 0
         return recorded
 
-    recorded = []
+    recorded, added = [], []
 
     class Noted:
         found_wrong = False
 
         def __init__(self, folder, stage, *, minutes, **others):
             recorded.append((stage, minutes))
+
+        def add(self, kind, **fields):
+            added.append((recorded[-1][0], kind, fields["status"]))
 
     def import_module(name):
         return SimpleNamespace(run=lambda recorder: clock.__setitem__(0, clock[0] + 60))
@@ -265,6 +268,18 @@ def test_stages_share_their_minutes(tmp_path, monkeypatch):
     assert minutes("smoke", "ops", "step", "--minutes", "9") == [
         ("smoke", usual["smoke"]), ("ops", usual["ops"]), ("step", 7.0)
     ]  # fmt: skip
-    assert minutes("ops", "step", "tune", "--minutes", "1.5") == [("ops", 1.5), ("step", 0.5)]
+    assert minutes("smoke", "ops", "smoke", "--minutes", "9") == [
+        ("smoke", usual["smoke"]), ("ops", usual["ops"]), ("smoke", 7.0)
+    ]  # fmt: skip
     assert minutes("smoke", "--minutes", "4") == [("smoke", 4.0)]
+    assert added == []
+    assert minutes("ops", "step", "tune", "--minutes", "1.5") == [("ops", 1.5), ("step", 0.5), ("tune", 0.0)]
+    assert added == [("tune", "stage", "missing")]
     assert [stage for stage, _ in minutes("all")] == list(usual)
+
+
+def test_a_stage_without_time_has_a_row(tmp_path):
+    assert gpu_report.main(["tune", "--minutes", "0", "--results", str(tmp_path), "--rehearse"]) == 0
+    first, row = [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
+    assert (first["kind"], row["kind"], row["status"], row["run"]) == ("environment", "stage", "missing", first["run"])
+    assert row["note"].startswith("no time")

@@ -57,6 +57,14 @@ def test_the_newest_run_that_got_somewhere_counts(tmp_path):
     assert tables.runs_of(tmp_path, "ops") == []
 
 
+def test_a_run_that_had_no_time_replaces_nothing(tmp_path):
+    missing = {"status": "missing", "note": "no time"}
+    no_work = {"kind": "time", "work": "op", "arguments": "a"} | missing
+    write(tmp_path, "ops", [time(OURS, "forward", 1, 1)], [{"kind": "stage"} | missing], [no_work, no_work])
+    (run,) = tables.runs_of(tmp_path, "ops")
+    assert run.environment["run"] == "20260101T000000"
+
+
 def write_parts(folder, *parts):
     """``parts`` are pairs of what was asked for and rows, oldest first."""
     write(folder, "ops", *(rows for _, rows in parts))
