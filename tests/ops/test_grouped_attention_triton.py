@@ -3,6 +3,10 @@
 The numbers are tested without one in interpreted_grouped_attention.py, and test_grouped_attention.py runs on a GPU too.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -115,6 +119,22 @@ def test_what_one_kernel_can_do(groups, dtype, dims, fits):
 def test_where_one_kernel_pays(groups, problems, serves, monkeypatch):
     monkeypatch.setattr(_choices, "attention_one_block", "where it pays")
     assert one_block.serves(groups, HALF, 32, 32, problems=problems, multiprocessors=132) == serves
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [("1", "where it pays"), ("0", "never")])
+def test_the_environment_is_read_when_the_package_is_imported(asked, chosen):
+    program = """
+import os, sys
+import groupdetr_fast
+del os.environ["GROUPDETR_FAST_ATTENTION_ONE_BLOCK"]
+assert not [name for name in sys.modules if name.startswith("groupdetr_fast.ops") and "triton_" in name]
+from groupdetr_fast.ops.grouped_attention import one_block
+print(one_block._choices.attention_one_block)
+"""
+    environment = {**os.environ, "GROUPDETR_FAST_ATTENTION_ONE_BLOCK": asked}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout.strip() == chosen
 
 
 def test_one_kernel_needs_tensor_cores(monkeypatch):

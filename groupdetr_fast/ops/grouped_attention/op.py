@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ... import _choices  # noqa: F401 - reads the environment now; what asks it comes with the first call on a GPU
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from ...groups import QueryGroups
