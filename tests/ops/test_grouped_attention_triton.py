@@ -101,9 +101,9 @@ HALF = torch.bfloat16
 def test_what_one_kernel_can_do(groups, dtype, dims, fits):
     assert one_block.fits(groups, dtype, *dims) == fits
     with attention_one_block(True):
-        assert one_block.serves(groups, dtype, *dims, problems=1, multiprocessors=132) == fits
+        assert one_block.serves(groups, dtype, *dims, problems=1, gpu=one_block.Gpu(132, (9, 0))) == fits
     with attention_one_block(False):
-        assert not one_block.serves(groups, dtype, *dims, problems=1000, multiprocessors=1)
+        assert not one_block.serves(groups, dtype, *dims, problems=1000, gpu=one_block.Gpu(1, (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,30 @@ def test_what_one_kernel_can_do(groups, dtype, dims, fits):
         (QueryGroups(11, 300), 12, True),  # one for each multiprocessor
         (QueryGroups(11, 65), 11, False),
         (QueryGroups(11, 64), 1, True),
+        (QueryGroups(11, 33), 1, True),
+        (QueryGroups(11, 32), 1, False),
+        (QueryGroups(11, 32), 12, True),
+        (QueryGroups(11, 17), 1, False),
+        (QueryGroups(11, 16), 1, True),
     ],
+    ids=str,
 )
 def test_where_one_kernel_pays(groups, problems, serves, monkeypatch):
     monkeypatch.setattr(_choices, "attention_one_block", "where it pays")
-    assert one_block.serves(groups, HALF, 32, 32, problems=problems, multiprocessors=132) == serves
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        gpu = one_block.Gpu(132, capability)
+        assert one_block.serves(groups, HALF, 32, 32, problems=problems, gpu=gpu) == serves
+    for capability in ((10, 0), (10, 3)):
+        gpu = one_block.Gpu(132, capability)
+        assert not one_block.serves(groups, HALF, 32, 32, problems=problems, gpu=gpu)
+        with attention_one_block(True):
+            assert one_block.serves(groups, HALF, 32, 32, problems=problems, gpu=gpu)
+
+
+def test_which_groups_are_one_program_of_two_kernels():
+    for queries in range(1, one_block.MAX_QUERIES + 1):
+        tiles = [triton_launch._tile(kernel, "half", 32, 32, queries) for kernel in list(triton_launch._TILES)[1:]]
+        assert one_block._is_one_program_of_two_kernels(queries) == all(queries <= tile.block for tile in tiles)
 
 
 @pytest.mark.parametrize(("asked", "chosen"), [("1", "where it pays"), ("0", "never")])
@@ -142,7 +161,8 @@ def test_one_kernel_needs_tensor_cores(monkeypatch):
 
     def launch():
         call = triton_launch._call(*tensors, QueryGroups(1, 20).as_ints(), 0.0, 1.0)
-        return triton_launch._one_block_launch((tensors[0].stride(),) * 4, "where it can", 1, *call)
+        gpu = one_block.Gpu(1, (9, 0))
+        return triton_launch._one_block_launch((tensors[0].stride(),) * 4, "where it can", gpu, *call)
 
     triton_launch._one_block_launch.cache_clear()
     with attention_one_block(True):
