@@ -12,7 +12,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from interpreted_grouped_attention import LAYOUTS, check, make_inputs, settings
+from interpreted_grouped_attention import (
+    LAYOUTS,
+    channels_outermost,
+    check,
+    in_a_packed_projection,
+    make_inputs,
+    sequence_first,
+    settings,
+    surrounded_by_nan,
+)
 
 from groupdetr_fast import QueryGroups, _choices
 from groupdetr_fast.ops import _triton
@@ -203,46 +212,94 @@ def test_tiles_and_passes_of_one_kernel(queries, tile, tiles, passes):
     ],
 )
 def test_compiles_for_unusual_arguments(precision, dim, architecture):
+    for kernel in triton_launch._TILES:
+        tile = triton_launch._tile(kernel, precision, dim, dim, 300)
+        compile_for_unusual_arguments(
+            triton_cases.compile_case(kernel, precision, dim, tile, dropout=True), architecture
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dim", [3, 24])
+@pytest.mark.parametrize("queries", [100, 300], ids=["one pass", "two passes"])
+def test_one_kernel_compiles_for_unusual_arguments(queries, dim, architecture):
+    compile_for_unusual_arguments(triton_cases.one_block_case(dim, queries, dropout=True), architecture)
+
+
+def compile_for_unusual_arguments(case, architecture):
     """Heads that fill no block, channels that are not adjacent, rows that are, and a threshold beyond 32 bits."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel in triton_launch._TILES:
-        tile = triton_launch._tile(kernel, precision, dim, dim, 300)
-        case = triton_cases.compile_case(kernel, precision, dim, tile, dropout=True)
-        channels = {"stride_qd": "i32", "stride_kd": "i64", "stride_ql": "constexpr", "threshold": "i64"}
-        constexprs = {name: value for name, value in case.constexprs.items() if name not in channels}
-        source = ASTSource(kernel, case.signature | channels, constexprs | {"stride_ql": 1})
-        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-        assert compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
+    channels = {"stride_qd": "i32", "stride_kd": "i64", "stride_ql": "constexpr", "threshold": "i64"}
+    constexprs = {name: value for name, value in case.constexprs.items() if name not in channels}
+    source = ASTSource(case.kernel, case.signature | channels, constexprs | {"stride_ql": 1})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    assert compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """Inside, two kernels must not serve."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("one kernel needs tensor cores that Triton uses")
+    monkeypatch.setattr(triton_launch, "_backward_launches", lambda *_: pytest.fail("two kernels serve"))
+    triton_launch._one_block_launch.cache_clear()
+    with attention_one_block(True):
+        yield
+    triton_launch._one_block_launch.cache_clear()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("queries", [7, 32, 64, 65, 100, 128, 129, 192, 256, 300, 320])
-def test_one_kernel_matches_reference(queries, dtype, dropout_p):
+def test_one_kernel_matches_reference(queries, dtype, dropout_p, one_kernel):
     groups = QueryGroups(3, queries)
     inputs = make_inputs(groups, 32, 32 if queries % 2 else 24, batch=2, heads=2, dtype=dtype, device="cuda")
-    with attention_one_block(True):
-        check(inputs, settings(groups, dropout_p, device="cuda"))
+    check(inputs, settings(groups, dropout_p, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.6])
+@pytest.mark.parametrize("queries", [100, 300])
+@pytest.mark.parametrize(
+    "view",
+    [in_a_packed_projection, sequence_first, channels_outermost, surrounded_by_nan],
+    ids=lambda view: view.__name__,
+)
+def test_one_kernel_takes_any_strides(view, queries, dropout_p, one_kernel):
+    groups = QueryGroups(3, queries)
+    inputs = make_inputs(groups, 24, batch=2, heads=2, dtype=torch.bfloat16, device="cuda")
+    *views, grad = view([*inputs, torch.randn_like(inputs[2])])
+    assert not views[0].is_contiguous()
+    check(views, settings(groups, dropout_p, device="cuda"), grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.6])
+def test_one_kernel_in_five_passes(dropout_p, one_kernel, monkeypatch):
+    monkeypatch.setattr(triton_launch, "_one_block_tile", lambda _: triton_launch.Tile(64, 16, 4))
+    groups = QueryGroups(3, 300)
+    inputs = make_inputs(groups, 32, batch=2, heads=2, dtype=torch.bfloat16, device="cuda")
+    check(inputs, settings(groups, dropout_p, device="cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("queries", [100, 300])
-def test_one_kernel_gives_the_same_again_and_in_a_cuda_graph(queries, dropout_p):
+def test_one_kernel_gives_the_same_again_and_in_a_cuda_graph(queries, dropout_p, one_kernel):
     groups = QueryGroups(11, queries)
     inputs = make_inputs(groups, 32, batch=2, heads=8, dtype=torch.bfloat16, device="cuda")
     arguments = settings(groups, dropout_p, device="cuda")
     out, lse = OP(*inputs, *arguments)
-    with attention_one_block(True):
-        first, second = (OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments) for _ in range(2))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments)
-        graph.replay()
+    first, second = (OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments) for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OP_BACKWARD(inputs[2], *inputs, out, lse, *arguments)
+    graph.replay()
     for results in (second, captured):
         assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(results, first, strict=True))
 
