@@ -139,6 +139,11 @@ def update(path: Path, found: Sequence[Count]) -> None:
         csv.writer(file).writerows([Count._fields, *ordered])
 
 
+def is_tile(block: int, step: int, stages: int) -> bool:
+    """Whether the one kernel can be compiled with it."""
+    return min(block, stages) >= 1 and block % 64 == 0 and step >= 16 and step & (step - 1) == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [architecture for architecture in SHARED_MEMORY if 80 <= architecture < 100 or architecture == 120]
@@ -149,7 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     from groupdetr_fast.ops.grouped_attention.one_block import MAX_QUERIES
 
-    if options.tile is not None and (options.tile[0] % 64 or min(options.tile) < 1 or options.tile[1] % 16):
+    if options.tile is not None and not is_tile(*options.tile):
         raise SystemExit("--tile: BLOCK must be a multiple of 64, STEP a power of 2 from 16 on, STAGES at least 1")
     if not all(1 <= queries <= MAX_QUERIES for queries in options.queries):
         raise SystemExit(f"--queries: one kernel serves groups of 1 to {MAX_QUERIES} queries")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from groupdetr_fast.testing import attention_one_block, deformable_tiles
 from harness import cases
+from harness.results import OURS
 
 from . import works
 from .clock import Captured, Pool, capture, eager_times, interleaved
@@ -87,11 +88,14 @@ def planned(recorder: Recorder) -> Iterator[tuple[float, Callable[[], Work]]]:
 
 
 def measure(recorder: Recorder, work: Work) -> None:
-    """Check that the contenders agree with this package, then time them, and write a row for each and for each pass."""
+    """Check that the contenders agree with this package, then time them, and write a row for each and for each pass.
+
+    A contender whose result is another one is not timed; one whose gradients are others is timed in its forward pass.
+    """
     device = recorder.device
     rounds, seconds = (1, 0.0) if recorder.rehearsal else (ROUNDS, SECONDS)
     sets = input_sets(work.inputs, device)
-    runs, expected = {}, None
+    runs, expected, gradients = {}, None, None
     for name, contender in work.contenders.items():
         row = {"work": work.name, **work.fields, "contender": name}
         with recorder.row("agreement", **row) as found:
@@ -104,6 +108,14 @@ def measure(recorder: Recorder, work: Work) -> None:
                 found["difference"] = largest_difference(outcome, expected)
                 assert found["difference"] <= AGREEMENT[work.fields["dtype"]], f"differs by {found['difference']:.2g}"
             runs[name] = passes_of(work, run)
+        if "both" in runs.get(name, ()) and gradients_must_agree(work, name):
+            both = runs[name].pop("both")
+            with recorder.row("agreement", **row, **{"pass": "both"}) as found:
+                found_gradients = gradients_of(both, sets[0])
+                gradients = gradients or found_gradients
+                found["difference"] = largest_difference(found_gradients, gradients)
+                assert found["difference"] <= AGREEMENT[work.fields["dtype"]], f"differs by {found['difference']:.2g}"
+                runs[name]["both"] = both
     graphs, notes = capture_all(work.contenders, runs, sets, seconds, device)
     gpu = interleaved(graphs, device, rounds)
     for name, passes in runs.items():
@@ -118,6 +130,17 @@ def measure(recorder: Recorder, work: Work) -> None:
                 once = functools.partial(call, sets[0])
                 calls = calls_within(seconds, once, device, most=20)
                 found.update(eager_times(once, device, calls=calls, rounds=min(rounds, 3))._asdict())
+
+
+def gradients_must_agree(work: Work, name: str) -> bool:
+    """Whether they can: where results are random, this package's own ways draw the same from the same seed."""
+    return name.split(",")[0] == OURS or (work.peer_gradients and work.outcome is not None)
+
+
+def gradients_of(both: Callable[[tuple], Any], inputs: tuple) -> list[Tensor]:
+    torch.manual_seed(0)
+    with float32_products("highest"):
+        return list(both(inputs))
 
 
 def input_sets(inputs: tuple, device: torch.device) -> list[tuple]:

@@ -72,6 +72,7 @@ class Work(NamedTuple):
         contenders: by name; the first is :data:`~harness.results.OURS`, this package.
         result: from what a contender returns to the tensor whose sum is derived.
         outcome: from what a contender returns to the tensors that all must agree on; None if they are random.
+        peer_gradients: whether the gradients of peers must agree too; those of this package's other ways must.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Work(NamedTuple):
     contenders: dict[str, Contender]
     result: Callable[[Any], Tensor]
     outcome: Callable[[Any], list[Tensor]] | None
+    peer_gradients: bool = True
 
 
 def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, dropout_p: float = 0.0) -> Work:
@@ -198,7 +200,10 @@ def sequence_starts(sequences: int, size: int, device: torch.device) -> Tensor:
 
 
 def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype) -> Work:
-    """Locations and weights stay in float32 where a peer allows it."""
+    """Locations and weights stay in float32 where a peer allows it.
+
+    The gradient of a location jumps between two pixels, where peers round to the other side.
+    """
     value, *samples = (tensor.detach() for tensor in case.make(device))
     inputs = tuple(tensor.requires_grad_() for tensor in (value.to(dtype), *samples))
     levels = list(case.levels)
@@ -234,7 +239,7 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
         "grid_sample": ready(lambda value, *samples: with_grid_sample(value, levels, *samples)),
     }
     fields = {"case": str(case), "batch": case.batch, "dtype": name_of(dtype)}
-    return Work("ms_deform_attn", fields, inputs, contenders, lambda out: out, lambda out: [out])
+    return Work("ms_deform_attn", fields, inputs, contenders, as_is, lambda out: [out], peer_gradients=False)
 
 
 class BackwardByTiles(torch.autograd.Function):
@@ -374,7 +379,9 @@ def criterion(case: cases.Matching, device: torch.device) -> Work:
     }
     inputs = (out.logits.requires_grad_(), out.boxes.requires_grad_())
     fields = {"case": str(case), "batch": case.batch, "dtype": "float32"}
-    return Work("criterion", fields, inputs, contenders, lambda losses: losses["loss"], box_losses)
+    return Work(
+        "criterion", fields, inputs, contenders, lambda losses: losses["loss"], box_losses, peer_gradients=False
+    )
 
 
 def ready(run: Callable[..., Any]) -> Contender:

@@ -70,7 +70,7 @@ def test_one_kernel_takes_five_products_and_one_exponential(capsys):
 
 
 def test_a_tile_that_cannot_be_ends_the_command(monkeypatch):
-    for tile in (["100", "16", "1"], ["128", "8", "1"], ["128", "16", "0"]):
+    for tile in (["100", "16", "1"], ["128", "8", "1"], ["128", "48", "1"], ["128", "16", "0"]):
         monkeypatch.setattr("sys.argv", ["attention_backward", "--tile", *tile])
         with pytest.raises(SystemExit, match="--tile: BLOCK must be a multiple of 64"):
             attention_backward.main()

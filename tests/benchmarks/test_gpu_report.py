@@ -139,6 +139,7 @@ TINY = {
     ),
     "attention": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32),
     "dropout": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32, 0.5),
+    "dropout, half": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.bfloat16, 0.5),
     "deformable": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.float32),
     "deformable, half": works.deformable(cases.GPU_DEFORMABLE[0].small(), CPU, torch.bfloat16),
 }
@@ -178,6 +179,32 @@ def test_a_wrong_contender_is_not_timed_and_a_failing_one_is_missing(recorder):
     statuses = {row["contender"]: row["status"] for row in rows_of(recorder, "agreement")}
     assert statuses == {OURS: "ok", "wrong": "wrong", "failing": "missing"}
     assert {row["contender"] for row in rows_of(recorder, "time")} == {OURS}
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+@pytest.mark.parametrize(("is_random", "peers"), [(False, True), (True, True), (False, False)])
+def test_wrong_gradients_are_not_timed(recorder, is_random, peers):
+    """Those of peers may be others where what they drop is random, or where the work says so."""
+    runs = {OURS: lambda x: 2 * x, f"{OURS}, wrong": WrongGradient.apply, "peer": WrongGradient.apply}
+    contenders = {name: works.ready(run) for name, run in runs.items()}
+    fields, inputs = {"case": "a", "dtype": "float32"}, (torch.ones(3, requires_grad=True),)
+    outcome = None if is_random else lambda x: [x]
+    ops.measure(recorder, works.Work("work", fields, inputs, contenders, works.as_is, outcome, peers))
+    compared = peers and not is_random
+    statuses = {row["contender"]: row["status"] for row in rows_of(recorder, "agreement") if "pass" in row}
+    assert statuses == {OURS: "ok", f"{OURS}, wrong": "wrong"} | ({"peer": "wrong"} if compared else {})
+    timed = {(row["contender"], row["pass"]) for row in rows_of(recorder, "time")}
+    assert {name for name, kind in timed if kind == "forward"} == set(runs)
+    assert {name for name, kind in timed if kind == "both"} == {OURS} | (set() if compared else {"peer"})
 
 
 def test_only_what_was_asked_for_is_measured(tmp_path):

@@ -13,7 +13,7 @@ from ...groups import QueryGroups
 from .._triton import has_tensor_cores
 from .._triton_attention import DTYPES, MAX_DIM, Tile, constexprs_of, precision_of, width_of
 from .._triton_launch import Launch, empty_as
-from .one_block import MAX_QUERIES, serves
+from .one_block import MAX_QUERIES, Gpu, serves
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
 from .triton_kernels import (
     _grouped_attention_bwd_key_value_kernel,
@@ -53,7 +53,8 @@ _TILES = {
 _SMALL_GROUP = 32
 _SMALL_TILE = Tile(16, 16, 2)
 _MAX_DIM_WITHOUT_TENSOR_CORES = 64
-# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Nothing spills.
+# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Nothing spills
+# with adjacent channels and aligned rows; else up to 280 bytes of a thread do (sm_80, groups of 300, 24 channels).
 _ONE_BLOCK_TILES = {
     32: Tile(32, 16, 2),
     128: Tile(128, 32, 4),
@@ -94,7 +95,7 @@ def backward(
     strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
     call = _call(query, value, layout, dropout_p, scale)
     if _choices.attention_one_block != "never":
-        one_block = _one_block_launch(strides, _choices.attention_one_block, _multiprocessors(query.device), *call)
+        one_block = _one_block_launch(strides, _choices.attention_one_block, _gpu(query.device), *call)
         if one_block is not None:
             return _backward_in_one_block(one_block, grad_out, query, key, value, out, lse, seed)
     launches = _backward_launches(strides, *call)
@@ -182,15 +183,14 @@ def _backward_launches(strides: _Strides, *call: Any) -> tuple[Launch, Launch] |
 
 
 @functools.lru_cache(maxsize=1024)
-def _one_block_launch(strides: _Strides, choice: str, multiprocessors: int, *call: Any) -> _OneBlock | None:
+def _one_block_launch(strides: _Strides, choice: str, gpu: Gpu, *call: Any) -> _OneBlock | None:
     """Of the kernel that does all of backward; None where two serve. ``choice`` is the one that ``serves`` looks at."""
     of_call = _Call(*call)
     batch, _, heads, head_dim = of_call.query_shape
     value_dim, groups = of_call.value_shape[3], QueryGroups.from_ints(list(of_call.layout))
-    sizes = {"problems": batch * heads, "multiprocessors": multiprocessors}
     if not (of_call.is_covered() and of_call.tensor_cores):
         return None
-    if not serves(groups, of_call.dtype, head_dim, value_dim, **sizes):
+    if not serves(groups, of_call.dtype, head_dim, value_dim, problems=batch * heads, gpu=gpu):
         return None
     tile = _one_block_tile(groups.queries_per_group)
     numbers = (
@@ -209,9 +209,12 @@ def _one_block_launch(strides: _Strides, choice: str, multiprocessors: int, *cal
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of a GPU; 1 of the CPU, which stands in for one under Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _gpu(device: torch.device) -> Gpu:
+    """The CPU stands in for one under Triton's interpreter."""
+    if device.type != "cuda":
+        return Gpu(multiprocessors=1, capability=(8, 0))
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, (found.major, found.minor))
 
 
 def _one_block_tile(queries_per_group: int) -> Tile:
