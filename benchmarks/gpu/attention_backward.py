@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 from harness.places import RESULTS
 
@@ -68,8 +67,7 @@ def counts(architecture: int, queries: int, dropout: bool, tile: Sequence[int] |
     own = triton_launch._one_block_tile(queries)
     if tile is not None:
         own = triton_launch.Tile(*tile[:2], own.num_warps, tile[2])
-    with mock.patch.object(triton_cases, "_one_block_tile", return_value=own):
-        one = [(triton_cases.one_block_case(CHANNELS, queries, dropout), own.step, 1)]
+    one = [(triton_cases.one_block_case(CHANNELS, queries, dropout, tile=own), own.step, 1)]
     ways = {"two kernels": two, "one kernel": one} if tile is None else {"one kernel": one}
     for way, cases in ways.items():
         sums, registers, warps = dict.fromkeys(Count._fields[7:], 0), [], []

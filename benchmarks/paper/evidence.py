@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groupdetr_fast.training.faults import EXIT_STOPPED
-from harness.places import ROOT
+from harness.places import ROOT, python_path
 
 __all__ = ["EVIDENCE", "Evidence", "arguments_of", "main"]
 
@@ -130,11 +130,6 @@ def _flags(words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
             values.append(word)
     if flag:
         yield flag, values
-
-
-def _path() -> str:
-    """Where Python finds this checkout, and what else it has found so far."""
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def in_steps(arguments: Sequence[str]) -> list[list[str]]:
@@ -296,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if archive and archive.is_file():
             unpack(archive, folder)
         _keep(folder, options.results)  # also of measurements that get no time
-    variables = {"GROUPDETR_FAST_CACHE": str(DATA), "PYTHONPATH": _path()}
+    variables = {"GROUPDETR_FAST_CACHE": str(DATA), "PYTHONPATH": python_path(ROOT)}
     if options.rehearse:
         variables["CUDA_VISIBLE_DEVICES"] = ""
     statuses = []

@@ -41,15 +41,17 @@ class HalfWeights:
             module: None for module in model.modules() if type(module) in CAST and not module._forward_pre_hooks
         }
         self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self._weights: dict[int, nn.Parameter] = {}  # in these places, by identity: some are in several
 
     def take(self, layers: Iterable[nn.Module]) -> None:
         """Let the weights of these be cast from now on."""
         for layer in layers:
             kept = layer._parameters
             found = ((name, kept.get(name)) for name in ("weight", "bias"))
-            self._places += [
-                (kept, name, weight) for name, weight in found if weight is not None and weight.dtype is torch.float32
-            ]
+            for name, weight in found:
+                if weight is not None and weight.dtype is torch.float32:
+                    self._places.append((kept, name, weight))
+                    self._weights[id(weight)] = weight
 
     @contextmanager
     def cast(self) -> Iterator[None]:
@@ -78,9 +80,8 @@ class HalfWeights:
 
     def _halves(self) -> dict[int, Tensor]:
         """By the identities of the weights."""
-        weights = list({id(weight): weight for _, _, weight in self._places}.values())
-        trained = [weight for weight in weights if weight.requires_grad]
-        frozen = [weight for weight in weights if not weight.requires_grad]
+        trained = [weight for weight in self._weights.values() if weight.requires_grad]
+        frozen = [weight for weight in self._weights.values() if not weight.requires_grad]
         with torch.no_grad():
             halves = cast_all(frozen, self.dtype)
         if trained:

@@ -1,6 +1,7 @@
 """The one kernel for the backward pass of grouped_attention against its reference; see test_triton_interpreted.py."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from interpreted_grouped_attention import (
 
 from groupdetr_fast import QueryGroups
 from groupdetr_fast.ops._triton_attention import Tile
-from groupdetr_fast.ops.grouped_attention import triton_launch, triton_one_block
+from groupdetr_fast.ops.grouped_attention import triton_blocks, triton_launch, triton_one_block
 from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
 from groupdetr_fast.ops.grouped_attention.reference import grouped_attention_reference
 from groupdetr_fast.testing import attention_one_block
@@ -170,7 +171,7 @@ def test_empty(change):
 
 
 FAULTS = {
-    "delta of keys beyond the end": ("row_delta[None, :] * is_key[:, None]", "row_delta[None, :]"),
+    "delta of keys beyond the end": ("delta = delta * is_key[:, None]", "delta = delta * 1.0"),
     "no tile is the last": ("if tile == TILES - 1:", "if tile == TILES:"),
     "passes do not add up": ("if FIRST_TILE > 0:", "if FIRST_TILE < 0:"),
     "the first pass writes the gradient alone": ("if STOP_TILE < TILES:", "if FIRST_TILE > 0:"),
@@ -188,16 +189,26 @@ FAULTS = {
 }
 
 
+def with_fault(right, wrong, folder, monkeypatch):
+    """The kernel's module with one text in place of another, in itself or in the parts that it is made of."""
+    faulty, found = {}, 0
+    for module in (triton_blocks, triton_one_block):
+        source = Path(module.__file__).read_text()
+        found += right in source
+        name = module.__name__.rpartition(".")[2]
+        path = folder / f"faulty_{name}.py"
+        path.write_text(source.replace(right, wrong).replace("from .triton_blocks", "from .faulty_triton_blocks"))
+        spec = importlib.util.spec_from_file_location(f"{module.__package__}.faulty_{name}", path)
+        faulty[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, faulty[name])
+        spec.loader.exec_module(faulty[name])
+    assert found == 1
+    return faulty["triton_one_block"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault, tmp_path, monkeypatch, small_tiles):
-    right, wrong = FAULTS[fault]
-    source = Path(triton_one_block.__file__).read_text()
-    assert right in source
-    path = tmp_path / "faulty_kernel.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(f"{triton_one_block.__package__}.faulty_kernel", path)
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    faulty = with_fault(*FAULTS[fault], tmp_path, monkeypatch)
     groups = QueryGroups(2, 53)
     inputs, arguments = make_inputs(groups, 32, 16, heads=2), settings(groups, 0.3)
     check(inputs, arguments)

@@ -8,6 +8,9 @@ most two ranges (see ``QueryGroups``), found by arithmetic on the numbers of the
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def locate(
@@ -144,3 +147,37 @@ def dropout_points(head_word0, columns):
 @triton.jit
 def is_kept(slope, offset, point, threshold):
     return slope * point + offset >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def add_queries(
+    probabilities,
+    grad_probabilities,  # before dropout is heeded
+    q,
+    grad,
+    row_delta,
+    is_key,  # 1 for keys, 0 beyond their end; None where it makes no difference what these get
+    slope,
+    offset,
+    points,  # None without dropout, as the two before
+    threshold,
+    key_result,
+    value_result,
+    PRECISION: tl.constexpr,
+):
+    """What a block of queries adds to the gradients of a block of keys and of values, up to the factors of their ends.
+
+    Scores are transposed, ``[keys, queries]``; their gradients are returned first, in the dtype of the queries.
+    """
+    dropped = probabilities
+    if points is not None:
+        keep = is_kept(slope[None, :], offset[None, :], points[:, None], threshold)
+        dropped = tl.where(keep, probabilities, 0.0)
+        grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
+    value_result = tl.dot(dropped.to(grad.dtype), grad, value_result, input_precision=PRECISION)
+    delta = row_delta[None, :]
+    if is_key is not None:
+        delta = delta * is_key[:, None]
+    grad_scores = (probabilities * (grad_probabilities - delta)).to(q.dtype)
+    key_result = tl.dot(grad_scores, q, key_result, input_precision=PRECISION)
+    return grad_scores, key_result, value_result

@@ -43,9 +43,13 @@ def compile_case(
     return _case(kernel, precision, dim, tile, dropout, dtype or ("bf16" if precision == "half" else "fp32"), {}, size)
 
 
-def one_block_case(dim: int, queries: int, dropout: bool, dtype: str = "bf16") -> CompileCase:
-    """The kernel that does all of backward, for groups of so many queries and heads of ``dim`` channels."""
-    tile = _one_block_tile(queries)
+def one_block_case(dim: int, queries: int, dropout: bool, dtype: str = "bf16", tile: Tile | None = None) -> CompileCase:
+    """The kernel that does all of backward, for groups of so many queries and heads of ``dim`` channels.
+
+    Args:
+        tile: another one than that which serves.
+    """
+    tile = tile or _one_block_tile(queries)
     of_keys = _one_block_constexprs(tile, queries)
     one_pass = of_keys["TILES"] * of_keys["TILE"] <= tile.block
     more: dict[str, int | None] = {**of_keys, **({"sums": None} if one_pass else {})}

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 
 from .triton_blocks import (
+    LN_2,
+    LOG2_E,
+    add_queries,
     count_steps,
     dropout_head_words,
     dropout_points,
@@ -26,9 +29,6 @@ from .triton_blocks import (
     step_at,
     store_rows,
 )
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 # The numbers of a layout with denoising change from batch to batch; their divisors are not worth a compilation each.
 _NOT_SPECIALIZED = [
@@ -103,7 +103,7 @@ def _grouped_attention_fwd_kernel(
         # For a constant zero, the compiler would choose after rounding to half types, and unpack and pack these.
         unknown_zero = keep_scale * 0.0
 
-    scale *= _LOG2_E
+    scale *= LOG2_E
     largest = tl.full([BLOCK], float("-inf"), tl.float32)  # scaled score
     total = tl.zeros([BLOCK], tl.float32)
     result = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
@@ -129,7 +129,7 @@ def _grouped_attention_fwd_kernel(
 
     result *= (keep_scale / total)[:, None]
     store_rows(out, result, first, stop - first, num_heads * VALUE_DIM, BLOCK, VALUE_DIM, BLOCK_DV)
-    tl.store(lse + problem.to(tl.int64) * length + rows, (largest + tl.log2(total)) * _LN_2, mask=rows < stop)
+    tl.store(lse + problem.to(tl.int64) * length + rows, (largest + tl.log2(total)) * LN_2, mask=rows < stop)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -203,7 +203,7 @@ def _grouped_attention_bwd_query_kernel(
     # The gradients of all scores have the factor keep_scale, which the results get at the end.
     row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1) / keep_scale
     tl.store(delta + places, row_delta, mask=rows < stop)
-    row_lse = tl.load(lse + places, mask=rows < stop, other=0.0) * _LOG2_E
+    row_lse = tl.load(lse + places, mask=rows < stop, other=0.0) * LOG2_E
     if seed is not None:
         head_word0, head_word1 = dropout_head_words(seed, problem)
         slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
@@ -218,7 +218,7 @@ def _grouped_attention_bwd_query_kernel(
         v = load_rows(value, column, left, stride_vl, stride_vd, STEP, VALUE_DIM, BLOCK_DV)
         is_key = tl.where(tl.arange(0, STEP) < left, 1.0, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        probabilities = tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
+        probabilities = tl.exp2(scores * (scale * LOG2_E) - row_lse[:, None])
         grad_probabilities = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
             points = dropout_points(head_word0, column + tl.arange(0, STEP))
@@ -296,6 +296,7 @@ def _grouped_attention_bwd_key_value_kernel(
     count = stop - first
     k = load_rows_repeating_last(key, first, count, stride_kl, stride_kd, BLOCK, HEAD_DIM, BLOCK_D)
     v = load_rows(value, first, count, stride_vl, stride_vd, BLOCK, VALUE_DIM, BLOCK_DV)
+    points = None
     if seed is not None:
         head_word0, _ = dropout_head_words(seed, problem)
         points = dropout_points(head_word0, first + tl.arange(0, BLOCK))
@@ -309,21 +310,30 @@ def _grouped_attention_bwd_key_value_kernel(
         grad = load_rows(grad_out, row, left, stride_gl, stride_gd, STEP, VALUE_DIM, BLOCK_DV)
         is_row = tl.arange(0, STEP) < left
         places = problem.to(tl.int64) * length + row + tl.arange(0, STEP)
-        row_lse = tl.load(lse + places, mask=is_row, other=0.0) * _LOG2_E
+        row_lse = tl.load(lse + places, mask=is_row, other=0.0) * LOG2_E
         row_delta = tl.load(delta + places, mask=is_row, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        probabilities = tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
+        probabilities = tl.exp2(scores * (scale * LOG2_E) - row_lse[None, :])
         grad_probabilities = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        dropped = probabilities
+        slope, offset = None, None
         if seed is not None:
             slope = tl.load(row_words + 2 * places, mask=is_row, other=0).to(tl.uint32)
             offset = tl.load(row_words + 2 * places + 1, mask=is_row, other=0).to(tl.uint32)
-            keep = is_kept(slope[None, :], offset[None, :], points[:, None], threshold)
-            dropped = tl.where(keep, probabilities, 0.0)
-            grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
-        value_result = tl.dot(dropped.to(grad.dtype), grad, value_result, input_precision=PRECISION)
-        grad_scores = probabilities * (grad_probabilities - row_delta[None, :])
-        key_result = tl.dot(grad_scores.to(q.dtype), q, key_result, input_precision=PRECISION)
+        _grad_scores, key_result, value_result = add_queries(
+            probabilities,
+            grad_probabilities,
+            q,
+            grad,
+            row_delta,
+            None,
+            slope,
+            offset,
+            points,
+            threshold,
+            key_result,
+            value_result,
+            PRECISION,
+        )
 
     key_result *= scale * keep_scale
     store_rows(grad_key, key_result, first, count, num_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from .triton_blocks import (
+    LOG2_E,
+    add_queries,
     dropout_head_words,
     dropout_points,
     dropout_slope_and_offset,
-    is_kept,
     load_rows,
     load_rows_repeating_last,
     of_problem,
@@ -27,7 +28,6 @@ from .triton_blocks import (
 
 __all__ = ["MAX_TILE"]
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_TILE = 64  # keys that meet queries at a time; four warps of 16 rows, as tensor cores have them
 
 
@@ -209,7 +209,7 @@ def _pass(
         grad = load_rows(grad_out, row, left, stride_gl, stride_gd, STEP, VALUE_DIM, BLOCK_DV)
         o = load_rows(out, row, left, num_heads * VALUE_DIM, 1, STEP, VALUE_DIM, BLOCK_DV)
         rows = row + tl.arange(0, STEP)
-        row_lse = tl.load(lse + rows, mask=rows < stop, other=0.0) * _LOG2_E
+        row_lse = tl.load(lse + rows, mask=rows < stop, other=0.0) * LOG2_E
         # The gradients of all scores have the factor keep_scale, which the results get at the end.
         row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1) / keep_scale
         slope, offset = None, None
@@ -223,24 +223,28 @@ def _pass(
             first = start + tile * TILE
             k, v = keys[tile - FIRST_TILE], values[tile - FIRST_TILE]
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            probabilities = tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
+            probabilities = tl.exp2(scores * (scale * LOG2_E) - row_lse[None, :])
             grad_probabilities = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-            dropped = probabilities
-            if seed is not None:
-                points = dropout_points(head_word0, first + tl.arange(0, TILE))
-                keep = is_kept(slope[None, :], offset[None, :], points[:, None], threshold)
-                dropped = tl.where(keep, probabilities, 0.0)
-                grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
-            value_result = value_results[tile - FIRST_TILE]
-            value_result = tl.dot(dropped.to(grad.dtype), grad, value_result, input_precision=PRECISION)
+            is_key, points = None, None
             if tile == TILES - 1:
                 is_key = tl.where(tl.arange(0, TILE) < stop - first, 1.0, 0.0)
-                grad_scores = probabilities * (grad_probabilities - row_delta[None, :] * is_key[:, None])
-            else:
-                grad_scores = probabilities * (grad_probabilities - row_delta[None, :])
-            grad_scores = grad_scores.to(q.dtype)
-            key_result = key_results[tile - FIRST_TILE]
-            key_result = tl.dot(grad_scores, q, key_result, input_precision=PRECISION)
+            if seed is not None:
+                points = dropout_points(head_word0, first + tl.arange(0, TILE))
+            grad_scores, key_result, value_result = add_queries(
+                probabilities,
+                grad_probabilities,
+                q,
+                grad,
+                row_delta,
+                is_key,
+                slope,
+                offset,
+                points,
+                threshold,
+                key_results[tile - FIRST_TILE],
+                value_results[tile - FIRST_TILE],
+                PRECISION,
+            )
             # Triton lays out products that feed each other alike, here along the keys. Across a transposition it does
             # not look; else all warps would compute this product, whose rows are queries, twice.
             result += tl.trans(tl.dot(tl.trans(grad_scores), k, input_precision=PRECISION))
