@@ -16,7 +16,7 @@ from ..models.checkpoints.header import MOST_PARAMETERS
 from ..models.checkpoints.read import read_checkpoint
 from .detector import TransformersDetector
 from .families import place_of
-from .hub import explained, without_hub
+from .hub import explained
 from .source import ModelSource, read_source
 
 __all__ = ["build_from_header", "load_pretrained", "load_weights"]
@@ -55,7 +55,7 @@ def load_pretrained(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            local_files_only=without_hub(place_of(name)),
+            local_files_only=source.cache_alone,
             **settings,
         )
         _freeze_as_built(model)

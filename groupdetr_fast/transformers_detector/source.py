@@ -28,11 +28,13 @@ class ModelSource:
         name: ``transformers:DIR_OR_ID``.
         config: content of ``config.json``, with all defaults.
         processor: content of ``preprocessor_config.json``, or the defaults of the architecture.
+        cache_alone: whether its files are to come from the hub's cache; see :func:`hub.without_hub`.
     """
 
     name: str
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
+    cache_alone: bool = False
 
     @classmethod
     def of_header(cls, header: CheckpointHeader) -> "ModelSource":
@@ -122,7 +124,7 @@ def read_source(name: str) -> ModelSource:
     family = _family(config, name)
     with explained(place):
         processor = _processor(place, local) or _default_processor(family)
-    return ModelSource(name, config, processor)
+    return ModelSource(name, config, processor, local)
 
 
 def _family(config: Mapping[str, Any], name: str) -> Family:
