@@ -21,124 +21,24 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from groupdetr_fast.training.faults import EXIT_STOPPED
 from harness.places import ROOT, python_path
 
-__all__ = ["EVIDENCE", "Evidence", "arguments_of", "main"]
+from .measurements import DATA, FOLDERS, MEASUREMENTS, arguments_of, folder_of, in_steps
 
-# As the commands have it, from the root of the repository: a run is named by its settings, of which the places of
-# images are a part, and so has one name on all machines.
-RUNS = Path("runs/evidence")
-DATA = RUNS / "data"
+__all__ = ["main"]
+
 STOP_SECONDS = 40  # for runs to write a checkpoint and for the sweep to end
 PACK_SECONDS = 15  # for what comes after the last run: its archive, and the end of MPS
 BEGIN_SECONDS = 10  # below which nothing is begun any more
 MPS_SECONDS = 60  # for a process to begin and to use the GPU, where there is as much time
 # What an archive has of a finished run, whose weights would take too much room. The rest is of the measurement.
 OF_RUNS = ("settings.json", "results.json", "measured.json", "distances.csv", "log.txt")
-GPU = "--precision bf16 --cache-on device --cuda-graphs 2 --graph-image-multiple 64 --graph-targets 8"
-FAIR = f"--num-queries 45 --epochs 20 --evaluate-every 4 {GPU}"
-# Photographs of 640 x 480: three short sides are three sizes, each of batches of 4 and of the one image that is left.
-BLOOD_CELLS = (
-    "--train-images {photographs}/images --train-annotations {photographs}/annotations/instances_train.json "
-    "--val-images {photographs}/images --val-annotations {photographs}/annotations/instances_val.json "
-    "--backbone timm:tf_efficientnet_lite0 --backbone-weights {photographs}/lite0.safetensors --backbone-stages 3 "
-    "--input-norm True --image-mean 0.5 0.5 0.5 --image-std 0.5 0.5 0.5 --num-queries 40 --d-model 128 --num-heads 4 "
-    "--encoder-layers 2 --decoder-layers 3 --dim-feedforward 512 --dropout 0.0 --short-sides 288 320 352 "
-    "--max-size 512 --crop 0 --eval-short-side 320 --eval-max-size 512 --epochs 60 --decay cosine "
-    "--warmup-steps 100 --lr 1e-3 --backbone-lr 1e-4 --batch-size 4 --evaluate-every 10 --workers 0 --cache-images "
-    "--precision bf16 --cuda-graphs 6 --graph-image-multiple 64 --graph-targets 32"
-)
-
-
-class Evidence(NamedTuple):
-    """A measurement: what it shows, the folder whose runs it shares with others, and its ``groupdetr analyze``."""
-
-    shows: str
-    folder: str
-    arguments: str
-
-
-EVIDENCE = {
-    "table_1": Evidence("table 1 on the digits", "digits", f"sweep-groups --groups 1 2 3 5 7 9 11 --seeds 3 {GPU}"),
-    "table_1_fair": Evidence(
-        "tables 1 and 2, five seeds, with queries and epochs enough for one group",
-        "digits_fair",
-        f"sweep-groups --groups 1 2 3 5 7 9 11 --baseline-epochs 36 --seeds 5 {FAIR}",
-    ),
-    "ablation": Evidence("table 7 with 11 groups", "digits_fair", f"ablation --num-groups 11 --seeds 5 {FAIR}"),
-    "figure_1": Evidence("figure 1", "digits_fair", f"assignment --groups 1 3 5 7 11 --seeds 5 {FAIR}"),
-    "figure_4": Evidence("figure 4 with 11 groups", "digits_fair", f"distances --num-groups 11 --seeds 5 {FAIR}"),
-    "blood_cells": Evidence(
-        "groups on photographs at 320 pixels, five seeds",
-        "bccd",
-        f"sweep-groups --groups 1 3 11 --seeds 5 {BLOOD_CELLS}",
-    ),
-}
-
-# Instead of those for a GPU and of large models, for a rehearsal on the CPU.
-TINY = (
-    "--groups 1 2 --seeds 2 --epochs 1 --evaluate-every 1 --num-queries 15 --d-model 32 --num-heads 2 "
-    "--encoder-layers 1 --decoder-layers 1 --dim-feedforward 32 --batch-size 64 --decay step --lr-drop 1 "
-    "--warmup-steps 0 --num-groups 2 --baseline-epochs 2 --jobs 1"
-)
-
-
-def arguments_of(name: str, photographs: str, rehearsal: bool = False) -> list[str]:
-    """What ``groupdetr analyze`` is called with.
-
-    Args:
-        name: of :data:`EVIDENCE`.
-        photographs: folder of the blood cells, with the weights of their backbone.
-        rehearsal: at a tiny size on the CPU.
-    """
-    _, folder, line = EVIDENCE[name]
-    arguments = [word.format(photographs=photographs) for word in line.split()]
-    if rehearsal:
-        arguments = _rehearsed(arguments)
-    return [*arguments, "--output", str(RUNS / (f"{folder}_rehearsal" if rehearsal else folder))]
-
-
-def _rehearsed(arguments: Sequence[str]) -> list[str]:
-    """The same measurement of other runs: flags that are given twice have the second value."""
-    tiny, known = [], set(arguments)
-    for flag, values in _flags(TINY.split()):
-        if flag not in ("--groups", "--num-groups", "--baseline-epochs") or flag in known:
-            tiny += [flag, *values]
-    sizes = ["--backbone", "conv:8-16", "--cuda-graphs", "0", "--precision", "no", "--cache-images"]
-    if "--cache-on" not in known:  # the photographs: two short sides are not for the device
-        sizes += ["--backbone-weights", "None", "--backbone-stages", "None", "--short-sides", "48", "--eval-short-side"]
-        sizes += ["48", "--max-size", "64", "--eval-max-size", "64"]
-    return [*arguments, *sizes, *tiny]
-
-
-def _flags(words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Flags with their values."""
-    flag, values = "", []
-    for word in words:
-        if word.startswith("--"):
-            if flag:
-                yield flag, values
-            flag, values = word, []
-        else:
-            values.append(word)
-    if flag:
-        yield flag, values
-
-
-def in_steps(arguments: Sequence[str]) -> list[list[str]]:
-    """A measurement with about half of its seeds, so that there is a table early, and then with all."""
-    place = list(arguments).index("--seeds") + 1 if "--seeds" in arguments else 0
-    while "--seeds" in arguments[place:]:
-        place += list(arguments[place:]).index("--seeds") + 1
-    half = int(arguments[place]) // 2 if place else 0
-    return [[*arguments, "--seeds", str(half)], list(arguments)] if half else [list(arguments)]
 
 
 def run_until(command: Sequence[str], environment: Mapping[str, str], end: float) -> int:
@@ -266,26 +166,28 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    lines = [f"  {name:14}{evidence.shows}" for name, evidence in EVIDENCE.items()]
+    lines = [f"  {name:20}{measurement.shows}" for name, measurement in MEASUREMENTS.items()]
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n" + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="+", choices=EVIDENCE, metavar="NAME", help="see above")
+    parser.add_argument("names", nargs="+", choices=MEASUREMENTS, metavar="NAME", help="see above")
     parser.add_argument("--minutes", type=float, required=True, help="for all of it, until the last archive is written")
     parser.add_argument("--results", type=Path, help="folder for the archives")
     parser.add_argument("--earlier", type=Path, help="folder of archives to begin with")
-    parser.add_argument(
-        "--photographs", default="build/bccd", help="blood_cells: annotations/, images/ and lite0.safetensors"
-    )
+    for name, place in FOLDERS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=place,
+            metavar="DIR",
+            help=f"with annotations/, images/ and lite0.safetensors; {place}",
+        )
     parser.add_argument("--jobs", type=int, help="runs at a time, instead of one for each core")
     parser.add_argument("--mps", action="store_true", help="let kernels of several runs work at once, by NVIDIA's MPS")
     parser.add_argument("--rehearse", action="store_true", help="all of it at a tiny size, on the CPU")
     options = parser.parse_args(arguments)
     end = start + 60 * options.minutes
-    folders = {
-        name: ROOT / RUNS / (EVIDENCE[name].folder + ("_rehearsal" if options.rehearse else ""))
-        for name in options.names
-    }
+    folders = {name: ROOT / folder_of(name, options.rehearse) for name in options.names}
+    data = {name: getattr(options, name) for name in FOLDERS}
     for folder in sorted(set(folders.values())):
         archive = options.earlier and options.earlier / f"{folder.name}.tar.gz"
         if archive and archive.is_file():
@@ -297,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = []
     with multi_process_service(options.mps, end) as of_service:
         for name in options.names:
-            line = arguments_of(name, options.photographs, options.rehearse)
+            line = arguments_of(name, data, options.rehearse)
             line += [] if options.jobs is None else ["--jobs", str(options.jobs)]
             keep = partial(_keep, folders[name], options.results)
             statuses.append(measure(name, line, {**variables, **of_service}, end - PACK_SECONDS, keep))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,33 +13,54 @@ import pytest
 from groupdetr_fast.commands.analyze import parse_analysis
 from groupdetr_fast.training.faults import EXIT_STOPPED
 from paper import evidence
-from paper.evidence import EVIDENCE, arguments_of, in_steps, main, multi_process_service, pack, run_until, unpack
+from paper.evidence import main, multi_process_service, pack, run_until, unpack
+from paper.measurements import FOLDERS, MEASUREMENTS, arguments_of, in_steps
 
+NUCLEI = ("", "_longer", "_near", "_query_rate")
 PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 
 
-@pytest.mark.parametrize("name", EVIDENCE)
+@pytest.mark.parametrize("name", MEASUREMENTS)
 @pytest.mark.parametrize("rehearsal", [False, True], ids=["gpu", "rehearsal"])
 def test_every_command_is_understood(name, rehearsal):
-    command = parse_analysis(arguments_of(name, "some/photographs", rehearsal))
+    command = parse_analysis(arguments_of(name, {name: f"some/{name}" for name in FOLDERS}, rehearsal))
     settings = command.optimization
     if rehearsal:
         assert (settings.cuda_graphs, settings.epochs, command.seeds) == (0, 1, 2)
         assert (command.model.num_queries, command.model.d_model) == (15, 32)
     else:
         assert settings.precision == "bf16"
-        assert settings.cuda_graphs >= 2
+        assert settings.cuda_graphs >= 1
+        assert command.seeds >= 3
         assert not command.data.resolved_workers()
     assert not command.output.is_absolute()  # for runs are named by their settings, data included
-    if name == "blood_cells":
-        assert command.data.train_images == Path("some/photographs/images")
-        assert command.seeds == (2 if rehearsal else 5)
+    data = next((data for data in FOLDERS if name.startswith(data)), None)
+    assert command.data.train_images == (Path(f"some/{data}/images") if data else None)
+
+
+def test_measurements_of_nuclei_differ_in_what_they_are_named_for():
+    plain, longer, near, rate = (parse_analysis(arguments_of(f"nuclei{name}")) for name in NUCLEI)
+    assert (plain.groups, plain.model.model) == ((1, 3), "mask2former_r50")
+    assert longer.optimization.epochs == 3 * plain.optimization.epochs
+    assert (plain.model.group_init_noise, near.model.group_init_noise) == (None, 0.1)
+    assert rate.optimization.query_lr == 10 * plain.optimization.lr
+    for other in (near, rate):
+        assert other.seeds == plain.seeds
+        assert replace(other.optimization, query_lr=None) == plain.optimization
+        assert replace(other.model, group_init_noise=None) == plain.model
+        assert (other.data, other.augmentation) == (plain.data, plain.augmentation)
+
+
+def test_tables_are_in_folders_of_their_own():
+    """A sweep writes one table into its folder, which that of another measurement must not replace."""
+    tables = [(measurement.folder, measurement.arguments.split()[0]) for measurement in MEASUREMENTS.values()]
+    assert len(set(tables)) == len(tables)
 
 
 def test_measurements_of_one_folder_share_runs():
     """Those of figure 4, figure 1 and the ablation with table 1."""
-    shared = [name for name, evidence in EVIDENCE.items() if evidence.folder == "digits_fair"]
-    commands = [parse_analysis(arguments_of(name, "")) for name in shared]
+    shared = [name for name, measurement in MEASUREMENTS.items() if measurement.folder == "digits_fair"]
+    commands = [parse_analysis(arguments_of(name)) for name in shared]
     assert len(commands) == 4
     first, *others = commands
     for other in others:
@@ -48,7 +70,7 @@ def test_measurements_of_one_folder_share_runs():
 
 
 def test_the_page_names_every_command():
-    assert all(f"`{name}`" in PAGE.read_text() for name in EVIDENCE)
+    assert all(f"`{name}`" in PAGE.read_text() for name in MEASUREMENTS)
 
 
 def test_half_of_the_seeds_come_first():
