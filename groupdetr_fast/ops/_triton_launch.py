@@ -19,8 +19,10 @@ __all__ = ["DIRECT", "Launch", "empty_as", "flat_rows"]
 
 # Versions whose compiled kernels are launched here by what Triton's own JITFunction.run calls in the end. Others launch
 # as they know how to.
-DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
+DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 _ALIGNMENT = 16  # bytes; of pointers that Triton compiles for
+# A product and its sum are one instruction: with Triton 3.9 by default, which warns that 3.10 will have two.
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 class _Compiled(NamedTuple):
@@ -33,9 +35,10 @@ class _Compiled(NamedTuple):
 class Launch:
     """A launch of a kernel whose numbers are settled: called with tensors, it runs on the current device and stream.
 
-    It does what ``kernel[grid](*tensors, *numbers, **settings)`` does. What Triton compiled is looked up by the
-    device and by the dtypes and alignment of the tensors; numbers and settings cannot change. Where a hook wants to see
-    launches or compilations, or Triton is of a version that is not known here, Triton launches.
+    It does what ``kernel[grid](*tensors, *numbers, **settings)`` does, with sums fused into products. What Triton
+    compiled is looked up by the device and by the dtypes and alignment of the tensors; numbers and settings cannot
+    change. Where a hook wants to see launches or compilations, or Triton is of a version that is not known here, Triton
+    launches.
 
     Args:
         kernel: under ``triton.jit``; its parameters are tensors, numbers and settings, in this order.
@@ -52,7 +55,7 @@ class Launch:
         sizes = (grid,) if isinstance(grid, int) else grid
         self._grid = (*sizes, *[1] * (3 - len(sizes)))
         self._numbers = numbers
-        self._settings = dict(settings)
+        self._settings = {**settings, **_OPTIONS}
         constants = (name for name in kernel.arg_names if name in self._settings)
         self._last_arguments = (*numbers, *(self._settings[name] for name in constants))
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}

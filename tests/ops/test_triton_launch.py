@@ -102,6 +102,7 @@ def unaligned(tensor):
 
 
 X = torch.zeros(64)
+SETTINGS = {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 CASES = {
     "aligned": ((X, X, X), (16, 16, 0.5), {}),
     "unaligned": ((X, unaligned(X), X), (16, 16, 0.5), {}),
@@ -120,7 +121,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_launches_what_triton_would(recorder, monkeypatch, case):
     tensors, numbers, changed = CASES[case]
-    settings = {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2} | changed
+    settings = SETTINGS | changed
     _kernel[(5,)](*tensors, *numbers, **settings)
     launch = Launch(_kernel, 5, numbers, settings)
     launch(*tensors)  # looks up what is compiled
@@ -133,7 +134,7 @@ def test_launches_what_triton_would(recorder, monkeypatch, case):
 
 @pytest.mark.parametrize("grid", [(5,), (5, 3), (5, 3, 2)])
 def test_grids_of_several_dimensions(recorder, grid):
-    tensors, numbers, settings = (X, X, X), (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2}
+    tensors, numbers, settings = (X, X, X), (16, 3, 0.5), SETTINGS
     _kernel[grid](*tensors, *numbers, **settings)
     launch = Launch(_kernel, grid, numbers, settings)
     launch(*tensors)
@@ -144,7 +145,7 @@ def test_grids_of_several_dimensions(recorder, grid):
 
 def test_one_launch_takes_tensors_of_every_kind(recorder):
     """In any order, and each time as Triton does."""
-    numbers, settings = (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2}
+    numbers, settings = (16, 3, 0.5), SETTINGS
     launch = Launch(_kernel, 5, numbers, settings)
     kinds = [tensors for tensors, *_ in CASES.values()]
     for tensors in [*kinds, *kinds[::-1], *kinds]:
@@ -158,7 +159,7 @@ def test_one_launch_takes_tensors_of_every_kind(recorder):
 
 
 def test_devices_and_streams(recorder):
-    settings = {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2}
+    settings = SETTINGS
     launch = Launch(_kernel, 5, (16, 3, 0.5), settings)
     first, other = recorder.device, next(DEVICES)
     for device, stream in ((first, 1), (other, 2), (first, 3), (other, 4)):
@@ -170,7 +171,7 @@ def test_devices_and_streams(recorder):
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_of_launches_are_called(recorder, hook):
-    launch = Launch(_kernel, 5, (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2})
+    launch = Launch(_kernel, 5, (16, 3, 0.5), SETTINGS)
     launch(X, X, X)
     seen = []
     getattr(knobs.runtime, hook).add(seen.append)
@@ -185,7 +186,7 @@ def test_hooks_of_launches_are_called(recorder, hook):
 
 
 def test_hooks_of_kernels_are_called(recorder):
-    launch = Launch(_kernel, 5, (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2})
+    launch = Launch(_kernel, 5, (16, 3, 0.5), SETTINGS)
     launch(X, X, X)
     seen = []
     _kernel.add_pre_run_hook(lambda *args, **_: seen.append(args))
@@ -197,7 +198,7 @@ def test_hooks_of_kernels_are_called(recorder):
 
 
 def test_debugging_compiles_again(recorder, monkeypatch):
-    launch = Launch(_kernel, 5, (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2})
+    launch = Launch(_kernel, 5, (16, 3, 0.5), SETTINGS)
     launch(X, X, X)
     monkeypatch.setattr(knobs.runtime, "debug", True)
     launch(X, X, X)
@@ -206,15 +207,24 @@ def test_debugging_compiles_again(recorder, monkeypatch):
 
 def test_unknown_versions_of_triton_launch_themselves(recorder, monkeypatch):
     monkeypatch.setattr(_triton_launch, "DIRECT", False)
-    launch = Launch(_kernel, 5, (16, 3, 0.5), {"BLOCK": 32, "MODE": "this", "num_warps": 4, "num_stages": 2})
+    launch = Launch(_kernel, 5, (16, 3, 0.5), SETTINGS)
     with mock.patch.object(JITFunction, "run", autospec=True) as run:
         launch(X, X, X)
         launch(X, X, X)
     assert run.call_count == 2
 
 
+def test_sums_are_fused_into_products_whatever_triton_does_by_default(recorder):
+    """Triton 3.10 will not do so unless it is told."""
+    settings = {name: value for name, value in SETTINGS.items() if name != "enable_fp_fusion"}
+    launch = Launch(_kernel, 5, (16, 3, 0.5), settings)
+    with mock.patch.object(JITFunction, "run", autospec=True) as run:
+        launch(X, X, X)
+    assert run.call_args.kwargs["enable_fp_fusion"] is True
+
+
 def test_this_version_of_triton_is_known():
-    assert triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) is _triton_launch.DIRECT is True
+    assert triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) is _triton_launch.DIRECT is True
 
 
 def attention_calls(groups, dropout_p, dtype=torch.float16, place=lambda tensor: tensor, dim=16):
