@@ -193,8 +193,12 @@ def test_large_scores(dtype, sign):
     expected = cross_attention_reference(*exact, padding, *arguments)[0]
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-2)
     references = cross_attention_backward_reference(grad.double(), *exact, padding, out, lse, *arguments)
-    for actual, expected in zip(grads, references, strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    # From each score's gradient, the sum of out * grad over channels is subtracted, with out as it was stored; where
+    # gradients nearly cancel, its rounding is what is left of them.
+    rounding = torch.finfo(dtype).eps / 2 * (out.double() * grad.double()).abs().sum(-1, keepdim=True)
+    of_query = arguments[2] * rounding * exact[1].abs().max()
+    for actual, expected, allowed in zip(grads, references, (of_query, 0, 0), strict=True):
+        assert ((actual.double() - expected).abs() <= 5e-3 * expected.abs().max() + allowed).all()
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"heads": 0}, {"queries": 0}, {"keys": 0}])
