@@ -8,8 +8,8 @@ from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_yaml
 from ..runs.evaluate import evaluate_checkpoint
 from ..runs.recipes import launched_recipe
+from ..runs.resuming import described_checkpoint
 from ..runs.train import train
-from ..training.checkpoint import latest_checkpoint
 from .flags import read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
@@ -84,5 +84,5 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
     elif origin.recipe is not None:
         config = launched_recipe(origin.recipe)
     if origin.model is not None:
-        config = config.with_model(origin.model, latest_checkpoint(origin.output) if origin.resume else None)
+        config = config.with_model(origin.model, described_checkpoint(origin.output) if origin.resume else None)
     return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=origin.recipe)

@@ -18,7 +18,7 @@ from ..evaluation.coco import format_table
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
-from ..training.checkpoint import BEST, latest_checkpoint
+from ..training.checkpoint import BEST
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
@@ -39,7 +39,7 @@ from .loaders import (
     training_set,
 )
 from .report import write_report
-from .resuming import require_same_run
+from .resuming import described_checkpoint, require_same_run
 
 __all__ = ["train"]
 
@@ -114,7 +114,7 @@ def _train(
 ) -> dict[str, Any]:
     """The training of :func:`train`, with batches of a known size, in a folder that no other one uses."""
     weights = class_weights_of(config, data.train_set)
-    newest = latest_checkpoint(config.output) if config.resume else None
+    newest = described_checkpoint(config.output) if config.resume else None
     if newest is not None:
         require_same_run(config, data.val_set, loud=accelerator.is_main_process)
     model = config.model.build(data.val_set.num_classes, resumed=newest)

@@ -107,12 +107,14 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(name, saved, digits
     folder = saved(name, num_denoising=6)
     cli.main(flags(folder, digits, tmp_path / "whole", "--epochs", "2"))
     cli.main(flags(folder, digits, tmp_path / "parts"))
-    cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
-    (expected, _), (found, _) = (
-        read_checkpoint(tmp_path / run / "checkpoints" / "epoch_0002") for run in ("whole", "parts")
-    )
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    newest = tmp_path / "parts" / "checkpoints" / "epoch_0002"
+    expected, _ = read_checkpoint(tmp_path / "whole" / "checkpoints" / newest.name)
+    for _ in range(2):
+        cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
+        found, _ = read_checkpoint(newest)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        (newest / "model.safetensors").write_bytes(b"damaged")  # the second time it goes back to the one before
 
 
 def test_defaults_are_those_of_the_model(saved):
