@@ -17,7 +17,6 @@ from .engines import EngineSettings
 from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
 from .models.detector import Detector as Model
-from .models.registry import model_config
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
@@ -26,7 +25,6 @@ from .runs.recipes import launched_recipe
 from .runs.train import train
 from .training.checkpoint import BEST, latest_checkpoint, write_weights
 from .training.rate_finder import RateSweep, SweepSettings
-from .transformers_detector.families import of_transformers
 
 if TYPE_CHECKING:
     from .transformers_detector.detector import TransformersDetector
@@ -67,12 +65,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     """
 
     def __init__(self, model: str = "conditional_detr_r50", **settings: Any):
-        run = CocoTrainingConfig()
-        if of_transformers(model):
-            run = run.with_transformers(model)
-        else:
-            model_config(model)  # which knows what detectors there are
-        self._run = run.with_settings(**settings, model=model)
+        self._run = CocoTrainingConfig().with_model(model).with_settings(**settings)
         self._header: CheckpointHeader | None = None
         self._num_groups = self._run.model.num_groups  # in training
         self.checkpoint: Path | None = None
@@ -272,13 +265,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         if self.checkpoint is not None:
             loaded = load_model(self.checkpoint, model=self._run.model.model, num_groups=self._num_groups, device="cpu")
             return loaded.train()
-        name = self._run.model.model
-        if of_transformers(name):
-            from .transformers_detector.build import load_pretrained
-
-            kernels = self._run.model.accelerate_kernels
-            return load_pretrained(name, num_groups=self._num_groups, accelerate_kernels=kernels).train()
-        return self._run.model.build_empty(model_config(name).num_classes).train()
+        return self._run.model.build_empty().train()
 
     def to(self, device: torch.device | str) -> "Detector":
         """Move the model."""

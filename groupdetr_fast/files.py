@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
     """The content of a json file; None if there is none, or if it is only half written."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

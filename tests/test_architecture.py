@@ -31,8 +31,8 @@ ALLOWED = {
     "evaluation": {"boxes", "groups", "targets", "data"},
     "build": {"models", "losses"},
     "group_check": {"build", "models", "random_state", "targets", "transformers_detector"},
-    "transformers_detector": {"integrations", "models", "data", "groups", "targets"},
-    "prediction": {"files", "models", "data", "transformers_detector"},
+    "transformers_detector": {"files", "integrations", "models", "data", "groups", "targets"},
+    "prediction": {"models", "data", "transformers_detector"},
     "runs": {
         "files",
         "pages",

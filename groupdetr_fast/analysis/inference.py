@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -140,7 +140,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:
-    model = config.model.build_empty(data.dataset.num_classes)
+    model = cast(Detector, config.model.build_empty(data.dataset.num_classes))
     load_weights(model, checkpoint)
     return model.to(_device()).eval()
 

@@ -8,9 +8,8 @@ from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import from_yaml
 from ..runs.evaluate import evaluate_checkpoint
 from ..runs.recipes import launched_recipe
+from ..runs.resuming import described_checkpoint
 from ..runs.train import train
-from ..training.checkpoint import latest_checkpoint
-from ..transformers_detector.families import of_transformers
 from .flags import read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
@@ -84,7 +83,6 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
         config = from_yaml(CocoTrainingConfig, origin.config)
     elif origin.recipe is not None:
         config = launched_recipe(origin.recipe)
-    if origin.model is not None and of_transformers(origin.model) and origin.model != config.model.model:
-        resumed = latest_checkpoint(origin.output) if origin.resume else None
-        config = config.with_transformers(origin.model, resumed)
+    if origin.model is not None:
+        config = config.with_model(origin.model, described_checkpoint(origin.output) if origin.resume else None)
     return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=origin.recipe)

@@ -2,9 +2,8 @@
 
 import copy
 import importlib
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..models.checkpoints import CheckpointHeader, build_detector, load_checkpoi
 from ..models.detector import Detector
 from ..models.registry import build_model, model_config, model_names
 from ..targets import PackedTargets
-from ..transformers_detector.families import of_transformers, require_transformers
+from ..transformers_detector.families import model_type_in, of_transformers, require_transformers
 from .quiet import own_chance
 from .subject import Inputs, Subject, in_short, make_images, make_targets, other_targets, subject_of_module
 
@@ -68,7 +67,7 @@ def _load(source: str | Path) -> Any:
         default = model_config(text)
         return build_model(text, num_classes=default.num_classes, num_groups=default.num_groups)
     if of_transformers(text):
-        return _load_detector(text, CheckpointHeader())
+        return _load_detector(text)
     if path.exists():
         return _load_files(path)
     if ":" in text:
@@ -86,12 +85,12 @@ def _load_files(path: Path) -> nn.Module:
     try:
         header = read_header(path)
     except (FileNotFoundError, ValueError):
-        if not _is_of_transformers(path):
+        if model_type_in(path) is None:
             raise
         header = CheckpointHeader()
     if header.transformers:
-        return _load_detector(str(path), header)
-    if _is_of_transformers(path):
+        return _load_detector(path)
+    if model_type_in(path) is not None:
         return _load_transformers(path)
     if header.model is None:
         raise ValueError(f"{path} does not say which model of this package it is of")
@@ -100,20 +99,12 @@ def _load_files(path: Path) -> nn.Module:
     return model
 
 
-def _is_of_transformers(path: Path) -> bool:
-    return path.is_dir() and (path / "config.json").is_file() and "model_type" in _read_config(path)
-
-
-def _load_detector(name: str, header: CheckpointHeader) -> nn.Module:
+def _load_detector(checkpoint: str | Path) -> nn.Module:
     """A detector of transformers: as ``transformers:DIR_OR_ID`` has it, or as a training of this package does."""
     require_transformers()
-    from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
+    from ..transformers_detector.build import load_detector
 
-    if not header.transformers:
-        return load_pretrained(name)
-    detector = build_from_header(header)
-    load_weights(detector, name)
-    return detector
+    return load_detector(checkpoint)[0]
 
 
 def _with_loss(detector: Any) -> nn.Module:
@@ -196,27 +187,18 @@ def _square(num_queries: int, patch_size: int, num_windows: int) -> tuple[int, i
     return side, side
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is no json: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _load_transformers(path: Path) -> nn.Module:
     """The model of a directory, with random weights if there is a config.json alone."""
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ValueError(f"{path} is of transformers, which is not installed: pip install transformers") from error
-    content = _read_config(path)
-    name = next(iter(content.get("architectures") or ()), None)
-    cls = getattr(transformers, str(name), None) or transformers.AutoModelForObjectDetection
     try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        name = next(iter(config.architectures or ()), None)
+        cls = getattr(transformers, str(name), None) or transformers.AutoModelForObjectDetection
         if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
             return cls.from_pretrained(path, local_files_only=True)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         build = getattr(cls, "from_config", None) or cls._from_config
         return build(config)
     except Exception as error:  # of foreign code

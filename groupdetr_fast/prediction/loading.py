@@ -1,17 +1,15 @@
 """From a checkpoint to a detector."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..files import read_json
 from ..models import load_checkpoint
 from ..models.checkpoints import CheckpointHeader, build_detector, read_header
 from ..models.detector import Detector
-from ..transformers_detector.families import FAMILIES, PREFIX, of_transformers, require_transformers
+from ..transformers_detector.families import FAMILIES, PREFIX, model_type_in, of_transformers, require_transformers
 from .settings import InferenceSettings
 
 if TYPE_CHECKING:
@@ -35,7 +33,8 @@ def describe_model(checkpoint: str | Path, model: str | None = None) -> Checkpoi
     header = read_header(checkpoint)
     if header.transformers:
         return header
-    if (model is None and header.model is None and _holds_transformers(Path(checkpoint))) or of_transformers(model):
+    unnamed = model is None and header.model is None
+    if of_transformers(model) or (unnamed and model_type_in(Path(checkpoint)) in FAMILIES):
         return _describe_transformers(f"{PREFIX}{checkpoint}")
     if model and model != header.model:
         header = replace(header, model=model, model_config={})
@@ -50,12 +49,6 @@ def _describe_transformers(name: str) -> CheckpointHeader:
     from ..transformers_detector.source import read_source
 
     return read_source(name).header()
-
-
-def _holds_transformers(folder: Path) -> bool:
-    """Whether a folder is a model directory of transformers, of a kind that is known here."""
-    content = read_json(folder / "config.json") if folder.is_dir() else None
-    return isinstance(content, dict) and content.get("model_type") in FAMILIES
 
 
 def load_model(
@@ -92,27 +85,17 @@ def load_model(
     changes = settings if num_classes is None else {**settings, "num_classes": num_classes}
     detector: Detector | TransformersDetector
     if header.transformers:
-        detector = _load_transformers(checkpoint, header, num_groups, changes)
+        if changes:
+            raise ValueError(f"{next(iter(changes))} cannot be set for {header.model}: its own configuration has it")
+        require_transformers()
+        from ..transformers_detector.build import load_detector
+
+        detector, _ = load_detector(checkpoint, num_groups=num_groups)
     else:
         detector = build_detector(header, num_groups=num_groups, **changes)
         load_checkpoint(detector, checkpoint)
     cast(Any, detector).inference_settings = InferenceSettings.from_header(header)
     return detector.to(device).eval()
-
-
-def _load_transformers(
-    checkpoint: str | Path, header: CheckpointHeader, num_groups: int, changes: Mapping[str, Any]
-) -> "TransformersDetector":
-    require_transformers()
-    from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
-
-    if changes:
-        raise ValueError(f"{next(iter(changes))} cannot be set for {header.model}: its own configuration has it")
-    if of_transformers(checkpoint) or not read_header(checkpoint).transformers:  # as transformers has saved it
-        return load_pretrained(str(header.model))
-    detector = build_from_header(header, num_groups=num_groups)
-    load_weights(detector, checkpoint)
-    return detector
 
 
 def _find_device(device: torch.device | str | None) -> torch.device | str:

@@ -12,7 +12,6 @@ from ..data.largest import largest_training_size
 from ..random_state import random_state_kept
 from ..training.batch_size import TrialSteps, found_batch_size
 from ..training.progress import Display
-from ..transformers_detector.families import of_transformers
 from .class_weights import criterion_of
 from .config import CocoTrainingConfig
 from .kept_files import begun_with
@@ -59,8 +58,7 @@ def _numbers_of_beginning(config: CocoTrainingConfig, accelerator: Accelerator) 
 
 
 def _find_numbers(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> tuple[int, int]:
-    build = config.model.build if of_transformers(config.model.model) else config.model.build_empty
-    model = build(dataset.num_classes)
+    model = config.model.build_empty(dataset.num_classes)
     trial = TrialSteps(
         accelerator,
         model,

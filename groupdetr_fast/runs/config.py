@@ -10,9 +10,10 @@ from ..data.config import DataConfig
 from ..losses.matcher import Assignment
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
+from ..models.registry import model_config
 from ..training.config import OptimizationConfig
 from ..training.tracking import TrackerName
-from ..transformers_detector.families import of_transformers, require_transformers
+from ..transformers_detector.families import require_transformers
 from .config_file import to_plain, to_yaml
 from .model import ModelConfig
 
@@ -95,7 +96,7 @@ class CocoTrainingConfig:
         check_selection(self.top_k)
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
-        if of_transformers(self.model.model):
+        if self.model.of_transformers:
             self._check_transformers()
         if not 0 < self.class_weights_beta <= 1:
             raise ValueError(f"class_weights_beta must be in (0, 1], got {self.class_weights_beta}")
@@ -126,23 +127,28 @@ class CocoTrainingConfig:
         replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
         return replace(self, **replaced, **changes[""])
 
-    def with_transformers(self, name: str, resumed: Path | None = None) -> "CocoTrainingConfig":
-        """The same run of a model of transformers, with the sizes of images and the number of groups of this model.
+    def with_model(self, name: str, resumed: Path | None = None) -> "CocoTrainingConfig":
+        """The same run of another detector; one of transformers brings its sizes of images and number of groups.
 
         Args:
-            name: ``transformers:DIR_OR_ID``.
-            resumed: a checkpoint of the run, which says the same, so that the directory is not needed again.
+            name: of the detector.
+            resumed: a checkpoint of the run, which says these too, so that the directory is not needed again.
 
         Raises:
-            ValueError: if the model cannot be read.
+            ValueError: if there is no such detector, or the model of transformers cannot be read.
         """
+        if name == self.model.model:
+            return self
+        model = replace(self.model, model=name)
+        if not model.of_transformers:
+            model_config(name)  # which knows what detectors there are
+            return replace(self, model=model)
         require_transformers()
         from ..transformers_detector.source import ModelSource, read_source
 
         header = CheckpointHeader() if resumed is None else read_header(resumed)
         source = ModelSource.of_header(header) if header.transformers else read_source(name)
-        model = replace(self.model, model=name, num_groups=source.num_groups)
-        return replace(self, model=model, augmentation=source.augmentation())
+        return replace(self, model=replace(model, num_groups=source.num_groups), augmentation=source.augmentation())
 
     def _check_transformers(self) -> None:
         """Refuse what models of transformers cannot do."""

@@ -3,16 +3,14 @@
 import logging
 import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.ground_truth import IouType
 from ..models import build_model, load_checkpoint, model_config
-from ..models.checkpoints import CheckpointHeader, CheckpointMismatch, read_header
-from ..models.checkpoints.read import find_weights
+from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
 from ..models.detector import Detector
-from ..transformers_detector.families import PREFIX, of_transformers, place_of, require_transformers
+from ..transformers_detector.families import of_transformers, require_transformers
 
 if TYPE_CHECKING:
     from ..transformers_detector.detector import TransformersDetector
@@ -102,9 +100,14 @@ class ModelConfig:
         return cls(**{**settings, "model": header.model, "backbone_weights": None, **changes})
 
     @property
+    def of_transformers(self) -> bool:
+        """Whether it is a detector of transformers."""
+        return of_transformers(self.model)
+
+    @property
     def predicts_masks(self) -> bool:
         """Whether the detector predicts masks, and not boxes."""
-        return not of_transformers(self.model) and model_config(self.model).predicts_masks
+        return not self.of_transformers and model_config(self.model).predicts_masks
 
     @property
     def iou_type(self) -> IouType:
@@ -120,26 +123,32 @@ class ModelConfig:
 
         Args:
             num_classes: C.
-            resumed: the checkpoint whose weights will replace those of the detector. It describes a model of
-                transformers too, so that the directory which that came from is not needed again.
+            resumed: the checkpoint whose weights will replace those of the detector: ``load``, weights of the backbone
+                and the directory that a model of transformers came from are not needed again.
 
         Raises:
             CheckpointMismatch: if ``load`` or ``resumed`` is of another detector, or has another number of classes.
             ValueError: for settings that the detector does not have, and if it cannot be loaded.
         """
-        model, trained = self._build_loaded(num_classes, resumed)
+        if resumed is not None:
+            return replace(self, load=resumed).build_empty(num_classes)
+        model, trained = self._load_transformers(num_classes) if self.of_transformers else self._load_own(num_classes)
         if self.group_init_noise is not None:
             model.start_groups_near_first(self.group_init_noise, trained=trained)
         return model
 
-    def build_empty(self, num_classes: int) -> Detector:
-        """The detector with random weights everywhere, for those of a checkpoint to replace."""
-        return replace(self, backbone_weights=None)._build(num_classes)
+    def build_empty(self, num_classes: int | None = None) -> "Detector | TransformersDetector":
+        """The detector with weights that do not matter: random ones, and those that a model of transformers has.
 
-    def _build_loaded(self, num_classes: int, resumed: Path | None) -> "tuple[Detector | TransformersDetector, int]":
-        """The detector with the weights of ``load``, and how many of its groups have something to keep, at least 1."""
-        if of_transformers(self.model):
-            return self._build_transformers(num_classes, resumed)
+        Args:
+            num_classes: C; None for that of the original detector, or of the model of transformers.
+        """
+        if self.of_transformers:
+            return self._load_transformers(num_classes)[0]
+        return replace(self, backbone_weights=None)._build(num_classes or model_config(self.model).num_classes)
+
+    def _load_own(self, num_classes: int) -> tuple[Detector, int]:
+        """A detector of this package, and how many of its groups have something to keep, at least 1."""
         model, trained = self._build(num_classes), None
         if self.load is not None:
             trained = load_checkpoint(model, self.load, new_class_head=self.new_class_head).groups
@@ -152,36 +161,26 @@ class ModelConfig:
             )
         return model, trained[0] if trained else 1
 
-    def _build_transformers(self, num_classes: int, resumed: Path | None) -> "tuple[TransformersDetector, int]":
+    def _load_transformers(self, num_classes: int | None) -> "tuple[TransformersDetector, int]":
         """The same, of a model of transformers."""
         require_transformers()
-        from ..transformers_detector.build import build_from_header, load_pretrained, load_weights
+        from ..transformers_detector.build import load_detector, load_pretrained
 
         if self._overrides():
             raise ValueError(
                 f"{next(iter(self._overrides()))} cannot be set for a model of transformers: its own configuration, "
                 "config.json, has all its settings"
             )
-        checkpoint = resumed or self.load
-        pretrained = partial(load_pretrained, accelerate_kernels=self.accelerate_kernels)
-        if checkpoint is None:
-            return pretrained(self.model, num_classes=num_classes, num_groups=self.num_groups), 1
-        header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
-        if header.transformers:
-            model = build_from_header(header, num_groups=self.num_groups, accelerate_kernels=self.accelerate_kernels)
-        else:  # as transformers has saved it
-            model = pretrained(f"{PREFIX}{place_of(checkpoint)}")
+        settings: dict[str, Any] = {"num_groups": self.num_groups, "accelerate_kernels": self.accelerate_kernels}
+        if self.load is None:
+            return load_pretrained(self.model, num_classes=num_classes, **settings), 1
+        classes = num_classes if self.new_class_head else None
+        model, trained = load_detector(self.load, num_classes=classes, **settings)
         own = model.config.num_classes
-        if own != num_classes and self.new_class_head:
-            name = f"{PREFIX}{find_weights(place_of(checkpoint))}"
-            groups = self.num_groups if header.transformers else None
-            return pretrained(name, num_classes=num_classes, num_groups=groups), 1
-        if own != num_classes:
-            sentence = f"{checkpoint} has a class head for {own} classes, and the data have {num_classes}"
+        if num_classes not in (None, own):
+            sentence = f"{self.load} has a class head for {own} classes, and the data have {num_classes}"
             raise CheckpointMismatch(sentence, (own, num_classes))
-        if header.transformers and resumed is None:
-            load_weights(model, checkpoint)
-        return model, int(header.model_config.get("num_groups", 1))
+        return model, trained
 
     def _build(self, num_classes: int) -> Detector:
         overrides = self._overrides()

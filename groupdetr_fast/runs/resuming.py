@@ -1,6 +1,7 @@
 """What a run that is resumed must have in common with its beginning."""
 
 import logging
+from pathlib import Path
 
 from ..data import CocoDataset
 from ..models.checkpoints import read_header
@@ -8,7 +9,7 @@ from ..training.checkpoint import resumable_checkpoints
 from .config import CocoTrainingConfig
 from .kept_files import begun_with, with_kept_files
 
-__all__ = ["require_same_run"]
+__all__ = ["described_checkpoint", "require_same_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,17 @@ FIXED = {"data.labels"} | {
 FREE = {
     f"model.{name}" for name in ("dropout", "class_loss", "l1_loss", "giou_loss", "loss_points", "accelerate_kernels")
 }
+
+
+def described_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that can be resumed and is not damaged where it says what its detector is."""
+    for folder in resumable_checkpoints(run):
+        try:
+            read_header(folder)
+        except ValueError:  # resuming says so, and goes back to the one before it
+            continue
+        return folder
+    return None
 
 
 def require_same_run(config: CocoTrainingConfig, val_set: CocoDataset, *, loud: bool) -> None:
@@ -54,20 +66,14 @@ def _compare_settings(config: CocoTrainingConfig, beginning: CocoTrainingConfig,
 
 def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
     """Refuse other classes even where there are as many."""
-    for folder in resumable_checkpoints(config.output):
-        try:
-            begun = {entry["id"]: entry["name"] for entry in read_header(folder).categories}
-        except ValueError:  # damaged: resuming says so, and goes back to the one before it
-            continue
-        now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
-        if not begun:
-            continue
-        if begun != now:
-            number = min(dict(begun.items() ^ now.items()))
-            was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
-            raise ValueError(
-                f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
-                f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
-                "with another output, and load to start from these weights"
-            )
-        return
+    newest = described_checkpoint(config.output)
+    begun = {} if newest is None else {entry["id"]: entry["name"] for entry in read_header(newest).categories}
+    now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
+    if begun and begun != now:
+        number = min(dict(begun.items() ^ now.items()))
+        was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
+        raise ValueError(
+            f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
+            f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
+            "with another output, and load to start from these weights"
+        )

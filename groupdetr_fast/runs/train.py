@@ -18,13 +18,12 @@ from ..evaluation.coco import format_table
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
-from ..training.checkpoint import BEST, latest_checkpoint
+from ..training.checkpoint import BEST
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
 from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
-from ..transformers_detector.families import of_transformers
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
@@ -40,7 +39,7 @@ from .loaders import (
     training_set,
 )
 from .report import write_report
-from .resuming import require_same_run
+from .resuming import described_checkpoint, require_same_run
 
 __all__ = ["train"]
 
@@ -115,7 +114,9 @@ def _train(
 ) -> dict[str, Any]:
     """The training of :func:`train`, with batches of a known size, in a folder that no other one uses."""
     weights = class_weights_of(config, data.train_set)
-    newest = latest_checkpoint(config.output) if config.resume else None
+    newest = described_checkpoint(config.output) if config.resume else None
+    if newest is not None:
+        require_same_run(config, data.val_set, loud=accelerator.is_main_process)
     model = config.model.build(data.val_set.num_classes, resumed=newest)
     header = _header(config, model, data.val_set)
     val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))
@@ -140,8 +141,6 @@ def _train(
     # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
     # them, which then abort it now and then (pytorch/pytorch#179291).
     own_trainer = weakref.ref(trainer)
-    if newest is not None:
-        require_same_run(config, data.val_set, loud=accelerator.is_main_process)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
     rehearse_evaluation(accelerator, trainer.state.model, data.val_set, config)
@@ -188,7 +187,7 @@ def _require_equal_categories(train_set: CocoDataset, val_set: CocoDataset) -> N
 def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> CheckpointHeader:
     """What the checkpoints of a run say of their detector."""
     described = {}
-    if of_transformers(config.model.model):
+    if config.model.of_transformers:
         model.name_classes(class_table(val_set.categories, config.data.labels)[0])
         described = model.describe()
     return CheckpointHeader(

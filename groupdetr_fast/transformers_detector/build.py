@@ -1,4 +1,4 @@
-"""Building a detector of transformers: from a directory, the hub, or the header of a checkpoint."""
+"""Building a detector of transformers: from a directory, the hub, or a checkpoint of this package."""
 
 import logging
 import re
@@ -11,15 +11,15 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForObjectDetection, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
+from ..models.checkpoints import CheckpointHeader, CheckpointMismatch, read_header
 from ..models.checkpoints.header import MOST_PARAMETERS
-from ..models.checkpoints.read import read_checkpoint
+from ..models.checkpoints.read import find_weights, read_checkpoint
 from .detector import TransformersDetector
-from .families import place_of
+from .families import PREFIX, of_transformers, place_of
 from .hub import explained
 from .source import ModelSource, read_source
 
-__all__ = ["build_from_header", "load_pretrained", "load_weights"]
+__all__ = ["load_detector", "load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,40 @@ _LEFT_OUT = re.compile(
     r"_?attn_implementation(_internal)?|_?experts_implementation|auto_map|quantization_config|use_kernels"
 )
 _BACKBONE_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)
+
+
+def load_detector(
+    checkpoint: str | Path,
+    *,
+    num_classes: int | None = None,
+    num_groups: int | None = None,
+    accelerate_kernels: bool = True,
+) -> tuple[TransformersDetector, int]:
+    """The detector of a checkpoint, of this package or as transformers has saved it, with its weights.
+
+    Args:
+        checkpoint: file or folder; or ``transformers:DIR_OR_ID``.
+        num_classes: C; a model with another number gets a new class head. None for the checkpoint's own.
+        num_groups: K; None for that of the checkpoint. 1, with which detectors are evaluated, leaves the groups of
+            models that have some of their own.
+        accelerate_kernels: see :class:`TransformersDetector`.
+
+    Returns:
+        The detector, and how many of its groups have queries of the checkpoint.
+
+    Raises:
+        CheckpointMismatch: if the weights are those of another model than the checkpoint describes.
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: as :func:`load_pretrained`, and if the header does not describe a model that can be built.
+    """
+    header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
+    if header.transformers and num_classes in (None, header.model_config.get("num_classes")):
+        detector = _build_from_header(header, num_groups, accelerate_kernels)
+        _load_weights(detector, checkpoint)
+        return detector, int(header.model_config.get("num_groups", 1))
+    name = str(checkpoint) if of_transformers(checkpoint) else f"{PREFIX}{find_weights(checkpoint)}"
+    groups = None if num_groups == 1 else num_groups
+    return load_pretrained(name, num_classes=num_classes, num_groups=groups, accelerate_kernels=accelerate_kernels), 1
 
 
 def load_pretrained(
@@ -72,19 +106,10 @@ def load_pretrained(
     return detector
 
 
-def build_from_header(
-    header: CheckpointHeader, *, num_groups: int | None = None, accelerate_kernels: bool = True
+def _build_from_header(
+    header: CheckpointHeader, num_groups: int | None, accelerate_kernels: bool
 ) -> TransformersDetector:
-    """The detector that a checkpoint describes, with random weights, for those of the checkpoint to replace.
-
-    Args:
-        header: of the checkpoint.
-        num_groups: K; None for that of the checkpoint. Models with groups of their own keep them.
-        accelerate_kernels: see :class:`TransformersDetector`.
-
-    Raises:
-        ValueError: if the header does not describe a model of transformers that can be built.
-    """
+    """The detector that a checkpoint describes, with random weights. Models with groups of their own keep them."""
     source = ModelSource.of_header(header)
     config = _configuration(source)
     with explained(source.name), _quiet():
@@ -99,13 +124,8 @@ def build_from_header(
     return TransformersDetector(model, source.processor, num_groups=groups, accelerate_kernels=accelerate_kernels)
 
 
-def load_weights(detector: TransformersDetector, checkpoint: str | Path) -> None:
-    """Load a checkpoint of this package into the detector that its header describes.
-
-    Raises:
-        CheckpointMismatch: if the weights are those of another model.
-        FileNotFoundError, ValueError: as ``models.load_checkpoint``.
-    """
+def _load_weights(detector: TransformersDetector, checkpoint: str | Path) -> None:
+    """Load a checkpoint of this package into the detector that its header describes."""
     state = read_checkpoint(checkpoint).state
     try:
         detector.load_state_dict(state)

@@ -3,9 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["FAMILIES", "PREFIX", "Family", "of_transformers", "place_of", "require_transformers", "size_multiple"]
+from ..files import read_json
+
+__all__ = [
+    "FAMILIES",
+    "PREFIX",
+    "Family",
+    "model_type_in",
+    "of_transformers",
+    "place_of",
+    "require_transformers",
+    "size_multiple",
+]
 
 PREFIX = "transformers:"
 
@@ -18,6 +30,13 @@ def of_transformers(name: object) -> bool:
 def place_of(name: object) -> str:
     """The directory or hub id in ``transformers:DIR_OR_ID``."""
     return str(name).removeprefix(PREFIX)
+
+
+def model_type_in(folder: Path) -> str | None:
+    """The ``model_type`` of a model directory of transformers, known here or not; None for anything else."""
+    content = read_json(folder / "config.json") if folder.is_dir() else None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def require_transformers() -> None:

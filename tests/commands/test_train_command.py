@@ -84,6 +84,12 @@ def test_faults_of_a_configuration_name_file_and_key(tmp_path):
         cli.main(["train", "--config", "a.yaml", "--recipe", "dab_detr_r50_12e"])
 
 
+def test_a_detector_that_there_is_not_is_refused_before_the_training(training):
+    with pytest.raises(SystemExit, match=r"error: unknown model 'dab_detr_r5'"):
+        cli.main(["train", "--coco-path", "coco", "--model", "dab_detr_r5"])
+    assert training == []
+
+
 def test_the_demo_stays_the_default_of_the_example():
     default = train.training_defaults([], otherwise=digits_demo())
     assert default.model == digits_demo().model

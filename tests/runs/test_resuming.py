@@ -87,6 +87,10 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     config = after_one_epoch(config)
     for change, name in (
         ({"model": replace(config.model, num_groups=3)}, "model.num_groups = 2, which cannot become 3"),
+        (
+            {"model": replace(config.model, model="transformers:a/b")},
+            "model.model = conditional_detr_r50, which cannot become transformers:a/b",
+        ),
         ({"optimization": replace(config.optimization, seed=1)}, "optimization.seed = 42, which cannot become 1"),
     ):
         with pytest.raises(ValueError, match=f"was begun with {name} on resuming"):
@@ -103,6 +107,29 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     ]
     state = torch.load(latest_checkpoint(config.output) / "state.pt", weights_only=True)
     assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.5}
+
+
+def test_a_backbone_starts_from_random_weights_only_where_the_run_begins(config, caplog):
+    said = "the backbone resnet18 starts from random weights"
+    config = replace(config, evaluate_every=3, pictures=0, report=False)
+    config = config.with_settings(backbone="resnet18", backbone_stages=1, epochs=1, lr_drop=(5,))
+    train(config)
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    train(replace(config, resume=True))
+    assert said not in caplog.text
+    config.model.build(10)
+    assert caplog.text.count(said) == 1
+
+
+def test_what_a_run_started_from_is_not_needed_again(config, tmp_path):
+    gone = tmp_path / "gone.pth"
+    model = replace(config.model, backbone="resnet18", backbone_stages=1)
+    for change in ({"backbone_weights": str(gone)}, {"load": gone}):
+        begun = replace(model, **change)
+        with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+            begun.build(10)
+        assert begun.build(10, resumed=tmp_path).config.num_groups == 2
 
 
 def test_a_drop_that_follows_the_epochs_is_named_where_it_moves(config, caplog):

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants, get_hf_file_metadata
 from tiny_detectors import model_of, processor_of
 
+from groupdetr_fast.runs.config import ModelConfig
 from groupdetr_fast.transformers_detector import hub
 from groupdetr_fast.transformers_detector.build import load_pretrained
 from groupdetr_fast.transformers_detector.source import read_source
@@ -67,6 +68,8 @@ def test_what_is_in_the_cache_needs_no_hub(processor, side, no_hub, tmp_path):
     start = time.monotonic()
     assert read_source("transformers:a/b").augmentation().eval_short_side == side
     assert load_pretrained("transformers:a/b").config.num_groups == 1
+    config = ModelConfig(model="transformers:a/b", load=Path("transformers:a/b"), num_groups=1, new_class_head=True)
+    assert config.build(7).config.num_classes == 7
     assert time.monotonic() - start < 15
 
 

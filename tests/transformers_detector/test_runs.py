@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from groupdetr_fast import cli
 from groupdetr_fast.commands.train import training_defaults
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.models.checkpoints import CheckpointHeader
-from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import batch_size
 from groupdetr_fast.training.checkpoint import read_checkpoint
@@ -106,12 +107,14 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(name, saved, digits
     folder = saved(name, num_denoising=6)
     cli.main(flags(folder, digits, tmp_path / "whole", "--epochs", "2"))
     cli.main(flags(folder, digits, tmp_path / "parts"))
-    cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
-    (expected, _), (found, _) = (
-        read_checkpoint(tmp_path / run / "checkpoints" / "epoch_0002") for run in ("whole", "parts")
-    )
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    newest = tmp_path / "parts" / "checkpoints" / "epoch_0002"
+    expected, _ = read_checkpoint(tmp_path / "whole" / "checkpoints" / newest.name)
+    for _ in range(2):
+        cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
+        found, _ = read_checkpoint(newest)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        (newest / "model.safetensors").write_bytes(b"damaged")  # the second time it goes back to the one before
 
 
 def test_defaults_are_those_of_the_model(saved):
@@ -150,6 +153,35 @@ def test_a_directory_of_transformers_is_evaluated_and_predicted_with_as_it_is(sa
     with pytest.raises(SystemExit, match="has a class head of 4 rows"):
         cli.main(["eval", str(saved("RTDetr")), *arguments, "--output", str(tmp_path / "wrong")])
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "expected"), [("DeformableDetr", 3, 3), ("DeformableDetr", 1, 1), ("LwDetr", 1, GROUPS)]
+)
+def test_a_directory_of_transformers_gets_the_groups_that_are_asked_for(name, groups, expected, saved):
+    """Models with groups of their own are evaluated by 1, and keep theirs."""
+    folder = saved(name)
+    for load in (folder, f"transformers:{folder}"):
+        config = ModelConfig(model=f"transformers:{folder}", load=load, num_groups=groups)
+        assert config.build(4).config.num_groups == expected
+        assert gd.load_model(load, num_groups=groups, device="cpu").config.num_groups == expected
+    with pytest.raises(ValueError, match=f"has a class head for 4 classes, and the data have {DIGITS}"):
+        config.build(DIGITS)
+
+
+def test_classes_of_a_checkpoint_are_replaced_if_asked(saved, digits, tmp_path, caplog):
+    folder, run = saved("DeformableDetr", num_labels=DIGITS), tmp_path / "run"
+    cli.main(flags(folder, digits, run, "--num-groups", "2", "--no-report"))
+    caplog.set_level("INFO")
+    config = ModelConfig(model=f"transformers:{folder}", load=run, num_groups=2)
+    kept, replaced = (replace(config, new_class_head=True).build(classes) for classes in (DIGITS, 3))
+    assert (kept.config.num_classes, replaced.config.num_classes) == (DIGITS, 3)
+    assert caplog.text.count(f"a new class head for 3 classes, in place of one for {DIGITS}") == 1
+    trained, weights = (detector.state_dict() for detector in (kept, replaced))
+    differing = {name for name in trained if not torch.equal(trained[name], weights[name])}
+    others = "groupdetr_fast.other_groups"  # which transformers does not load
+    assert differing - {others}
+    assert all("class_embed" in name for name in differing - {others})
 
 
 @pytest.mark.parametrize(
@@ -244,7 +276,7 @@ def test_lw_detr_learns_the_digits_that_it_is_shown(tmp_path):
     model = LwDetrForObjectDetection(lw_detr_config("LwDetr", **overrides, num_labels=DIGITS))
     model.save_pretrained(folder)
     processor_of("LwDetr").save_pretrained(folder)
-    config = CocoTrainingConfig().with_transformers(f"transformers:{folder}")
+    config = CocoTrainingConfig().with_model(f"transformers:{folder}")
     config = config.with_settings(
         train_images=digits.train_images,
         train_annotations=digits.train_annotations,

@@ -143,8 +143,9 @@ def _read_folder(folder: Path) -> CheckpointFile:
 
 
 def _header_beside(path: Path) -> CheckpointHeader:
+    config = _read_config(path)
     try:
-        return header_of_config(_read_config(path))
+        return header_of_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

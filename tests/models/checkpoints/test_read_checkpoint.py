@@ -77,6 +77,8 @@ def test_settings_of_transformers_that_are_no_json_are_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json, beside the weights, (cannot be read|must hold)"):
         read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"^\S+config\.json, beside the weights, (cannot be read|must hold)"):
+        read_header(tmp_path)
 
 
 def test_the_folder_of_a_run_stands_for_its_best_checkpoint_or_the_newest(tmp_path):
