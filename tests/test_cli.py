@@ -71,15 +71,6 @@ def test_misspelt_flags_suggest_those_of_the_command_at_hand(arguments, suggeste
     assert set(re.findall(r"groupdetr [a-z -]+ --help", text)) == {f"{own} --help"}
 
 
-@pytest.mark.parametrize("arguments", [["trian", "--lr", "3"], ["analyze", "grop-ap", "--lr", "3"]])
-def test_a_misspelt_command_calls_up_the_commands_and_no_flags(arguments, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(arguments)
-    text = capsys.readouterr().err
-    assert "Available subcommands" in text
-    assert "--lr" not in text
-
-
 @pytest.mark.parametrize(
     "arguments",
     [[], ["bogus"], ["analyze"], ["analyze", "bogus"], ["train", "--recipe"], ["eval"], ["predict"], ["export"]],

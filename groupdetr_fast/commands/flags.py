@@ -1,27 +1,16 @@
-"""Flags that commands share, and those that are read first, since the defaults of other flags depend on them."""
+"""Flags that commands share."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["FLAGS", "CheckpointArgument", "DetectorFlags", "read_flags", "require_checkpoint"]
-
-T = TypeVar("T")
-
-FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+__all__ = ["CheckpointArgument", "DetectorFlags", "require_checkpoint"]
 
 # The first argument of every command that uses a checkpoint; :func:`require_checkpoint` asks for it where it is
 # missing. The parser would ask for it wherever a misspelt flag comes before it, and say nothing of the flag.
 CheckpointArgument = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")]]
-
-
-def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
-    """The flags of a command line that are fields of the dataclass ``kind``; the others are ignored."""
-    found, _ = tyro.cli(kind, args=arguments, prog="groupdetr", config=FLAGS, return_unknown_args=True, add_help=False)
-    return found
 
 
 def require_checkpoint(checkpoint: Path | None, usage: str) -> Path:

@@ -11,7 +11,7 @@ from ..runs.recipes import launched_recipe
 from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..transformers_detector.families import of_transformers
-from .flags import read_flags
+from .parsing import read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
 
