@@ -3,6 +3,7 @@
 import logging
 
 from ..data import CocoDataset
+from ..data.categories import difference_in_words
 from ..models.checkpoints import read_header
 from ..training.checkpoint import resumable_checkpoints
 from .config import CocoTrainingConfig
@@ -56,18 +57,16 @@ def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> Non
     """Refuse other classes even where there are as many."""
     for folder in resumable_checkpoints(config.output):
         try:
-            begun = {entry["id"]: entry["name"] for entry in read_header(folder).categories}
+            begun = read_header(folder).categories
         except ValueError:  # damaged: resuming says so, and goes back to the one before it
             continue
-        now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
         if not begun:
             continue
-        if begun != now:
-            number = min(dict(begun.items() ^ now.items()))
-            was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
+        difference = difference_in_words(begun, val_set.categories, ("the run", "the data"))
+        if difference:
             raise ValueError(
-                f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
-                f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
-                "with another output, and load to start from these weights"
+                f"{config.output} was begun with other categories than those of {val_set.annotation_file} "
+                f"({difference}): resume with the data of its beginning, or begin another run with another output, and "
+                "load to start from these weights"
             )
         return
