@@ -9,11 +9,10 @@ from typing import Annotated, Union
 
 import tyro
 
-from . import __version__
 from .commands.analyze import AnalyzeCommand, parse_analysis
 from .commands.check import CheckCommand
 from .commands.check_groups import CheckGroupsCommand
-from .commands.env import EnvCommand
+from .commands.env import EnvCommand, running_version
 from .commands.eval import EvalCommand
 from .commands.export import ExportCommand
 from .commands.find_rate import FindRateCommand, sweep_defaults
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
 
     if arguments == ["--version"]:
-        print(f"groupdetr_fast {__version__}")
+        print(f"groupdetr_fast {running_version()}")
         return
 
     run(lambda: _command(arguments))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import groupdetr_fast
 from groupdetr_fast import cli
+from groupdetr_fast.commands.env import running_version
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_module_runs_as_the_command():
 
 def test_the_version(capsys):
     cli.main(["--version"])
-    assert capsys.readouterr().out == f"groupdetr_fast {groupdetr_fast.__version__}\n"
+    assert capsys.readouterr().out == f"groupdetr_fast {running_version()}\n"
 
 
 @pytest.mark.parametrize(
