@@ -107,7 +107,8 @@ def _refusal(event: Any, kind: Any, arguments: Sequence[str], prog: str) -> Exce
         return None
     flag = event.argument.lowered.name_or_flags[-1]
     if flag not in flags:  # an argument without a flag, which takes anything: the value of a misspelt flag, too
-        unknown = [each for each in arguments if each.startswith("--") and _flag_of(each) not in flags]
+        known = {*flags, *(f"--no{each[1:]}" for each, of in flags.items() if of is bool), "--"}
+        unknown = [each for each in arguments if each.startswith("--") and _flag_of(each) not in known]
         return WrongCommandLine(_surplus(unknown[0], flags, arguments, prog)) if unknown else None
     got = shlex.join(_values(arguments, flag)[: _most(flags[flag])])
     return WrongCommandLine(f"{flag} takes {_takes(flags[flag])}, and got {got or 'nothing'}")

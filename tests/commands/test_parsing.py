@@ -128,6 +128,10 @@ def test_an_unknown_flag_of_every_command_ends_in_one_sentence(command, capsys):
             "check-groups --batch-siz 3 m",
             "there is no flag --batch-siz: did you mean --batch-size? groupdetr check-groups --help lists all",
         ),
+        (
+            "check-groups --no-json --batch-siz 3 m",
+            "there is no flag --batch-siz: did you mean --batch-size? groupdetr check-groups --help lists all",
+        ),
         ("--nonesuch", "there is no flag --nonesuch: groupdetr --help lists all"),
     ],
 )
