@@ -19,24 +19,22 @@ Every setting is a flag: see --help. Without data flags, the defaults are those 
 import sys
 from dataclasses import replace
 
-import tyro
-
 from groupdetr_fast.cli import run
-from groupdetr_fast.commands.flags import FLAGS, read_flags
+from groupdetr_fast.commands.parsing import parse, read_flags
 from groupdetr_fast.commands.train import TrainCommand, training_defaults
 from groupdetr_fast.data.config import DataPaths
 from groupdetr_fast.runs.recipes import digits_demo, with_digits
 
 
-def parse() -> TrainCommand:
+def command() -> TrainCommand:
     arguments = sys.argv[1:]
     own_data = read_flags(DataPaths, arguments).given
     default = training_defaults(arguments, otherwise=None if own_data else digits_demo(compose=False))
-    command = tyro.cli(TrainCommand, default=default, description=__doc__, config=FLAGS)
-    if own_data or command.recipe or command.config:
-        return command
-    return replace(command, data=with_digits(command.data))
+    found = parse(TrainCommand, arguments, prog=sys.argv[0], default=default, description=__doc__)
+    if own_data or found.recipe or found.config:
+        return found
+    return replace(found, data=with_digits(found.data))
 
 
 if __name__ == "__main__":
-    run(parse)
+    run(command)

@@ -79,7 +79,7 @@ ALLOWED = {
     "engines": set(),
     "exporting": {"engines", "files", "models", "prediction"},
     "detector": {"engines", "exporting", "models", "prediction", "runs", "training", "data", "transformers_detector"},
-    "cli": {"commands", "training", "__version__"},
+    "cli": {"commands", "training"},
     "integrations": {"losses", "ops", "boxes", "groups", "targets"},
     "__init__": {"build", "detector", "group_check", "groups", "models", "ops", "prediction", "targets"},
     "__main__": {"cli"},

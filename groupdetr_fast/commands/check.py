@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -39,7 +40,7 @@ class CheckCommand(DataPaths):
         limit: messages of one kind that are shown.
     """
 
-    folder: tyro.conf.Positional[Path | None] = None
+    folder: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]] = None
     model: str = ModelConfig.model
     num_queries: int | None = None
     decode: bool = True

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -29,7 +30,7 @@ class CheckGroupsCommand:
         json: print the report as json.
     """
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     num_groups: int | None = None
     batch_size: int = 2
     image_size: tuple[int, int] | None = None

@@ -1,16 +1,16 @@
 """The command ``groupdetr eval``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..data.config import DataConfig, Split
-from ..prediction import EVAL_SETTINGS, InferenceSettings, describe_model
+from ..prediction import InferenceSettings, describe_model
 from ..runs.config import CocoTrainingConfig, ModelConfig
 from ..runs.evaluate import evaluate_checkpoint
 from ..training.config import OptimizationConfig
 from ..transformers_detector.families import of_transformers
-from .flags import CheckpointArgument, require_checkpoint
+from .flags import CheckpointArgument, ImageFlags, require_checkpoint
 
 __all__ = ["EvalCommand"]
 
@@ -31,11 +31,6 @@ class EvalCommand:
         val_annotations: COCO json.
         labels: "contiguous" or "category_id", for checkpoints without that setting; "category_id" is what the
             original repositories use.
-        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
-        eval_short_side: short side of the images in pixels; None for the checkpoint's own.
-        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's own.
-        image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
-        image_std: standard deviation of the same.
         batch_size: images per process and step.
         workers: processes that load images, per process; None for what the machine has cores for.
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
@@ -54,11 +49,6 @@ class EvalCommand:
     val_images: Path | None = None
     val_annotations: Path | None = None
     labels: Literal["contiguous", "category_id"] | None = None
-    square: bool | None = None
-    eval_short_side: int | None = None
-    eval_max_size: int | None = None
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
     batch_size: int = OptimizationConfig().images_per_batch
     workers: int | None = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] | None = OptimizationConfig.precision
@@ -67,6 +57,7 @@ class EvalCommand:
     output: Path = Path("runs/eval")
     pictures: int = CocoTrainingConfig.pictures
     report: bool = CocoTrainingConfig.report
+    input: ImageFlags = field(default_factory=ImageFlags)
 
     def __call__(self) -> None:
         evaluate_checkpoint(self.config())
@@ -83,7 +74,6 @@ class EvalCommand:
             checkpoint = Path(str(self.model))
         checkpoint = require_checkpoint(checkpoint, "groupdetr eval CHECKPOINT --data-path DIR")
         header = describe_model(checkpoint, self.model)
-        sizes = {name: getattr(self, name) for name in EVAL_SETTINGS}
         return CocoTrainingConfig(
             data=DataConfig(
                 data_path=self.data_path,
@@ -94,7 +84,7 @@ class EvalCommand:
                 workers=self.workers,
             ).evaluated_on(self.split),
             model=ModelConfig.of_checkpoint(header, load=checkpoint, num_groups=1),  # one group is enough
-            augmentation=InferenceSettings.from_header(header).with_sizes(**sizes).augmentation,
+            augmentation=InferenceSettings.from_header(header).with_sizes(**self.input.given()).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision, tf32=self.tf32),
             output=self.output,
             eval_only=True,

@@ -12,7 +12,7 @@ __all__ = ["ExportCommand"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCommand(DetectorFlags):
+class ExportCommand:
     """Write a detector's inference graph of one group of queries: as ONNX, a torch.export program or a TensorRT engine.
 
     The file also holds the names and ids of the classes, and how images are to be prepared, as far as the checkpoint
@@ -34,10 +34,11 @@ class ExportCommand(DetectorFlags):
     masks: bool = False
     half: bool = False
     engine: EngineSettings = field(default_factory=EngineSettings)
+    detector: DetectorFlags = field(default_factory=DetectorFlags)
 
     def __call__(self) -> None:
         check_output(self.output, half=self.half, engine=self.engine)  # before the checkpoint is read
         checkpoint = require_checkpoint(self.checkpoint, "groupdetr export CHECKPOINT --output FILE")
-        model = load_model(checkpoint, device="cpu", **self.detector_settings())
+        model = load_model(checkpoint, device="cpu", **self.detector.given())
         path = export_file(model, self.output, self.image_size, masks=self.masks, half=self.half, engine=self.engine)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

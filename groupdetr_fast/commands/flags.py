@@ -1,27 +1,16 @@
-"""Flags that commands share, and those that are read first, since the defaults of other flags depend on them."""
+"""Flags that commands share."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["FLAGS", "CheckpointArgument", "DetectorFlags", "read_flags", "require_checkpoint"]
-
-T = TypeVar("T")
-
-FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+__all__ = ["CheckpointArgument", "DetectorFlags", "ImageFlags", "require_checkpoint"]
 
 # The first argument of every command that uses a checkpoint; :func:`require_checkpoint` asks for it where it is
 # missing. The parser would ask for it wherever a misspelt flag comes before it, and say nothing of the flag.
 CheckpointArgument = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")]]
-
-
-def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
-    """The flags of a command line that are fields of the dataclass ``kind``; the others are ignored."""
-    found, _ = tyro.cli(kind, args=arguments, prog="groupdetr", config=FLAGS, return_unknown_args=True, add_help=False)
-    return found
 
 
 def require_checkpoint(checkpoint: Path | None, usage: str) -> Path:
@@ -39,8 +28,35 @@ def require_checkpoint(checkpoint: Path | None, usage: str) -> Path:
     return checkpoint
 
 
+class _Overrides:
+    """Flags that take the place of what a checkpoint says; None, the default of all, leaves it as it is."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
-class DetectorFlags:
+class ImageFlags(_Overrides):
+    """How images are prepared, where it is not to be as the checkpoint says.
+
+    Attributes:
+        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
+        eval_short_side: short side to which images are resized, in pixels; None for the checkpoint's own.
+        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's own.
+        image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.
+        image_std: standard deviation of the same; None for the checkpoint's own.
+    """
+
+    square: bool | None = None
+    eval_short_side: int | None = None
+    eval_max_size: int | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorFlags(_Overrides):
     """Which detector a checkpoint is of, where it does not say itself; this package and transformers store it.
 
     Attributes:
@@ -64,8 +80,3 @@ class DetectorFlags:
     decoder_layers: int | None = None
     dim_feedforward: int | None = None
     backbone: str | None = None
-
-    def detector_settings(self) -> dict[str, Any]:
-        """Those that are given, for ``load_model``."""
-        given = {each.name: getattr(self, each.name) for each in fields(DetectorFlags)}
-        return {name: value for name, value in given.items() if value is not None}

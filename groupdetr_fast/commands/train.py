@@ -10,7 +10,7 @@ from ..runs.evaluate import evaluate_checkpoint
 from ..runs.recipes import launched_recipe
 from ..runs.resuming import described_checkpoint
 from ..runs.train import train
-from .flags import read_flags
+from .parsing import read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .annotations import MEDIUM, SMALL, is_box, is_inside
+from .categories import category_differences
 from .images import decode_rgb, is_turned, open_image, size_fault, upright_size
 
 __all__ = ["Findings", "Statistics", "check_part", "compare_parts"]
@@ -113,17 +114,9 @@ def check_part(
 
 def compare_parts(train: Findings, val: Findings) -> None:
     """Add to ``val`` errors about categories in which the parts differ, and warnings about images that both have."""
-    for number in sorted(train.categories.keys() ^ val.categories.keys()):
-        owner, other = (train, val) if number in train.categories else (val, train)
-        val.errors["categories"].append(
-            f"category {number} ({owner.categories[number]}) is in {owner.name}, but not in {other.name}"
-        )
-    for number in sorted((train.categories.keys() & val.categories.keys()) - train.unnamed - val.unnamed):
-        names = train.categories[number], val.categories[number]
-        if names[0] != names[1]:
-            val.errors["categories"].append(
-                f"category {number} is {names[0]} in {train.name} and {names[1]} in {val.name}"
-            )
+    for each in category_differences(train.categories, val.categories):
+        if None in each or each.number not in train.unnamed | val.unnamed:
+            val.errors["categories"].append(each.told(train.name, val.name))
     for digest in train.digests.keys() & val.digests.keys():
         theirs, ours = train.digests[digest][0], val.digests[digest][0]
         val.warnings["leak"].append(f"image {ours} of {val.name} is the same file as image {theirs} of {train.name}")

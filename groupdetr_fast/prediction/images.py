@@ -223,7 +223,7 @@ def predict(
         workers: threads that read files ahead; 0 to read each when it is needed; None for what the machine has cores
             for, at most 8.
         **options: ``score_threshold=0.3``, ``classes=None``, ``class_thresholds=None``, ``top_k=100``,
-            ``batch_size=4``, ``tile=None`` and what belongs to it, ``settings=None``: see :class:`PredictOptions`.
+            ``batch_size=4``, ``tile=None`` and what belongs to it, ``settings=None``: see :class:`Options`.
 
     Returns:
         A dictionary for one image, a list of them for several, with tensors on the CPU: ``"scores" [k]``, descending;

@@ -11,47 +11,29 @@ from .tiles import Merge, Metric, Tiling
 __all__ = ["Options", "PredictOptions"]
 
 
-class PredictOptions(TypedDict, total=False):
-    """What ``predict`` and ``predict_video`` take as further arguments, all by name.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``predict`` and ``predict_video`` take as further arguments, all by name; ``groupdetr predict`` as flags.
 
     Attributes:
-        score_threshold: detections with lower scores are left out; 0.3.
+        score_threshold: detections with lower scores are left out.
         classes: what to detect: names of classes, or their numbers as in ``"labels"``, one or several; a string may
-            have several names with commas between them. None, the default, for all.
+            have several names with commas between them. None for all.
         class_thresholds: for some classes a score in place of ``score_threshold``, by name or number; or the string
             ``"person=0.3,car=0.5"``; or the path of a json or yaml file with such a table, as the
             ``class_thresholds.json`` of an evaluation. A class whose threshold is None has ``score_threshold``.
-        top_k: detections per image, or per tile; 100. Those that ``classes`` and thresholds leave out do not count.
-        batch_size: images or tiles at a time, padded to the largest of them; 4.
-        tile: divide images into overlapping squares of this side, in pixels of the image, detect in each and join what
-            is found: for objects that are small in large images. None, the default, to detect in whole images.
-        tile_overlap: of neighbouring tiles, at least, as a share of ``tile``; 0.2.
-        tile_whole: with tiles, also detect in the whole image, for objects larger than a tile; True.
-        tile_merge: of detections of one class that overlap, ``"nmm"``, the default, joins all to a box around them, as
-            SAHI's GREEDYNMM does, and ``"nms"`` keeps the best one.
-        tile_metric: their intersection over the smaller box, ``"ios"``, the default, or over their union, ``"iou"``.
-        tile_match: from which overlap on they are the same object; 0.5.
-        settings: names of the classes, sizes and normalisation; by default the model's ``inference_settings``, or those
-            of :class:`InferenceSettings` for a model without.
-    """
-
-    score_threshold: float
-    classes: Classes | None
-    class_thresholds: Thresholds | None
-    top_k: int
-    batch_size: int
-    tile: int | None
-    tile_overlap: float
-    tile_whole: bool
-    tile_merge: Merge
-    tile_metric: Metric
-    tile_match: float
-    settings: InferenceSettings | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """:class:`PredictOptions` with their defaults, checked.
+        top_k: detections per image, or per tile; those of other classes and below thresholds do not count.
+        batch_size: images, tiles or frames at a time, padded to the largest of them.
+        tile: detect in overlapping squares of this side, in pixels of the image, and join what is found: for small
+            objects in large images; None for whole images.
+        tile_overlap: of neighbouring tiles, at least, as a share of their side.
+        tile_whole: with tiles, also detect in the whole image, for objects larger than a tile.
+        tile_merge: of overlapping detections of a class, nmm joins all to a box around them, as SAHI's GREEDYNMM does,
+            and nms keeps the best.
+        tile_metric: the overlap over the smaller box, ios, or over the union, iou.
+        tile_match: from which overlap on two detections are of one object.
+        settings: names of the classes, sizes and normalisation; None for the model's ``inference_settings``, or for
+            those of :class:`InferenceSettings` where it has none.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -81,3 +63,20 @@ class Options:
         if self.tile is None:
             return None
         return Tiling(self.tile, self.tile_overlap, self.tile_whole, self.tile_merge, self.tile_metric, self.tile_match)
+
+
+class PredictOptions(TypedDict, total=False):
+    """The types of what ``predict`` and ``predict_video`` take as further arguments: see :class:`Options`."""
+
+    score_threshold: float
+    classes: Classes | None
+    class_thresholds: Thresholds | None
+    top_k: int
+    batch_size: int
+    tile: int | None
+    tile_overlap: float
+    tile_whole: bool
+    tile_merge: Merge
+    tile_metric: Metric
+    tile_match: float
+    settings: InferenceSettings | None

@@ -74,7 +74,7 @@ def predict_video(
         fps: in place of ``every``, at most so many frames of a second.
         max_frames: how many frames at most.
         frames: also give the frames.
-        **options: as in :func:`predict`, see :class:`PredictOptions`.
+        **options: as in :func:`predict`, see :class:`Options`.
 
     Yields:
         The number of the frame in the video, from 0 on; its time in seconds since the first frame; its detections, as

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import Batch, CocoDataset
+from ..data.categories import difference_in_words
 from ..evaluation.coco import CocoEvaluator, format_table
 from ..evaluation.detections import CollectedDetections
 from ..evaluation.visualize import draw_detections
@@ -198,17 +199,13 @@ def _warn_of_other_categories(config: CocoTrainingConfig, val_set: CocoDataset) 
     """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
     checkpoint = config.model.load
     categories = [] if checkpoint is None else describe_model(checkpoint, config.model.model).categories
-    trained, evaluated = (
-        {entry["id"]: str(entry["name"]) for entry in each} for each in (categories, val_set.categories)
-    )
-    if categories and trained != evaluated:
-        differing = sorted(trained.items() ^ evaluated.items())[0]
+    difference = difference_in_words(categories, val_set.categories, ("the checkpoint", "the data"))
+    if categories and difference:
         logger.warning(
-            "%s was trained on other categories than those of %s (id %d, %r, is in one only): "
-            "its classes may mean others",
+            "%s was trained on other categories than those of %s (%s): its classes may mean others",
             checkpoint,
             val_set.annotation_file,
-            *differing,
+            difference,
         )
 
 

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from ..data import CocoDataset
+from ..data.categories import difference_in_words
 from ..models.checkpoints import read_header
 from ..training.checkpoint import resumable_checkpoints
 from .config import CocoTrainingConfig
@@ -67,13 +68,11 @@ def _compare_settings(config: CocoTrainingConfig, beginning: CocoTrainingConfig,
 def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
     """Refuse other classes even where there are as many."""
     newest = described_checkpoint(config.output)
-    begun = {} if newest is None else {entry["id"]: entry["name"] for entry in read_header(newest).categories}
-    now = {entry["id"]: str(entry["name"]) for entry in val_set.categories}
-    if begun and begun != now:
-        number = min(dict(begun.items() ^ now.items()))
-        was, is_now = (repr(each[number]) if number in each else "none" for each in (begun, now))
+    begun = [] if newest is None else read_header(newest).categories
+    difference = difference_in_words(begun, val_set.categories, ("the run", "the data"))
+    if begun and difference:
         raise ValueError(
-            f"{config.output} was begun with other categories than those of {val_set.annotation_file} (category "
-            f"{number} was {was} and is {is_now}): resume with the data of its beginning, or begin another run "
-            "with another output, and load to start from these weights"
+            f"{config.output} was begun with other categories than those of {val_set.annotation_file} "
+            f"({difference}): resume with the data of its beginning, or begin another run with another output, and "
+            "load to start from these weights"
         )

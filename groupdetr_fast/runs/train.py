@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data import CocoDataset, DataError, SkipUnreadable
+from ..data.categories import difference_in_words
 from ..data.device_images import DeviceImages
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
@@ -167,20 +168,11 @@ def _say_results(config: CocoTrainingConfig, results: dict[str, Any], val_set: C
 
 
 def _require_equal_categories(train_set: CocoDataset, val_set: CocoDataset) -> None:
-    train, val = (
-        {category["id"]: category.get("name") for category in dataset.categories} for dataset in (train_set, val_set)
-    )
-    if train.keys() != val.keys():
-        differing = sorted(train.keys() ^ val.keys())
+    difference = difference_in_words(train_set.categories, val_set.categories, ("the first", "the second"))
+    if difference:
         raise DataError(
-            f"{train_set.annotation_file} and {val_set.annotation_file} have different category tables "
-            f"(ids {differing[:5]} are in one only): give both files the same categories"
-        )
-    renamed = next((number for number in sorted(train) if train[number] != val[number]), None)
-    if renamed is not None:
-        raise DataError(
-            f"category {renamed} is {train[renamed]!r} in {train_set.annotation_file} and {val[renamed]!r} in "
-            f"{val_set.annotation_file}: give both files the same categories"
+            f"{train_set.annotation_file} and {val_set.annotation_file} have different categories ({difference}): give "
+            "both files the same ones"
         )
 
 

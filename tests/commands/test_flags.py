@@ -5,8 +5,10 @@ from typing import get_type_hints
 
 import pytest
 
-from groupdetr_fast.commands.flags import DetectorFlags, read_flags
+from groupdetr_fast.commands.flags import DetectorFlags, ImageFlags
+from groupdetr_fast.commands.parsing import WrongCommandLine, read_flags
 from groupdetr_fast.data.config import DataPaths
+from groupdetr_fast.data.transforms import EVAL_SETTINGS
 from groupdetr_fast.runs.config import ModelConfig
 
 
@@ -24,10 +26,15 @@ def test_flags_are_found_among_others(arguments, expected):
     assert found.given == (expected != DataPaths())
 
 
-def test_a_flag_without_a_value_is_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
+def test_a_flag_without_a_value_is_refused():
+    with pytest.raises(WrongCommandLine, match="--data-path takes a path or None, and got nothing"):
         read_flags(DataPaths, ["train", "--data-path"])
-    assert "--data-path" in capsys.readouterr().err
+
+
+def test_flags_of_images_are_what_checkpoints_say_of_them():
+    assert tuple(get_type_hints(ImageFlags)) == EVAL_SETTINGS
+    assert ImageFlags().given() == {}
+    assert ImageFlags(square=False, eval_max_size=8).given() == {"square": False, "eval_max_size": 8}
 
 
 def test_flags_of_a_detector_are_settings_of_its_training():

@@ -135,7 +135,10 @@ def test_images_in_both_parts_and_other_categories(check, content, tmp_path):
     val = check_part("val", other, {"images": images, "annotations": [], "categories": [{"id": 3, "name": "car"}]})
     compare_parts(train, val)
     assert val.warnings["leak"] == [f"image 0 of val is the same file as image {content['images'][0]['id']} of train"]
-    assert len(val.errors["categories"]) == len(content["categories"]) - 1
+    lacking = {entry["id"]: entry["name"] for entry in content["categories"] if entry["id"] != 3}
+    assert val.errors["categories"] == [
+        f"category {number}, {lacking[number]!r}, is in train and not in val" for number in sorted(lacking)
+    ]
 
 
 def test_categories_of_one_id_and_two_names(check, content):
@@ -145,4 +148,4 @@ def test_categories_of_one_id_and_two_names(check, content):
     val = check(content)
     val.name = "val"
     compare_parts(train, val)
-    assert val.errors["categories"] == ["category 3 is car in train and lorry in val"]
+    assert val.errors["categories"] == ["category 3 is 'car' in train and 'lorry' in val"]

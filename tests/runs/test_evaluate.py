@@ -30,7 +30,8 @@ def test_evaluating_with_other_categories_is_warned_about(config, digits, tmp_pa
     data = replace(config.data, train_images=None, train_annotations=None, val_annotations=tmp_path / "val.json")
     model = replace(config.model, load=config.output / "checkpoints" / "best", num_groups=1)
     evaluate_checkpoint(replace(config, data=data, model=model, output=tmp_path / "eval", pictures=0))
-    assert "trained on other categories" in caplog.text
+    said = f"than those of {tmp_path / 'val.json'} (category 4 is '3' in the checkpoint and 'another' in the data): its"
+    assert said in caplog.text
 
 
 def test_a_killed_worker_ends_an_evaluation_in_one_sentence(config, monkeypatch):

@@ -11,7 +11,7 @@ from ...data import AugmentationConfig
 from ...data.config import DataConfig, DataPaths
 from ...runs.config import CocoTrainingConfig
 from ...runs.recipes import digits_demo
-from ..flags import FLAGS, read_flags
+from ..parsing import parse, read_flags, unknown_command
 from .ablation import AblationCommand
 from .agreement import AgreementCommand
 from .assignment import AssignmentCommand
@@ -65,9 +65,11 @@ def parse_analysis(arguments: Sequence[str]) -> Callable[[], None]:
     """
     name, rest = (arguments or [""])[0], arguments[1:]
     if name == "report":
-        return tyro.cli(ReportCommand, args=rest, prog="groupdetr analyze report", config=FLAGS)
+        return parse(ReportCommand, rest, prog="groupdetr analyze report")
+    if name.startswith("-"):
+        return parse(AnalyzeCommand, arguments[:1], prog="groupdetr analyze")
     if name not in _COMMANDS:
-        return tyro.cli(AnalyzeCommand, args=arguments[:1], prog="groupdetr analyze", config=FLAGS)
+        raise unknown_command(name, [*_COMMANDS, "report"], "groupdetr analyze")
     data = read_flags(DataPaths, arguments)
     if data.coco_path is not None:
         config = CocoTrainingConfig()
@@ -82,4 +84,4 @@ def parse_analysis(arguments: Sequence[str]) -> Callable[[], None]:
     values["checkpoint_minutes"] = Sweep.checkpoint_minutes
     kind = _COMMANDS[name]
     default = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-    return tyro.cli(kind, args=rest, prog=f"groupdetr analyze {name}", default=default, config=FLAGS)
+    return parse(kind, rest, prog=f"groupdetr analyze {name}", default=default)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...analysis import experiments, plots
 from ...analysis.experiments import average
-from .common import USAGES, Sweep
+from .common import USAGES, Sweep, require_groups
 
 __all__ = ["AssignmentCommand"]
 
@@ -19,6 +19,10 @@ class AssignmentCommand(Sweep):
     """
 
     groups: tuple[int, ...] = (1, 3, 5, 7, 11)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_groups(self.groups)
 
     def __call__(self) -> None:
         cells = experiments.assignment_cells(self.training(), self.groups, self.seed_range())

@@ -23,7 +23,7 @@ from ...runs.config_file import to_json
 from ...runs.recipes import with_digits
 from ...training.config import OptimizationConfig
 
-__all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of"]
+__all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of", "require_groups"]
 
 USAGES = ("AP_one_group", "AP_one_group_nms", "AP_all_queries", "AP_all_queries_nms")
 
@@ -217,6 +217,16 @@ def header_of(checkpoint: Path) -> CheckpointHeader:
     if header.model is None or not header.model_config:
         raise ValueError(f"checkpoint {checkpoint} does not say which detector it is of: give one of groupdetr train")
     return header
+
+
+def require_groups(groups: Sequence[int]) -> None:
+    """Check numbers of groups that runs are to have.
+
+    Raises:
+        ValueError: if there are none, or there is one below 1.
+    """
+    if not groups or min(groups) < 1:
+        raise ValueError(f"groups must be numbers from 1 on, got {', '.join(map(str, groups)) or 'none'}")
 
 
 def count_of(number: int, noun: str) -> str:

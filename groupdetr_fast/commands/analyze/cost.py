@@ -6,7 +6,7 @@ import torch
 
 from ...analysis import experiments, plots
 from ...analysis.cost import CostSettings, measure_cost
-from .common import Analysis, count_of
+from .common import Analysis, count_of, require_groups
 
 __all__ = ["CostCommand"]
 
@@ -24,6 +24,9 @@ class CostCommand(Analysis):
     groups: tuple[int, ...] = (1, 2, 3, 5, 7, 9, 11)
     steps: int = 50
     warmup: int = 5
+
+    def __post_init__(self) -> None:
+        require_groups(self.groups)
 
     def __call__(self) -> None:
         training, rows = self.training(), []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...analysis import experiments, plots
 from ...analysis.experiments import average, paired_differences
-from .common import Sweep, count_of
+from .common import Sweep, count_of, require_groups
 
 __all__ = ["SweepGroupsCommand"]
 
@@ -20,6 +20,10 @@ class SweepGroupsCommand(Sweep):
 
     groups: tuple[int, ...] = (1, 2, 3, 5, 7, 9, 11)
     baseline_epochs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_groups(self.groups)
 
     def __call__(self) -> None:
         training = self.training()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,12 +12,11 @@ from ...data import DataError
 from ...data.annotations import read_coco
 from ...data.videos import FrameChoice, Video, is_stream, require_video
 from ...evaluation.visualize import CELL_PIXELS, PICTURE_PIXELS
-from ...prediction import EVAL_SETTINGS, InferenceSettings, load_model, settings_of
+from ...prediction import InferenceSettings, load_model, settings_of
 from ...prediction.images import Predictor
 from ...prediction.options import Options
-from ...prediction.tiles import Merge, Metric
 from ...prediction.video import detect_frames
-from ..flags import CheckpointArgument, DetectorFlags, require_checkpoint
+from ..flags import CheckpointArgument, DetectorFlags, ImageFlags, require_checkpoint
 from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
 from .sources import Sources, find_sources, unlike_each_other
@@ -29,7 +28,7 @@ MOST_THUMBNAILS = 200  # beyond which a picture is too large to look at
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictCommand(DetectorFlags):
+class PredictCommand(Options):
     """Detect objects in images and videos.
 
     Of images, ``predictions.json`` is written (a COCO file: images, categories, and detections with scores as
@@ -45,29 +44,14 @@ class PredictCommand(DetectorFlags):
         output: folder to write into.
         categories: COCO json whose categories name the classes, for checkpoints that do not.
         labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
-        score_threshold: detections with lower scores are left out.
         classes: what to detect, such as person,car: names of classes, or their numbers; None for all.
         class_thresholds: for some classes a score in place of score_threshold, such as person=0.3,car=0.5; or a json or
             yaml file, such as the class_thresholds.json of an evaluation.
-        top_k: detections per image, or per tile.
-        batch_size: images, tiles or frames at a time.
-        tile: detect in overlapping squares of this side, in pixels of the image, and join what is found: for small
-            objects in large images; None for whole images.
-        tile_overlap: of neighbouring tiles, at least, as a share of their side.
-        tile_whole: with tiles, also detect in the whole image, for objects larger than a tile.
-        tile_merge: of overlapping detections of a class, nmm joins all, and nms keeps the best.
-        tile_metric: the overlap over the smaller box, ios, or over the union, iou.
-        tile_match: from which overlap on two detections are of one object.
         every: of videos, every so many frames.
         fps: of videos, at most so many frames of a second; in place of every.
         max_frames: of each video, at most so many frames.
         frame_format: detections in videos as json lines, a line for each frame, or as a COCO file.
         workers: threads that read images ahead; None for what the machine has cores for, at most 8.
-        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
-        eval_short_side: short side to which images are resized, in pixels; None for that of the checkpoint.
-        eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's.
-        image_mean: of red, green, blue in [0, 1]; None for that of the checkpoint.
-        image_std: standard deviation of the same.
         device: such as cpu or cuda:1; None for a GPU if there is one.
         contact_sheet: images in ``contact_sheet.png``, at most 200; 0 for none.
         annotated: whether to write each image, and each video, with its detections.
@@ -78,37 +62,23 @@ class PredictCommand(DetectorFlags):
     output: Path = Path("runs/predict")
     categories: Path | None = None
     labels: Literal["contiguous", "category_id"] = "category_id"
-    score_threshold: float = 0.3
     classes: str | None = None
     class_thresholds: str | None = None
-    top_k: int = 100
-    batch_size: int = 4
-    tile: int | None = None
-    tile_overlap: float = 0.2
-    tile_whole: bool = True
-    tile_merge: Merge = "nmm"
-    tile_metric: Metric = "ios"
-    tile_match: float = 0.5
     every: int | None = None
     fps: float | None = None
     max_frames: int | None = None
     frame_format: FrameFormat = "jsonl"
     workers: int | None = None
-    square: bool | None = None
-    eval_short_side: int | None = None
-    eval_max_size: int | None = None
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
     device: str | None = None
     contact_sheet: int = 24
     annotated: bool = True
+    input: ImageFlags = field(default_factory=ImageFlags)
+    detector: DetectorFlags = field(default_factory=DetectorFlags)
+    settings: tyro.conf.Suppress[InferenceSettings | None] = None
 
     def __call__(self) -> None:
         if not 0 <= self.contact_sheet <= MOST_THUMBNAILS:
             raise ValueError(f"contact_sheet must be 0 to {MOST_THUMBNAILS}, got {self.contact_sheet}")
-        options = Options(
-            **{each.name: getattr(self, each.name) for each in fields(Options) if each.name != "settings"}
-        )
         self._frame_choice()
         checkpoint = require_checkpoint(self.checkpoint, "groupdetr predict CHECKPOINT IMAGES")
         sources = find_sources(self.images, besides=self.output)
@@ -117,8 +87,8 @@ class PredictCommand(DetectorFlags):
         self._spare(sources)
         if sources.videos:
             require_video()
-        model = load_model(checkpoint, device=self.device, **self.detector_settings())
-        options = replace(options, settings=self._settings(settings_of(model)))
+        model = load_model(checkpoint, device=self.device, **self.detector.given())
+        options = replace(self, settings=self._settings(settings_of(model)))
         predictor = Predictor(model, options, workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []
         for video, stem in zip(sources.videos, unlike_each_other(map(stem_of, sources.videos)), strict=True):
@@ -199,4 +169,4 @@ class PredictCommand(DetectorFlags):
                 settings = settings.with_categories(categories, self.labels)
             except KeyError as error:
                 raise DataError(f"annotation file {self.categories} has a category without the key {error}") from None
-        return settings.with_sizes(**{name: getattr(self, name) for name in EVAL_SETTINGS})
+        return settings.with_sizes(**self.input.given())

@@ -1,0 +1,63 @@
+"""How two tables of categories differ: those of data to train and to evaluate on, of a checkpoint and of data."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["CategoryDifference", "category_differences", "category_names", "difference_in_words"]
+
+MOST_TOLD = 3
+LONGEST_NAME = 40  # characters
+
+
+class CategoryDifference(NamedTuple):
+    """A category in which two tables differ.
+
+    Attributes:
+        number: its id.
+        first: its name in the first table; None if it is not there.
+        second: its name in the second table; None if it is not there.
+    """
+
+    number: int
+    first: str | None
+    second: str | None
+
+    def told(self, first: str, second: str) -> str:
+        """The difference in words, for tables that are called ``first`` and ``second``."""
+        names = [None if name is None else repr(name[:LONGEST_NAME]) for name in self[1:]]
+        if None not in names:
+            return f"category {self.number} is {names[0]} in {first} and {names[1]} in {second}"
+        where, other = (second, first) if names[0] is None else (first, second)
+        return f"category {self.number}, {names[0] or names[1]}, is in {where} and not in {other}"
+
+
+def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """The names of COCO's category entries by id, as texts: a name that is a number is the same one in json."""
+    return {entry["id"]: str(entry["name"]) for entry in categories}
+
+
+def category_differences(first: Mapping[int, str], second: Mapping[int, str]) -> list[CategoryDifference]:
+    """The categories that one of two tables lacks or has under another name, ascending by id.
+
+    Args:
+        first, second: names by id, as :func:`category_names` gives them.
+    """
+    numbers = sorted(first.keys() | second.keys())
+    found = (CategoryDifference(number, first.get(number), second.get(number)) for number in numbers)
+    return [each for each in found if each.first != each.second]
+
+
+def difference_in_words(
+    first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], called: tuple[str, str]
+) -> str | None:
+    """How two tables of COCO's category entries differ, the first few of their differences; None if they do not.
+
+    Args:
+        first, second: entries with "id" and "name".
+        called: what to call the tables, such as ("the checkpoint", "the data").
+    """
+    found = category_differences(category_names(first), category_names(second))
+    if not found:
+        return None
+    more = f"; and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
+    return "; ".join(each.told(*called) for each in found[:MOST_TOLD]) + more

@@ -1,0 +1,46 @@
+"""How two tables of categories differ."""
+
+import json
+
+from groupdetr_fast.data.categories import difference_in_words
+
+CALLED = ("this", "that")
+
+
+def table(**names):
+    """COCO's entries: category_3="car" is the category with the id 3."""
+    return [{"id": int(key.removeprefix("category_")), "name": name} for key, name in names.items()]
+
+
+def test_equal_tables_do_not_differ():
+    first = table(category_1="person", category_3="car")
+    assert difference_in_words(first, first[::-1], CALLED) is None
+    assert difference_in_words([], [], CALLED) is None
+    assert difference_in_words(first, [{**entry, "supercategory": "thing"} for entry in first], CALLED) is None
+
+
+def test_names_are_compared_as_json_has_them():
+    numbers = table(category_0=0, category_1=1.5)
+    texts = [{"id": entry["id"], "name": str(entry["name"])} for entry in json.loads(json.dumps(numbers))]
+    assert difference_in_words(numbers, texts, CALLED) is None
+
+
+def test_a_category_in_one_alone_and_one_of_another_name():
+    first, second = table(category_1="person", category_3="car"), table(category_1="people", category_3="car")
+    assert difference_in_words(first, second, CALLED) == "category 1 is 'person' in this and 'people' in that"
+    assert difference_in_words(first[:1], first, CALLED) == "category 3, 'car', is in that and not in this"
+    assert difference_in_words(first, second[:1], CALLED) == (
+        "category 1 is 'person' in this and 'people' in that; category 3, 'car', is in this and not in that"
+    )
+
+
+def test_few_are_told_and_long_names_cut():
+    first = [{"id": number, "name": 1000 * "x"} for number in range(9)]
+    told = difference_in_words(first, [], CALLED)
+    assert told.count("category") == 3
+    assert told.endswith(
+        "category 2, 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx', is in this and not in that; and 6 more"
+    )
+    assert difference_in_words(first, [{"id": number, "name": 1000 * "y"} for number in range(9)], CALLED).endswith(
+        "and 6 more"
+    )
