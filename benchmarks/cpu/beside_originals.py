@@ -5,8 +5,8 @@
 
 Ours begins with the weights that the original draws, moved away from their zeros and ones, by gd.load_checkpoint. Both
 train on the same images of different sizes, one of them without objects, with the original's own model, matcher, losses
-and default settings; the backbone is a copy of ours, dropout is off, and denoising queries get the same draws. Both
-compute in float64. Afterwards both detect in evaluation mode.
+and default settings; the backbone is a small one, a copy of ours, unless --backbone says otherwise; dropout is off, and
+denoising queries get the same draws. Both compute in float64. Afterwards both detect in evaluation mode.
 
 In two places an original is changed: its compiled deformable attention is replaced by the PyTorch function that its
 repository has for its tests; and the generalised IoU of IDEA's repositories, which add 1e-6 to both denominators, by
@@ -41,7 +41,11 @@ __all__ = ["ORIGINALS", "Difference", "compare", "main"]
 CLASSES = 91  # which the originals fix
 # The sine embeddings of the originals are made for 256 channels.
 SIZES = {"d_model": 256, "encoder_layers": 2, "decoder_layers": 3, "dim_feedforward": 64, "num_queries": 12}
-BACKBONE = "conv:8-16-24-32"
+BACKBONES: Mapping[str, Mapping[str, Any]] = {
+    "small": {"backbone": "conv:8-16-24-32"},
+    "resnet50": {"backbone": "resnet50"},
+    "resnet50_dc5": {"backbone": "resnet50", "dilation": True},
+}
 IMAGES = ((96, 128), (64, 112), (80, 72))  # height and width
 OBJECTS = (4, 0, 7)
 MOVED = 0.05  # standard deviation of what is added to the weights that an original draws
@@ -112,7 +116,9 @@ class Difference:
         return cls(kind, what, largest, difference / max(largest, smallest) if difference else 0.0)
 
 
-def compare(name: str, folder: Path, *, seed: int = 0, published_giou: bool = False) -> Iterator[Difference]:
+def compare(
+    name: str, folder: Path, *, seed: int = 0, published_giou: bool = False, backbone: str = "small"
+) -> Iterator[Difference]:
     """Compare an original with ours.
 
     Args:
@@ -120,6 +126,7 @@ def compare(name: str, folder: Path, *, seed: int = 0, published_giou: bool = Fa
         folder: checkout of its repository.
         seed: of the weights, the images, the objects and the noise.
         published_giou: leave the original what it adds to the denominators of its generalised IoU.
+        backbone: one of :data:`BACKBONES`; but for the small one, of which the original has a copy, of either code.
 
     Yields:
         Predictions layer by layer, losses, gradients of parameters; and, in evaluation mode, predictions and
@@ -132,13 +139,11 @@ def compare(name: str, folder: Path, *, seed: int = 0, published_giou: bool = Fa
     pair = ORIGINALS[name]
     with in_doubles():
         torch.manual_seed(seed)
-        settings = {**SIZES, "dropout": 0.0, "backbone": BACKBONE, "num_groups": 1, **pair.settings}
+        settings = {**SIZES, "dropout": 0.0, "num_groups": 1, **pair.settings, **BACKBONES[backbone]}
         ours = gd.build_model(pair.model, num_classes=CLASSES, **settings).double().train()
         plain = {"plain_giou": True} if pair.guarded_giou and not published_giou else {}
         theirs = pair.build(folder, ours, **plain).double().train()
-        with torch.no_grad():
-            for parameter in theirs.net.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=MOVED)
+        _move(theirs.net, keep=() if backbone == "small" else ("backbone.",))
         gd.load_checkpoint(ours, theirs.net.state_dict(), num_groups=ours.config.num_groups)
         images, masks, targets = _batch()
         noise = Noise(OBJECTS, 64, CLASSES, torch.Generator().manual_seed(seed))
@@ -154,6 +159,25 @@ def compare(name: str, folder: Path, *, seed: int = 0, published_giou: bool = Fa
         their_losses["loss"].backward()
         yield from _gradients(ours, theirs.net)
         yield from _evaluation(ours.eval(), theirs.eval(), images, masks)
+
+
+@torch.no_grad()
+def _move(net: nn.Module, keep: tuple[str, ...]) -> None:
+    """Move parameters away from zeros and ones, and so the buffers of frozen norms.
+
+    Args:
+        net: the original.
+        keep: starts of the names of parameters that stay: those of a deep network are random, and explode beyond it.
+    """
+    for name, parameter in net.named_parameters():
+        if not name.startswith(keep):
+            parameter.add_(torch.randn_like(parameter), alpha=MOVED)
+    for module in net.modules():
+        if type(module).__name__ == "FrozenBatchNorm2d":
+            module.weight.uniform_(0.3, 0.7)  # without which 16 residual blocks add up
+            module.running_var.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1)
 
 
 def _batch() -> tuple[Tensor, Tensor, gd.PackedTargets]:
@@ -259,13 +283,20 @@ def main() -> None:
     parser.add_argument("--original", type=Path, required=True, help="checkout of its repository")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images, objects and noise")
     parser.add_argument(
+        "--backbone", choices=BACKBONES, default="small", help="of either code; a small one is ours in both"
+    )
+    parser.add_argument(
         "--published-giou", action="store_true", help="leave the original the 1e-6 that it adds in its generalised IoU"
     )
     parser.add_argument("--every", action="store_true", help="a row for every parameter's gradient")
     arguments = parser.parse_args()
     if arguments.published_giou and not ORIGINALS[arguments.name].guarded_giou:
         sys.exit(f"error: {arguments.name} adds nothing in its generalised IoU: leave out --published-giou")
-    settings = {"seed": arguments.seed, "published_giou": arguments.published_giou}
+    settings = {
+        "seed": arguments.seed,
+        "published_giou": arguments.published_giou,
+        "backbone": arguments.backbone,
+    }
     try:
         differences = list(compare(arguments.name, arguments.original, **settings))
     except ValueError as fault:

@@ -50,12 +50,30 @@ def test_ours_is_the_original(name, checkout):
     suffixes = {kind + layer for kind in ("", *kinds) for layer in (LAYERS if kind != "_enc" else ("",))}
     assert found["loss"] == {"loss"} | {f"loss_{part}{end}" for part in ("ce", "bbox", "giou") for end in suffixes}
     pair = ORIGINALS[name]
-    settings = {"num_groups": 1, **pair.settings, **beside_originals.SIZES, "backbone": beside_originals.BACKBONE}
+    settings = {"num_groups": 1, **pair.settings, **beside_originals.SIZES, **beside_originals.BACKBONES["small"]}
     model = gd.build_model(pair.model, num_classes=beside_originals.CLASSES, **settings)
     assert found["gradient"] == {name for name, _ in model.named_parameters()}
     assert [each.what for each in differences if each.kind == "evaluation"][-3:] == [
         f"{part} of detections" for part in ("scores", "labels", "boxes")
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("group_detr", "resnet50"),
+        ("dab_detr", "resnet50_dc5"),
+        ("dn_detr", "resnet50"),
+        ("dab_deformable_detr", "resnet50"),
+        ("dino", "resnet50"),
+    ],
+)
+def test_so_is_its_resnet(name, backbone, checkout):
+    differences = list(compare(name, checkout(CHECKOUTS[name][0]), backbone=backbone))
+    assert all(each.relative < 1e-9 for each in differences)
+    trained = {each.what.split(".")[2] for each in differences if each.what.startswith("backbone.") and each.largest}
+    assert trained == {"layer2", "layer3", "layer4"}
 
 
 @pytest.mark.parametrize("name", [name for name, pair in ORIGINALS.items() if pair.guarded_giou])

@@ -5,7 +5,7 @@ import importlib
 import sys
 import types
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-__all__ = ["Checkout", "Features", "use_pure_deformable_attention"]
+__all__ = ["Checkout", "backbone_builder", "is_small", "use_pure_deformable_attention"]
 
 # All repositories have modules of these names, and so do other packages.
 _NAMES = ("models", "util", "datasets", "engine", "main", "MultiScaleDeformableAttention")
@@ -63,7 +63,7 @@ class Checkout:
         if not (self.folder / self.marker).is_file():
             raise ValueError(f"{self.folder} is no checkout of {self.repository}")
 
-    def modules(self, package: str, names: Sequence[str]) -> dict[str, types.ModuleType]:
+    def modules(self, package: str, names: Sequence[str], *, resnet: bool) -> dict[str, types.ModuleType]:
         """Import modules.
 
         They find each other while they are imported; afterwards their names are free again, as other repositories have
@@ -72,19 +72,22 @@ class Checkout:
         Args:
             package: of a model, below ``models``; "" if that is the package itself.
             names: modules in it.
+            resnet: whether its backbones are wanted too.
 
         Returns:
-            The modules, by these names, and ``util.misc``.
+            The modules, by these names; also ``position_encoding``, ``util.misc`` and, if it is wanted, ``backbone``.
         """
         root = ".".join(filter(None, ("models", package)))
         with _imports(self.folder):
             for parent in {"models", root}:
                 sys.modules[parent] = _Nothing(parent, self.folder.joinpath(*parent.split(".")))
-            # The backbones, of which ours takes the place, need more packages.
-            for name in (*_LEFT_OUT, f"{root}.backbone"):
+            # Networks other than ResNets need more packages.
+            networks = ("convnext", "swin_transformer") if resnet else ("backbone",)
+            for name in (*_LEFT_OUT, *(f"{root}.{network}" for network in networks)):
                 sys.modules[name] = _Nothing(name)
             if self.plain_giou:
                 importlib.import_module("util.box_ops").generalized_box_iou = torchvision.ops.generalized_box_iou
+            names = (*names, "position_encoding", *(["backbone"] if resnet else []))
             found = {name: importlib.import_module(f"{root}.{name}") for name in names}
             # Their attention hands itself to what watches torch's functions, but without one of its arguments.
             for module in [sys.modules[name] for name in sys.modules if name.startswith(root)]:
@@ -125,7 +128,30 @@ def _imports(folder: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
-class Features(nn.Sequential):
+def is_small(ours: Any) -> bool:
+    """Whether the backbone of one of our models is one that the originals do not have."""
+    return ours.config.backbone.startswith("conv:")
+
+
+def backbone_builder(
+    code: Mapping[str, types.ModuleType], ours: Any, settings: Namespace, *, levels: bool = False
+) -> Callable[[Namespace], nn.Module]:
+    """What makes the backbone of an original: its own function, or a copy of ours where that is a small one.
+
+    Args:
+        code: modules of the original.
+        ours: our model.
+        settings: of the original.
+        levels: whether the original takes several maps.
+    """
+    if is_small(ours):
+        position = code["position_encoding"].build_position_encoding(settings)
+        return lambda _: _Features(ours.backbone, position, code["util.misc"].NestedTensor, levels=levels)
+    code["backbone"].is_main_process = lambda: False  # which would download weights
+    return code["backbone"].build_backbone
+
+
+class _Features(nn.Sequential):
     """What an original takes for a backbone: a copy of ours, and then the original's embedding of positions.
 
     Weights have the names of the originals' backbones. With the features come their masks, as all of them make these.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .checkout import Checkout, Features
+from .checkout import Checkout, backbone_builder, is_small
 from .original import Original, sizes
 
 __all__ = ["conditional_detr", "group_detr"]
@@ -24,9 +24,7 @@ def group_detr(folder: Path, ours: Any) -> Original:
 
 
 def _build(checkout: Checkout, ours: Any, **settings: Any) -> Original:
-    code = checkout.modules("", ("conditional_detr", "position_encoding"))
-    module, nested = code["conditional_detr"], code["util.misc"].NestedTensor
-    chosen = checkout.defaults(**sizes(ours.config), **settings)
-    position = code["position_encoding"].build_position_encoding(chosen)
-    module.build_backbone = lambda _: Features(ours.backbone, position, nested)
-    return Original(module.build(chosen), nested)
+    code = checkout.modules("", ("conditional_detr",), resnet=not is_small(ours))
+    module, chosen = code["conditional_detr"], checkout.defaults(**sizes(ours.config), **settings)
+    module.build_backbone = backbone_builder(code, ours, chosen)
+    return Original(module.build(chosen), code["util.misc"].NestedTensor)

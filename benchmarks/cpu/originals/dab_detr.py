@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .checkout import Checkout, Features
+from .checkout import Checkout, backbone_builder, is_small
 from .original import Original, sizes
 
 __all__ = ["build_network", "dab_detr"]
@@ -19,7 +19,7 @@ REPOSITORY = "https://github.com/IDEA-Research/DAB-DETR"
 def dab_detr(folder: Path, ours: Any, *, plain_giou: bool = False) -> Original:
     """The original DAB-DETR with the sizes and the classes of ours."""
     checkout = Checkout(folder, REPOSITORY, "models/DAB_DETR/DABDETR.py", plain_giou)
-    code = checkout.modules("DAB_DETR", ("DABDETR", "position_encoding", "transformer"))
+    code = checkout.modules("DAB_DETR", ("DABDETR", "transformer"), resnet=not is_small(ours))
     settings = checkout.defaults("--modelname", "dab_detr", "--coco_path", "", **sizes(ours.config))
     return Original(build_network(code, settings, ours), code["util.misc"].NestedTensor)
 
@@ -30,7 +30,6 @@ def build_network(code: Mapping[str, ModuleType], settings: Namespace, ours: Any
     These are the number of classes, and 256 channels of one part whatever the sizes of the others are.
     """
     module, dim, classes = code["DABDETR"], ours.config.d_model, ours.config.num_classes
-    position = code["position_encoding"].build_position_encoding(settings)
     build_transformer, network, losses = module.build_transformer, module.DABDETR, module.SetCriterion
 
     def transformer(settings: Namespace) -> nn.Module:
@@ -41,7 +40,7 @@ def build_network(code: Mapping[str, ModuleType], settings: Namespace, ours: Any
         return made
 
     module.build_transformer = transformer
-    module.build_backbone = lambda _: Features(ours.backbone, position, code["util.misc"].NestedTensor)
+    module.build_backbone = backbone_builder(code, ours, settings)
     module.DABDETR = lambda *parts, **options: network(*parts, **(options | {"num_classes": classes}))
     module.SetCriterion = lambda _, **options: losses(classes, **options)
     return module.build_DABDETR(settings)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import groupdetr_fast as gd
 
-from .checkout import Checkout, Features, use_pure_deformable_attention
+from .checkout import Checkout, backbone_builder, is_small, use_pure_deformable_attention
 from .original import Original, predictions, sizes, targets_of
 
 __all__ = ["dino"]
@@ -23,14 +23,12 @@ def dino(folder: Path, ours: Any, *, plain_giou: bool = False) -> Original:
     """The original DINO with the sizes of ours, and else the settings of its 4-scale configuration."""
     checkout = Checkout(folder, REPOSITORY, CONFIG, plain_giou)
     attention, function = "ops.modules.ms_deform_attn", "ops.functions.ms_deform_attn_func"
-    code = checkout.modules("dino", ("dino", "position_encoding", attention, function))
+    code = checkout.modules("dino", ("dino", attention, function), resnet=not is_small(ours))
     use_pure_deformable_attention(code[attention], code[function])
-    module, nested = code["dino"], code["util.misc"].NestedTensor
     changed = sizes(ours.config) | {"dn_number": ours.config.denoising_queries, "device": "cpu"}
     settings = Namespace(**(runpy.run_path(str(folder / CONFIG)) | changed))
-    position = code["position_encoding"].build_position_encoding(settings)
-    module.build_backbone = lambda _: Features(ours.backbone, position, nested, levels=True)
-    return _Dino(module.build_dino(settings), nested)
+    code["dino"].build_backbone = backbone_builder(code, ours, settings, levels=True)
+    return _Dino(code["dino"].build_dino(settings), code["util.misc"].NestedTensor)
 
 
 class _Dino(Original):

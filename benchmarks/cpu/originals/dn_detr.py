@@ -8,7 +8,7 @@ from torch import Tensor
 
 import groupdetr_fast as gd
 
-from .checkout import Checkout
+from .checkout import Checkout, is_small
 from .dab_detr import build_network
 from .original import Original, predictions, sizes, targets_of
 
@@ -20,7 +20,7 @@ REPOSITORY = "https://github.com/IDEA-Research/DN-DETR"
 def dn_detr(folder: Path, ours: Any, *, plain_giou: bool = False) -> Original:
     """The original DN-DETR with the sizes of ours."""
     checkout = Checkout(folder, REPOSITORY, "models/DN_DAB_DETR/DABDETR.py", plain_giou)
-    code = checkout.modules("DN_DAB_DETR", ("DABDETR", "position_encoding", "transformer"))
+    code = checkout.modules("DN_DAB_DETR", ("DABDETR", "transformer"), resnet=not is_small(ours))
     settings = checkout.defaults("--modelname", "dn_dab_detr", "--coco_path", "", "--use_dn", **sizes(ours.config))
     noise = (settings.scalar, settings.label_noise_scale, settings.box_noise_scale, settings.num_patterns)
     return _DnDetr(build_network(code, settings, ours), code["util.misc"].NestedTensor, noise)

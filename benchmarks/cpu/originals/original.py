@@ -74,6 +74,7 @@ def sizes(config: Any) -> dict[str, Any]:
         "dim_feedforward": config.dim_feedforward,
         "num_queries": config.num_queries,
         "dropout": config.dropout,
+        "dilation": config.dilation,
     }
 
 
