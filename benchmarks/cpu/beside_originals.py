@@ -36,7 +36,7 @@ from cpu.originals.dn_detr import dn_detr
 from cpu.originals.original import Original, predictions
 from groupdetr_fast.models.checkpoints.original import original_keys
 
-__all__ = ["ORIGINALS", "Difference", "compare", "main"]
+__all__ = ["ORIGINALS", "Difference", "compare"]
 
 CLASSES = 91  # which the originals fix
 # The sine embeddings of the originals are made for 256 channels.
@@ -113,12 +113,13 @@ class Difference:
         difference = (ours - theirs).detach().abs().max().item()
         if not math.isfinite(difference):
             raise ValueError(f"{what}: not all values are finite")
-        return cls(kind, what, largest, difference / max(largest, smallest) if difference else 0.0)
+        scale = max(largest, smallest)
+        return cls(kind, what, largest, difference / scale if scale else math.inf if difference else 0.0)
 
 
 def compare(
     name: str, folder: Path, *, seed: int = 0, published_giou: bool = False, backbone: str = "small"
-) -> Iterator[Difference]:
+) -> list[Difference]:
     """Compare an original with ours.
 
     Args:
@@ -128,7 +129,7 @@ def compare(
         published_giou: leave the original what it adds to the denominators of its generalised IoU.
         backbone: one of :data:`BACKBONES`; but for the small one, of which the original has a copy, of either code.
 
-    Yields:
+    Returns:
         Predictions layer by layer, losses, gradients of parameters; and, in evaluation mode, predictions and
         detections.
 
@@ -137,28 +138,18 @@ def compare(
             other lacks.
     """
     pair = ORIGINALS[name]
+    plain = {"plain_giou": True} if pair.guarded_giou and not published_giou else {}
     with in_doubles():
         torch.manual_seed(seed)
         settings = {**SIZES, "dropout": 0.0, "num_groups": 1, **pair.settings, **BACKBONES[backbone]}
-        ours = gd.build_model(pair.model, num_classes=CLASSES, **settings).double().train()
-        plain = {"plain_giou": True} if pair.guarded_giou and not published_giou else {}
-        theirs = pair.build(folder, ours, **plain).double().train()
+        ours = gd.build_model(pair.model, num_classes=CLASSES, **settings).double()
+        theirs = pair.build(folder, ours, **plain).double()
         _move(theirs.net, keep=() if backbone == "small" else ("backbone.",))
         gd.load_checkpoint(ours, theirs.net.state_dict(), num_groups=ours.config.num_groups)
         images, masks, targets = _batch()
         noise = Noise(OBJECTS, 64, CLASSES, torch.Generator().manual_seed(seed))
-        with noise.concatenated():
-            their_predictions, out = theirs.detect(images, masks, targets)
-        with noise.packed():
-            output = ours(images, masks, targets)
-        yield from _by_layer("prediction", _predictions(output), their_predictions)
-        losses, their_losses = gd.build_criterion(ours)(output, targets), theirs.losses(out, targets)
-        _require_same(losses, their_losses)
-        yield from (Difference.of("loss", loss, losses[loss], their_losses[loss]) for loss in losses)
-        losses["loss"].backward()
-        their_losses["loss"].backward()
-        yield from _gradients(ours, theirs.net)
-        yield from _evaluation(ours.eval(), theirs.eval(), images, masks)
+        step = list(_training(ours.train(), theirs.train(), images, masks, targets, noise))
+        return step + list(_evaluation(ours.eval(), theirs.eval(), images, masks))
 
 
 @torch.no_grad()
@@ -196,6 +187,23 @@ def _batch() -> tuple[Tensor, Tensor, gd.PackedTargets]:
         for number in OBJECTS
     ]
     return images, masks, gd.PackedTargets.from_list(targets)
+
+
+def _training(
+    ours: nn.Module, theirs: Original, images: Tensor, masks: Tensor, targets: gd.PackedTargets, noise: Noise
+) -> Iterator[Difference]:
+    """Predictions, losses and gradients of a step."""
+    with noise.concatenated():
+        their_predictions, out = theirs.detect(images, masks, targets)
+    with noise.packed():
+        output = ours(images, masks, targets)
+    yield from _by_layer("prediction", _predictions(output), their_predictions)
+    losses, their_losses = gd.build_criterion(ours)(output, targets), theirs.losses(out, targets)
+    _require_same(losses, their_losses)
+    yield from (Difference.of("loss", loss, losses[loss], their_losses[loss]) for loss in losses)
+    losses["loss"].backward()
+    their_losses["loss"].backward()
+    yield from _gradients(ours, theirs.net)
 
 
 def _predictions(output: gd.DetectorOutput) -> dict[str, Tensor]:
@@ -298,7 +306,7 @@ def main() -> None:
         "backbone": arguments.backbone,
     }
     try:
-        differences = list(compare(arguments.name, arguments.original, **settings))
+        differences = compare(arguments.name, arguments.original, **settings)
     except ValueError as fault:
         sys.exit(f"error: {fault}")
     print("| | largest value | largest difference, relative to it |\n|---|---|---|")

@@ -1,5 +1,7 @@
 """``python benchmarks beside_originals``. The comparison itself needs checkouts of the originals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_originals_without_a_guard_have_no_option_for_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_ours_is_the_original(name, checkout):
     folder, predictions, kinds = CHECKOUTS[name]
-    differences = list(compare(name, checkout(folder)))
+    differences = compare(name, checkout(folder))
     assert all(each.relative < 1e-9 for each in differences)
     found = {
         kind: {each.what for each in differences if each.kind == kind} for kind in ("prediction", "loss", "gradient")
@@ -70,7 +72,7 @@ def test_ours_is_the_original(name, checkout):
     ],
 )
 def test_so_is_its_resnet(name, backbone, checkout):
-    differences = list(compare(name, checkout(CHECKOUTS[name][0]), backbone=backbone))
+    differences = compare(name, checkout(CHECKOUTS[name][0]), backbone=backbone)
     assert all(each.relative < 1e-9 for each in differences)
     trained = {each.what.split(".")[2] for each in differences if each.what.startswith("backbone.") and each.largest}
     assert trained == {"layer2", "layer3", "layer4"}
@@ -78,7 +80,7 @@ def test_so_is_its_resnet(name, backbone, checkout):
 
 @pytest.mark.parametrize("name", [name for name, pair in ORIGINALS.items() if pair.guarded_giou])
 def test_what_an_original_adds_in_its_giou_changes_that_loss_alone(name, checkout):
-    differences = list(compare(name, checkout(CHECKOUTS[name][0]), published_giou=True))
+    differences = compare(name, checkout(CHECKOUTS[name][0]), published_giou=True)
     for each in differences:
         if each.kind == "loss" and (each.what == "loss" or "giou" in each.what):
             assert 1e-9 < each.relative < 1e-4
@@ -96,10 +98,8 @@ def test_a_fault_in_groups_is_found(checkout, monkeypatch):
 
 
 def test_other_noise_is_found(checkout, monkeypatch):
-    pair = ORIGINALS["dino"]
-    changed = {**vars(pair), "settings": {**pair.settings, "label_noise": 0.5}}
-    monkeypatch.setitem(ORIGINALS, "dino", type(pair)(**changed))
-    differences = list(compare("dino", checkout("DINO")))
+    monkeypatch.setitem(ORIGINALS, "dino", replace(ORIGINALS["dino"], settings={"label_noise": 0.5}))
+    differences = compare("dino", checkout("DINO"))
     assert max(each.relative for each in differences if each.what == "denoising logits, layer 0") > 1e-2
 
 
@@ -135,6 +135,13 @@ def test_in_doubles_nothing_is_single_and_nothing_on_a_gpu():
         assert {(each.dtype, each.device.type) for each in made} == {(torch.float64, "cpu")}
         assert torch.ones(2).to("cuda").device.type == "cpu"
     assert torch.ones(2).dtype == torch.float32
+
+
+def test_differences_from_zeros_are_no_agreement():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert Difference.of("loss", "loss_ce", zero, zero).relative == 0
+    assert Difference.of("loss", "loss_ce", one, zero).relative == torch.inf
+    assert Difference.of("gradient", "bias", one, zero, smallest=2.0).relative == 0.5
 
 
 def test_what_is_not_finite_is_no_agreement():
