@@ -13,6 +13,7 @@ COMMANDS = {
     "digits_run": ("cpu.digits_run", "where the time of a run of groupdetr analyze on the digits goes"),
     "op_host": ("cpu.op_host", "what an eager call of an op costs the host, without a GPU"),
     "beside_dab_detr": ("cpu.beside_dab_detr", "the original DAB-DETR beside ours, step by step"),
+    "beside_originals": ("cpu.beside_originals", "the authors' own code beside ours: outputs, losses, every gradient"),
     "predict_folder": ("cpu.predict_folder", "images a second of a folder, read ahead and by size, or in order"),
     "compile_gpu": ("gpu.compile_gpu", "every GPU kernel, compiled without a GPU: registers, spills and inner loops"),
     "inner_loops": ("gpu.inner_loops", "instructions of inner loops alone, also against those of another commit"),

@@ -10,10 +10,8 @@ ours. Rounding differs, and differences grow with the steps, as between any two 
 
 import argparse
 import copy
-import importlib
 import itertools
 import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,115 +21,17 @@ import torch
 from torch import Tensor, nn
 
 import groupdetr_fast as gd
+from cpu.originals.dab_detr import dab_detr
 from groupdetr_fast.data import Batch
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.loaders import evaluation_loader, evaluation_set, training_loader, training_set
 from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.training.optimization import build_optimizer, build_scheduler
 
-__all__ = ["Original", "rows"]
+__all__ = ["rows"]
 
 SIZES = {"d_model": 64, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 3, "dim_feedforward": 128}
 HEADER = ("step", "ours", "theirs", "difference", "contents, ours", "theirs", "boxes, ours", "theirs")
-
-
-class Original(nn.Module):
-    """The model of a checkout of the original, around a copy of our backbone.
-
-    Args:
-        checkout: folder of the repository.
-        ours: whose sizes and backbone it gets.
-
-    Raises:
-        ValueError: if the folder is no such checkout.
-    """
-
-    def __init__(self, checkout: Path, ours: Any):
-        super().__init__()
-        code = _modules(checkout)
-        config, dim = ours.config, ours.config.d_model
-        position = code["position_encoding"].PositionEmbeddingSineHW(dim // 2, 20, 20, normalize=True)
-        transformer = code["transformer"].Transformer(
-            d_model=dim,
-            nhead=config.num_heads,
-            num_queries=config.num_queries,
-            num_encoder_layers=config.encoder_layers,
-            num_decoder_layers=config.decoder_layers,
-            dim_feedforward=config.dim_feedforward,
-            dropout=0.0,
-            activation="prelu",
-            return_intermediate_dec=True,
-        )
-        # The original makes this part for 256 channels, whatever the sizes of the others.
-        scale = transformer.encoder.query_scale = code["transformer"].MLP(dim, dim, dim, 2)
-        for layer in scale.layers:
-            nn.init.xavier_uniform_(layer.weight)
-        self.nested = code["misc"].NestedTensor
-        self.net = code["DABDETR"].DABDETR(
-            _Backbone(ours.backbone, position, self.nested),
-            transformer,
-            num_classes=config.num_classes,
-            num_queries=config.num_queries,
-            num_dec_layers=config.decoder_layers,
-            aux_loss=True,
-        )
-        weights = {"loss_ce": config.class_loss, "loss_bbox": config.l1_loss, "loss_giou": config.giou_loss}
-        auxiliary = {
-            f"{name}_{layer}": value for name, value in weights.items() for layer in range(config.decoder_layers - 1)
-        }
-        self.weights = weights | auxiliary
-        matcher = code["matcher"].HungarianMatcher(config.class_cost, config.l1_cost, config.giou_cost)
-        self.criterion = code["DABDETR"].SetCriterion(
-            config.num_classes, matcher, self.weights, config.focal_alpha, ["labels", "boxes"]
-        )
-
-    def forward(self, images: Tensor, masks: Tensor) -> dict[str, Any]:
-        return self.net(self.nested(images, masks))
-
-    def loss(self, batch: Batch) -> Tensor:
-        sizes = batch.targets.sizes
-        targets = [
-            {"labels": batch.targets.labels[index, :size], "boxes": batch.targets.boxes[index, :size]}
-            for index, size in enumerate(sizes)
-        ]
-        losses = self.criterion(self(batch.images, batch.masks), targets)
-        return sum(self.weights[name] * value for name, value in losses.items() if name in self.weights)
-
-    def give_weights_to(self, ours: Any) -> None:
-        """Let ours begin with the weights of the original, backbone apart, which both have from ours."""
-        state = {name: value for name, value in self.net.state_dict().items() if not name.startswith("backbone.")}
-        report = gd.load_checkpoint(ours, state, partial=True)
-        if report.dropped or not all(name.startswith("backbone.") for name in report.missing):
-            raise ValueError(f"the weights of the original do not fit: {report}")
-
-
-class _Backbone(nn.Module):
-    """What the original takes for a backbone: features with their masks, and their positions."""
-
-    def __init__(self, body: Any, position: nn.Module, nested: Any):
-        super().__init__()
-        self.body, self.position, self.nested = copy.deepcopy(body), position, nested
-        self.num_channels = body.num_channels[-1]
-
-    def forward(self, images: Any) -> tuple[list[Any], list[Tensor]]:
-        features = self.body(images.tensors)[-1]
-        masks = nn.functional.interpolate(images.mask[None].float(), size=features.shape[-2:])[0].bool()
-        made = self.nested(features, masks)
-        return [made], [self.position(made)]
-
-
-def _modules(checkout: Path) -> dict[str, Any]:
-    """The modules of DAB-DETR, without those of DAB-Deformable-DETR, which would have to be compiled."""
-    folder = checkout / "models" / "DAB_DETR"
-    if not (folder / "DABDETR.py").is_file():
-        raise ValueError(f"{checkout} is no checkout of https://github.com/IDEA-Research/DAB-DETR")
-    sys.path.insert(0, str(checkout))
-    package = types.ModuleType("models")
-    package.__path__ = [str(folder.parent)]
-    sys.modules["models"] = package
-    names = ("DABDETR", "transformer", "matcher", "position_encoding")
-    code = {name: importlib.import_module(f"models.DAB_DETR.{name}") for name in names}
-    return code | {"misc": importlib.import_module("util.misc")}
 
 
 @dataclass
@@ -192,8 +92,8 @@ def rows(checkout: Path, config: CocoTrainingConfig, *, steps: int, every: int, 
     loader = training_loader(dataset, config)
     torch.manual_seed(config.optimization.seed)
     ours = config.model.build(dataset.num_classes)
-    theirs = Original(checkout, ours)
-    theirs.give_weights_to(ours)
+    theirs = dab_detr(checkout, ours)
+    gd.load_checkpoint(ours, theirs.net.state_dict())
     criterion = gd.build_criterion(ours)
     last = config.model.decoder_layers - 1
     schedule = (config, len(loader))
@@ -208,7 +108,7 @@ def rows(checkout: Path, config: CocoTrainingConfig, *, steps: int, every: int, 
         ),
         _Training(
             theirs,
-            theirs.loss,
+            lambda batch: theirs.losses(theirs(batch.images, batch.masks), batch.targets)["loss"],
             lambda output: output["pred_boxes"],
             f"net.transformer.decoder.layers.{last}",
             True,

@@ -1,13 +1,8 @@
 """``python benchmarks beside_dab_detr``. The comparison itself needs a checkout of the original."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from cpu import beside_dab_detr
-
-CHECKOUT = "GROUPDETR_FAST_DAB_DETR"
 
 
 def test_a_folder_without_the_original_is_refused(tmp_path, monkeypatch):
@@ -16,9 +11,8 @@ def test_a_folder_without_the_original_is_refused(tmp_path, monkeypatch):
         beside_dab_detr.main()
 
 
-@pytest.mark.skipif(CHECKOUT not in os.environ, reason=f"{CHECKOUT} names no checkout of DAB-DETR's repository")
-def test_both_begin_with_the_same_losses(monkeypatch, capsys):
-    arguments = ["--original", str(Path(os.environ[CHECKOUT])), "--steps", "3", "--every", "1"]
+def test_both_begin_with_the_same_losses(monkeypatch, capsys, checkout):
+    arguments = ["--original", str(checkout("DAB-DETR")), "--steps", "3", "--every", "1"]
     monkeypatch.setattr("sys.argv", ["benchmarks beside_dab_detr", *arguments])
     beside_dab_detr.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]

@@ -1,0 +1,149 @@
+"""``python benchmarks beside_originals``. The comparison itself needs checkouts of the originals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import groupdetr_fast as gd
+from cpu import beside_originals
+from cpu.beside_originals import ORIGINALS, Difference, compare
+from cpu.originals.conditions import Noise, in_doubles
+
+# name: folder of its checkout, predictions, and kinds of losses beside those of every layer
+CHECKOUTS = {
+    "group_detr": ("GroupDETR", {"logits", "boxes"}, ()),
+    "conditional_detr": ("ConditionalDETR", {"logits", "boxes"}, ()),
+    "dab_detr": ("DAB-DETR", {"logits", "boxes"}, ()),
+    "dn_detr": ("DN-DETR", {"logits", "boxes", "denoising logits", "denoising boxes"}, ("_dn",)),
+    "dab_deformable_detr": ("DAB-DETR", {"logits", "boxes"}, ()),
+    "dino": (
+        "DINO",
+        {"logits", "boxes", "denoising logits", "denoising boxes", "encoder logits", "encoder boxes"},
+        ("_dn", "_enc"),
+    ),
+}
+LAYERS = ("_0", "_1", "")
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_a_folder_without_the_original_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks beside_originals", name, "--original", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: .* is no checkout of https://github.com/"):
+        beside_originals.main()
+
+
+def test_originals_without_a_guard_have_no_option_for_it(tmp_path, monkeypatch):
+    arguments = ["group_detr", "--original", str(tmp_path), "--published-giou"]
+    monkeypatch.setattr("sys.argv", ["benchmarks beside_originals", *arguments])
+    with pytest.raises(SystemExit, match="group_detr adds nothing in its generalised IoU: leave out --published-giou"):
+        beside_originals.main()
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_ours_is_the_original(name, checkout):
+    folder, predictions, kinds = CHECKOUTS[name]
+    differences = compare(name, checkout(folder))
+    assert all(each.relative < 1e-9 for each in differences)
+    found = {
+        kind: {each.what for each in differences if each.kind == kind} for kind in ("prediction", "loss", "gradient")
+    }
+    assert {what.partition(", layer")[0] for what in found["prediction"]} == predictions
+    suffixes = {kind + layer for kind in ("", *kinds) for layer in (LAYERS if kind != "_enc" else ("",))}
+    assert found["loss"] == {"loss"} | {f"loss_{part}{end}" for part in ("ce", "bbox", "giou") for end in suffixes}
+    pair = ORIGINALS[name]
+    settings = {"num_groups": 1, **pair.settings, **beside_originals.SIZES, **beside_originals.BACKBONES["small"]}
+    model = gd.build_model(pair.model, num_classes=beside_originals.CLASSES, **settings)
+    assert found["gradient"] == {name for name, _ in model.named_parameters()}
+    assert [each.what for each in differences if each.kind == "evaluation"][-3:] == [
+        f"{part} of detections" for part in ("scores", "labels", "boxes")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("group_detr", "resnet50"),
+        ("dab_detr", "resnet50_dc5"),
+        ("dn_detr", "resnet50"),
+        ("dab_deformable_detr", "resnet50"),
+        ("dino", "resnet50"),
+    ],
+)
+def test_so_is_its_resnet(name, backbone, checkout):
+    differences = compare(name, checkout(CHECKOUTS[name][0]), backbone=backbone)
+    assert all(each.relative < 1e-9 for each in differences)
+    trained = {each.what.split(".")[2] for each in differences if each.what.startswith("backbone.") and each.largest}
+    assert trained == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("name", [name for name, pair in ORIGINALS.items() if pair.guarded_giou])
+def test_what_an_original_adds_in_its_giou_changes_that_loss_alone(name, checkout):
+    differences = compare(name, checkout(CHECKOUTS[name][0]), published_giou=True)
+    for each in differences:
+        if each.kind == "loss" and (each.what == "loss" or "giou" in each.what):
+            assert 1e-9 < each.relative < 1e-4
+        elif each.kind in ("loss", "prediction"):
+            assert each.relative < 1e-12
+    assert 1e-9 < max(each.relative for each in differences if each.kind == "gradient") < 1e-3
+
+
+def test_a_fault_in_groups_is_found(checkout, monkeypatch):
+    folder, build = checkout("GroupDETR"), gd.build_criterion
+    monkeypatch.setattr(gd, "build_criterion", lambda model: build(model, assignment="one_to_many"))
+    monkeypatch.setattr("sys.argv", ["benchmarks beside_originals", "group_detr", "--original", str(folder)])
+    with pytest.raises(SystemExit, match="error: they differ, most in the "):
+        beside_originals.main()
+
+
+def test_other_noise_is_found(checkout, monkeypatch):
+    monkeypatch.setitem(ORIGINALS, "dino", replace(ORIGINALS["dino"], settings={"label_noise": 0.5}))
+    differences = compare("dino", checkout("DINO"))
+    assert max(each.relative for each in differences if each.what == "denoising logits, layer 0") > 1e-2
+
+
+def test_both_get_the_same_draws():
+    sizes = (2, 0, 3)
+    noise = Noise(sizes, copies=4, num_classes=5, generator=torch.Generator().manual_seed(0))
+    boxes, labels = torch.zeros(3, 6, 4), torch.zeros(3, 6, dtype=torch.int64)  # two copies
+    with noise.packed():
+        ours = [
+            torch.rand_like(boxes),
+            torch.randint_like(boxes, 2),
+            torch.rand(labels.shape),
+            torch.randint_like(labels, 5),
+        ]
+    boxes, labels = torch.zeros(10, 4), torch.zeros(10, dtype=torch.int64)
+    with noise.concatenated():
+        theirs = [
+            torch.rand_like(boxes),
+            torch.randint_like(boxes, low=0, high=2),
+            torch.rand_like(labels.float()),
+            torch.randint_like(torch.arange(10), 0, 5),
+        ]
+    for packed, concatenated in zip(ours, theirs, strict=True):
+        copies = packed.unflatten(1, (2, 3)).transpose(0, 1)
+        expected = [copies[copy, image, :size] for copy in range(2) for image, size in enumerate(sizes)]
+        assert torch.equal(concatenated.to(packed.dtype), torch.cat(expected))
+    assert set(ours[1].unique().tolist()) == {0, 1}
+
+
+def test_in_doubles_nothing_is_single_and_nothing_on_a_gpu():
+    with in_doubles():
+        made = [torch.ones(2), torch.ones(2, dtype=torch.float32), torch.arange(2).float(), torch.ones(2).cuda()]
+        assert {(each.dtype, each.device.type) for each in made} == {(torch.float64, "cpu")}
+        assert torch.ones(2).to("cuda").device.type == "cpu"
+    assert torch.ones(2).dtype == torch.float32
+
+
+def test_differences_from_zeros_are_no_agreement():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert Difference.of("loss", "loss_ce", zero, zero).relative == 0
+    assert Difference.of("loss", "loss_ce", one, zero).relative == torch.inf
+    assert Difference.of("gradient", "bias", one, zero, smallest=2.0).relative == 0.5
+
+
+def test_what_is_not_finite_is_no_agreement():
+    with pytest.raises(ValueError, match="loss_ce: not all values are finite"):
+        Difference.of("loss", "loss_ce", torch.tensor(torch.nan), torch.tensor(1.0))
