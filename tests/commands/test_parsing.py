@@ -29,6 +29,8 @@ OTHERWISE_RIGHT = {
     "recipes": ["name"],
 }
 
+READ_FIRST = ("--model", "--recipe", "--config")  # whose values may be refused before those of other flags are seen
+
 
 def sentence(line, capsys):
     """What a command line ends with."""
@@ -81,7 +83,8 @@ def test_flags_of_every_type_are_among_those_that_are_tried():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_wrong_values_of_every_command_end_in_one_sentence(command, capsys):
     given = OTHERWISE_RIGHT.get(command, [])
-    first = {sort_of(kind): (flag, kind) for flag, kind in reversed(parsing._flags_of(COMMANDS[command]).items())}
+    flags = {flag: kind for flag, kind in parsing._flags_of(COMMANDS[command]).items() if flag not in READ_FIRST}
+    first = {sort_of(kind): (flag, kind) for flag, kind in reversed(flags.items())}
     for flag, kind in first.values():
         for values in wrong_values(kind)[: 1 if "analyze" in command else None]:  # which parse the same flags
             text = sentence([*command.split(), *given, flag, *values], capsys)
