@@ -32,11 +32,13 @@ $(VENV)/.rfdetr: $(VENV)/.venv
 	$(RFDETR)/bin/pip install --disable-pip-version-check --quiet torch torchvision 'rfdetr[train]>=1.11,<1.12' pytest
 	touch $@
 
-# The integrations with the newest versions of what they integrate with, to hear early of those that need work.
+# The ops with the newest torch and Triton, and the integrations with the newest of what they integrate with, to hear early
+# of versions that need work.
 test-newest: $(VENV)/.test
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --disable-pip-version-check --quiet --upgrade torch torchvision 'rfdetr[train]' transformers accelerate pytest
-	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest -m "not slow" --durations=15 tests/integrations
+	$(NEWEST)/bin/pip install --disable-pip-version-check --quiet --upgrade torch torchvision 'rfdetr[train]' transformers accelerate pytest \
+		hypothesis scipy
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest -m "not slow" --durations=15 tests/ops tests/integrations
 
 # The oldest versions that pyproject.toml allows: kernels built, ops, models and training tested, GPU kernels compiled.
 # PYTHON must be one that these versions have wheels for, which is at most 3.12. The sources are copied, since a build in

@@ -53,8 +53,8 @@ _TILES = {
 _SMALL_GROUP = 32
 _SMALL_TILE = Tile(16, 16, 2)
 _MAX_DIM_WITHOUT_TENSOR_CORES = 64
-# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Nothing spills
-# with adjacent channels and aligned rows; with others something may.
+# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Under Triton 3.8
+# nothing spills with adjacent channels and aligned rows; with others something may.
 _ONE_BLOCK_TILES = {
     32: Tile(32, 16, 2),
     128: Tile(128, 32, 4),
