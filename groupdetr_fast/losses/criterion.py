@@ -54,10 +54,12 @@ class SetCriterion(nn.Module):
     """Sigmoid focal loss, L1 loss and generalised IoU loss of the matched boxes.
 
     Each group is matched one-to-one and the loss is the mean over groups (Group DETR, section 3.2): sums are divided by
-    K times the number of boxes, averaged over processes and at least 1, as in the original repositories. The encoder's
-    predictions of two-stage detectors are matched and weighted as those of one more layer. Denoising queries are not
-    matched, since each knows its object; their sums are divided by the number of denoising groups, over all sets, times
-    the number of boxes (DINO's repository; DN-DETR's does not average that number over processes).
+    K times the number of boxes, which is averaged over processes and at least 1, as in the original repositories (that
+    of Group DETR takes their product for at least 1, so that in steps with less than one object a process K groups
+    weigh up to K times as much as one). The encoder's predictions of two-stage detectors are matched and weighted as
+    those of one more layer. Denoising queries are not matched, since each knows its object; their sums are divided by
+    the number of denoising groups, over all sets, times the number of boxes (DINO's repository; DN-DETR's does not
+    average that number over processes).
 
     All layers, images and groups take part in one call of each op, every tensor has a shape that the host knows, and
     nothing waits for the device.

@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 __all__ = ["DIRECT", "Launch", "empty_as", "flat_rows"]
 
 # Versions whose compiled kernels are launched here by what Triton's own JITFunction.run calls in the end. Others launch
-# as they know how to.
-DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# as they know how to, as do AMD's GPUs, for which Triton compiles by the size of tensors, too.
+DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None
 _ALIGNMENT = 16  # bytes; of pointers that Triton compiles for
 # A product and its sum are one instruction: with Triton 3.9 by default, which warns that 3.10 will have two.
 _OPTIONS = {"enable_fp_fusion": True}

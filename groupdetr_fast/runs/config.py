@@ -98,6 +98,8 @@ class CocoTrainingConfig:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
         if self.model.of_transformers:
             self._check_transformers()
+        elif self.optimization.cuda_graphs and self.model.predicts_masks:
+            raise ValueError(f"cuda_graphs are for detectors of boxes: leave it out for {self.model.model}")
         if not 0 < self.class_weights_beta <= 1:
             raise ValueError(f"class_weights_beta must be in (0, 1], got {self.class_weights_beta}")
         if self.class_weights == BALANCED and self.data.repeat_factor_threshold:

@@ -66,6 +66,11 @@ def test_wrong_settings_of_a_run_are_refused(settings, message):
         CocoTrainingConfig(**settings)
 
 
+def test_graphs_of_detectors_of_masks_are_refused():
+    with pytest.raises(ValueError, match="cuda_graphs are for detectors of boxes: leave it out for mask2former_r50"):
+        CocoTrainingConfig().with_settings(model="mask2former_r50", cuda_graphs=1)
+
+
 def test_random_weights_are_not_evaluated(config):
     with pytest.raises(ValueError, match="nothing to evaluate but random weights: give load"):
         evaluate_checkpoint(config)
