@@ -1,5 +1,6 @@
 """Trainings that take about a second, in processes that can be killed."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -142,6 +143,18 @@ OWNERS = {
 def kill_before(place, number):
     """``kill -9`` before the call with this number, counted from 1, of a function such as "os.rename"."""
     _call_instead(place, number, lambda original, *args, **kwargs: _signal(signal.SIGKILL))
+
+
+def kill_before_it_takes_its_place(name, number):
+    """``kill -9`` before the file of this name that is written with this number, counted from 1, replaces the last."""
+    replace, times = os.replace, itertools.count(1)
+
+    def replace_or_die(source, target):
+        if Path(target).name == name and next(times) == number:
+            _signal(signal.SIGKILL)
+        return replace(source, target)
+
+    os.replace = replace_or_die
 
 
 def kill_halfway(place, number):
