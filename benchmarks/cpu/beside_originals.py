@@ -10,7 +10,7 @@ denoising queries get the same draws. Both compute in float64. Afterwards both d
 
 What is changed in an original:
 
-- its compiled deformable attention is the PyTorch function that its repository has for its tests (MSDeformAttn);
+- its compiled deformable attention (MSDeformAttnFunction) is the PyTorch function of its repository's tests;
 - the generalised IoU of IDEA's repositories, which add 1e-6 to both denominators, is torchvision's, unless
   --published-giou is given;
 - DAB-DETR and DN-DETR get as many classes as ours has, and an encoder with as many channels where that is not 256;
@@ -57,7 +57,7 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
 IMAGES = ((96, 128), (64, 112), (80, 72))  # height and width
 OBJECTS = (4, 0, 7)
 MOVED = 0.05  # standard deviation of what is added to the weights that an original draws
-# A gradient is 0 but for rounding if it is this small in both codes, relative to the largest of all: those of the biases
+# A gradient is 0 but for rounding if it is this small in both codes, relative to the largest of all: those of biases
 # of keys, on which no attention depends, and of what multiplies contents that are 0.
 ZERO = 1e-12
 LARGEST_DIFFERENCE = 1e-9
