@@ -60,6 +60,8 @@ MOVED = 0.05  # standard deviation of what is added to the weights that an origi
 # A gradient is 0 but for rounding if it is this small in both codes, relative to the largest of all: those of biases
 # of keys, on which no attention depends, and of what multiplies contents that are 0.
 ZERO = 1e-12
+# Differences of others are relative at least to this share of the largest: some with a ResNet are sums that cancel.
+SMALLEST = 1e-6
 LARGEST_DIFFERENCE = 1e-9
 KINDS = {
     "prediction": "predictions",
@@ -109,7 +111,8 @@ class Difference:
         kind: one of :data:`KINDS`.
         what: its name in this package.
         largest: of the original's values.
-        relative: the largest difference, relative to that; of zeros, to the largest gradient of all.
+        relative: the largest difference, relative to that; of gradients, at least to :data:`SMALLEST` of the largest
+            gradient of all, and of those that are 0 to all of it.
     """
 
     kind: str
@@ -118,14 +121,14 @@ class Difference:
     relative: float
 
     @classmethod
-    def of(cls, kind: str, what: str, ours: Tensor, theirs: Tensor, scale: float | None = None) -> "Difference":
+    def of(cls, kind: str, what: str, ours: Tensor, theirs: Tensor, smallest: float = 0.0) -> "Difference":
         if ours.shape != theirs.shape:
             raise ValueError(f"{what}: ours has the shape {list(ours.shape)}, the original {list(theirs.shape)}")
         largest = theirs.detach().abs().max().item()
         difference = (ours - theirs).detach().abs().max().item()
         if not math.isfinite(difference):
             raise ValueError(f"{what}: not all values are finite")
-        scale = largest if scale is None else scale
+        scale = max(largest, smallest)
         return cls(kind, what, largest, difference / scale if scale else math.inf if difference else 0.0)
 
 
@@ -290,9 +293,11 @@ def _gradients(ours: nn.Module, theirs: nn.Module) -> Iterator[Difference]:
     """Gradients of all parameters, zeros last; parameters that have none count as having zeros."""
     gradients = {name: tuple(map(_gradient, pair)) for name, pair in parameter_pairs(ours, theirs).items()}
     largest = max(other.abs().max().item() for _, other in gradients.values())
-    zeros = [name for name, both in gradients.items() if all(each.abs().max() <= ZERO * largest for each in both)]
-    yield from (Difference.of("gradient", name, *both) for name, both in gradients.items() if name not in zeros)
-    yield from (Difference.of("zero", name, *gradients[name], scale=largest) for name in zeros)
+    zeros = {name for name, pair in gradients.items() if all(each.abs().max() <= ZERO * largest for each in pair)}
+    for kind, share in (("gradient", SMALLEST), ("zero", 1.0)):
+        for name, pair in gradients.items():
+            if (kind == "zero") == (name in zeros):
+                yield Difference.of(kind, name, *pair, share * largest)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -318,7 +323,7 @@ def _rows(differences: Iterable[Difference], *, every: bool) -> Iterator[tuple[s
     """What, its largest value, its relative difference; gradients by parts of the model, unless every one is wanted."""
 
     def title(each: Difference) -> str:
-        kind = "gradient, 0 but for rounding" if each.kind == "zero" else each.kind
+        kind = "gradient, 0 but for rounding, relative to the largest" if each.kind == "zero" else each.kind
         return f"{kind}: {each.what.split('.')[0] if 'gradient' in kind and not every else each.what}"
 
     for text, together in itertools.groupby(differences, title):
@@ -357,7 +362,7 @@ def main() -> None:
         sys.exit(f"error: {fault}")
     if at := commit(arguments.original):
         print(f"{arguments.name} at commit {at}\n")
-    print("| | largest value | difference, relative to the largest value of its tensor; of zeros, to that of all |")
+    print("| | largest value | largest difference, each relative to the largest value of its tensor |")
     print("|---|---|---|")
     for what, largest, relative in _rows(differences, every=arguments.every):
         print(f"| {what} | {largest:.4g} | {relative:.0e} |")
