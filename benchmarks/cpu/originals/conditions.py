@@ -61,7 +61,7 @@ class Noise:
 
     def __init__(self, sizes: Sequence[int], copies: int, num_classes: int, generator: torch.Generator):
         shape = (copies, len(sizes), max(sizes))
-        self.sizes = sizes
+        self.sizes, self.num_classes = sizes, num_classes
         self.tables = {
             "chance": torch.rand(shape, generator=generator),
             "class": torch.randint(num_classes, shape, generator=generator),
@@ -79,7 +79,11 @@ class Noise:
 
 
 class _Draws(TorchFunctionMode, ABC):
-    """Answers ``torch.rand``, ``rand_like`` and ``randint_like`` from tables."""
+    """Answers ``torch.rand``, ``rand_like`` and ``randint_like`` from tables.
+
+    Raises:
+        ValueError: if integers are asked for in another range than the table has.
+    """
 
     dimensions: int  # of labels; boxes have one more
 
@@ -95,6 +99,12 @@ class _Draws(TorchFunctionMode, ABC):
         like = args[0]
         boxes = len(like if function is torch.rand else like.shape) > self.dimensions
         if function is torch.randint_like:
+            asked, drawn = _range(*args, **(kwargs or {})), (0, 2 if boxes else self.noise.num_classes)
+            if asked != drawn:
+                what = "signs of boxes" if boxes else "labels"
+                raise ValueError(
+                    f"{what} are drawn from {asked[0]} to below {asked[1]}, not from 0 to below {drawn[1]}"
+                )
             return self.boxes("sign", like) if boxes else self.classes(like)
         return self.boxes("share", like) if boxes else self.chances(like)
 
@@ -109,6 +119,12 @@ class _Draws(TorchFunctionMode, ABC):
     @abstractmethod
     def classes(self, like: Tensor) -> Tensor:
         """Classes for labels."""
+
+
+def _range(_like: Tensor, *bounds: int, low: int = 0, high: int | None = None, **_: Any) -> tuple[int, int]:
+    """The least integer and the first beyond, from the arguments of ``torch.randint_like(like, [low,] high)``."""
+    *least, beyond = bounds if high is None else (*bounds, high)
+    return (least[0] if least else low), beyond
 
 
 class _Packed(_Draws):

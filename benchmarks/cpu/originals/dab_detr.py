@@ -27,7 +27,7 @@ def dab_detr(folder: Path, ours: Any, *, plain_giou: bool = False) -> Original:
 def build_network(code: Mapping[str, ModuleType], settings: Namespace, ours: Any) -> tuple[Any, ...]:
     """What the repository's function returns, with two things as ours has them that it fixes.
 
-    These are the number of classes, and 256 channels of one part whatever the sizes of the others are.
+    These are the number of classes, and, where ours has other sizes, 256 channels of one part of the encoder.
     """
     module, dim, classes = code["DABDETR"], ours.config.d_model, ours.config.num_classes
     build_transformer, network, losses = module.build_transformer, module.DABDETR, module.SetCriterion
@@ -39,7 +39,8 @@ def build_network(code: Mapping[str, ModuleType], settings: Namespace, ours: Any
             nn.init.xavier_uniform_(layer.weight)
         return made
 
-    module.build_transformer = transformer
+    if dim != 256:
+        module.build_transformer = transformer
     module.build_backbone = backbone_builder(code, ours, settings)
     module.DABDETR = lambda *parts, **options: network(*parts, **(options | {"num_classes": classes}))
     module.SetCriterion = lambda _, **options: losses(classes, **options)

@@ -34,9 +34,11 @@ def dino(folder: Path, ours: Any, *, plain_giou: bool = False) -> Original:
 class _Dino(Original):
     def detect(self, images: Tensor, masks: Tensor, targets: gd.PackedTargets) -> tuple[dict[str, Tensor], Any]:
         out = self.net(self.nested(images, masks), targets_of(targets))
-        denoising, encoder = out["dn_meta"]["output_known_lbs_bboxes"], out["interm_outputs"]
+        denoising, encoder = out["dn_meta"].get("output_known_lbs_bboxes"), out["interm_outputs"]
         selected = {"encoder logits": encoder["pred_logits"], "encoder boxes": encoder["pred_boxes"]}
-        return predictions(out) | predictions(denoising, "denoising ") | selected, out
+        if denoising is not None:  # there are objects
+            selected |= predictions(denoising, "denoising ")
+        return predictions(out) | selected, out
 
     def loss_name(self, name: str) -> str:
         return re.sub("_interm$", "_enc", name)

@@ -42,8 +42,10 @@ class _DnDetr(Original):
 
     def detect(self, images: Tensor, masks: Tensor, targets: gd.PackedTargets) -> tuple[dict[str, Tensor], Any]:
         out, denoising = self.net(self.nested(images, masks), dn_args=(targets_of(targets), *self.noise))
-        logits, boxes = denoising["output_known_lbs_bboxes"]
-        return predictions(out) | {"denoising logits": logits, "denoising boxes": boxes}, (out, denoising)
+        found = predictions(out)
+        if "output_known_lbs_bboxes" in denoising:  # there are objects
+            found["denoising logits"], found["denoising boxes"] = denoising["output_known_lbs_bboxes"]
+        return found, (out, denoising)
 
     def all_losses(self, out: Any, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         matching, denoising = out
