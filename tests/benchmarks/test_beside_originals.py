@@ -84,6 +84,15 @@ def test_it_is_with_one_object_an_image_and_without_objects(name, objects, check
     assert denoised == ("_dn" in CHECKOUTS[name][2] and any(objects))
 
 
+def test_without_objects_groups_count_as_often_as_there_are_in_group_detr(checkout):
+    """Ours are a third of theirs, so that three groups weigh no more than one."""
+    for each in compare("group_detr", checkout(CHECKOUTS["group_detr"][0]), objects=(0, 0, 0)):
+        if each.kind == "loss" and (each.what == "loss" or "_ce" in each.what):
+            assert each.relative == pytest.approx(2 / 3)
+        elif each.kind in ("loss", "prediction", "evaluation"):
+            assert each.relative < 1e-9
+
+
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_weights_are_drawn_as_in_the_original(name, checkout):
     with in_doubles():
