@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _command(arguments: Sequence[str]) -> Callable[[], None]:
     name, rest = (arguments or [""])[0], arguments[1:]
+    flag, equals, value = name.partition("=")
+    if flag == "--version":  # main answers it where it stands alone
+        surplus = shlex.quote(value if equals else rest[0])
+        raise WrongCommandLine(f"there is no place for {surplus} behind --version, which stands alone")
     # The command at hand alone, so that messages about a flag speak of no other command.
     if name == "train":
         return parse(TrainCommand, rest, prog="groupdetr train", default=training_defaults(rest))

@@ -40,7 +40,7 @@ class CheckCommand(DataPaths):
         limit: messages of one kind that are shown.
     """
 
-    folder: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]] = None
+    folder: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FOLDER]")]] = None
     model: str = ModelConfig.model
     num_queries: int | None = None
     decode: bool = True

@@ -37,7 +37,7 @@ class EnvCommand:
 def running_version() -> str:
     """The version of this package with what tells builds of it apart, such as 0.1.0+cpu.
 
-    Without that where it runs from its source, whatever is installed besides.
+    Run from its source it is the plain version, even where a wheel is installed too.
     """
     try:
         installed = importlib.metadata.distribution("groupdetr_fast")

@@ -41,7 +41,8 @@ class ImageFlags(_Overrides):
     """How images are prepared, where it is not to be as the checkpoint says.
 
     Attributes:
-        square: whether images become squares of that side, whatever their aspect ratio; None for the checkpoint's own.
+        square: whether images become squares of side eval_short_side, whatever their aspect ratio; None for the
+            checkpoint's own.
         eval_short_side: short side to which images are resized, in pixels; None for the checkpoint's own.
         eval_max_size: limit on the long side, which takes precedence; None for the checkpoint's own.
         image_mean: of the channels red, green, blue in [0, 1]; None for the checkpoint's own.

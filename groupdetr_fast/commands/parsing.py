@@ -5,9 +5,11 @@ none, or another one, its own box of several lines is shown in place of the sent
 """
 
 import difflib
+import io
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import is_dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +17,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from ..training.last_words import first_says
 
 __all__ = ["WrongCommandLine", "parse", "read_flags", "unknown_command"]
 
@@ -48,7 +52,7 @@ def parse(
         WrongCommandLine: for flags that there are not, and for values of another number or type than a flag takes.
     """
     values: dict[str, Any] = {} if default is None else {"default": default}
-    with _refused_in_words(kind, arguments, prog):
+    with _said_once(), _refused_in_words(kind, arguments, prog):
         return tyro.cli(kind, args=arguments, prog=prog, description=description, config=FLAGS, **values)
 
 
@@ -58,10 +62,8 @@ def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
     Raises:
         WrongCommandLine: as :func:`parse`.
     """
-    with _refused_in_words(kind, arguments, "groupdetr"):
-        found, _ = tyro.cli(
-            kind, args=arguments, prog="groupdetr", config=FLAGS, return_unknown_args=True, add_help=False
-        )
+    with _said_once(), _refused_in_words(kind, arguments, "groupdetr"):
+        found, _ = tyro.cli(kind, args=arguments, config=FLAGS, return_unknown_args=True, add_help=False)
         return found
 
 
@@ -72,6 +74,21 @@ def unknown_command(name: str, commands: Collection[str], prog: str) -> WrongCom
     if not name:
         return WrongCommandLine(f"name a command: {prog} has {known}")
     return WrongCommandLine(f"there is no command {shlex.quote(name)}: {_meant(name, commands)}{prog} has {known}")
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What tyro itself says of a wrong command line, the first of several processes says for all."""
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            yield
+    except SystemExit as ended:
+        if ended.code and first_says(text.getvalue()):
+            text = io.StringIO()
+        raise
+    finally:
+        sys.stderr.write(text.getvalue())
 
 
 def _refused_in_words(kind: Any, arguments: Sequence[str], prog: str) -> AbstractContextManager[Any]:
@@ -95,18 +112,20 @@ def _refusal(event: Any, kind: Any, arguments: Sequence[str], prog: str) -> Exce
     """What to say of an event of tyro's; None if nothing is known of such an event."""
     name, flags = type(event).__name__, _flags_of(kind)
     surplus = {"UnrecognizedArgs": "tokens", "MissingArgs": "unrecognized_tokens"}.get(name)
-    if surplus and getattr(event, surplus):  # before what is missing, which a misspelt flag may have been
+    if surplus and getattr(event, surplus):  # said first: what is missing may be the misspelt flag
         return WrongCommandLine(_surplus(getattr(event, surplus)[0], flags, arguments, prog))
     if name == "MissingArgs":
         missing = [each.arg.lowered for each in event.missing_arguments]
         names = [each.name_or_flags[-1] if each.name_or_flags[-1] in flags else each.metavar for each in missing]
         return WrongCommandLine(f"give {' and '.join(names)}: {prog} --help says what that is")
+    if name == "MissingSubcommand":
+        return unknown_command(event.found_token or "", list(event.subcommand_spec.parser_from_name), prog)
     if name == "InstantiationFailure" and event.argument is None:
-        return ValueError(event.message)  # of the dataclass, as it says this elsewhere
+        return ValueError(event.message)  # raised by the dataclass's own checks
     if name not in ("BadValue", "InvalidChoice", "InstantiationFailure"):
         return None
     flag = event.argument.lowered.name_or_flags[-1]
-    if flag not in flags:  # an argument without a flag, which takes anything: the value of a misspelt flag, too
+    if flag not in flags:  # a positional argument; it may have swallowed the value of a misspelt flag
         known = {*flags, *(f"--no{each[1:]}" for each, of in flags.items() if of is bool), "--"}
         unknown = [each for each in arguments if each.startswith("--") and _flag_of(each) not in known]
         return WrongCommandLine(_surplus(unknown[0], flags, arguments, prog)) if unknown else None
@@ -116,13 +135,13 @@ def _refusal(event: Any, kind: Any, arguments: Sequence[str], prog: str) -> Exce
 
 def _surplus(token: str, flags: Mapping[str, Any], arguments: Sequence[str], prog: str) -> str:
     """What to say of something that has no place in a command line."""
-    if token.startswith("-"):
+    if token.startswith("-") and not _is_number(token):
         flag = _flag_of(token)
         if flag in flags:
             return f"{flag} follows --, behind which nothing is a flag"
         return f"there is no flag {flag}: {_meant(flag, flags)}{prog} --help lists all"
     for flag, kind in flags.items():
-        if (most := _most(kind)) is not None and token in _values(arguments, flag)[most:]:
+        if (most := _most(kind)) is not None and token in _values(arguments, flag)[most : most + 1]:
             return f"there is no place for {shlex.quote(token)} behind {flag}, which takes {_takes(kind)}"
     return f"there is no place for {shlex.quote(token)}: {prog} --help lists what there is one for"
 
@@ -143,6 +162,14 @@ def _flags_of(kind: Any) -> dict[str, Any]:
         elif not any(mark in (tyro.conf.Positional, tyro.conf.Suppress) for mark in getattr(hint, "__metadata__", ())):
             found[f"--{name.replace('_', '-')}"] = hint
     return found
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
 
 
 def _flag_of(token: str) -> str:

@@ -18,7 +18,7 @@ class RecipesCommand:
         name: write this run as yaml instead, to edit it and train with --config.
     """
 
-    name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="NAME")]] = None
+    name: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[NAME]")]] = None
 
     def __call__(self) -> None:
         if self.name is not None:

@@ -1,9 +1,10 @@
 """How two tables of categories differ: those of data to train and to evaluate on, of a checkpoint and of data."""
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-__all__ = ["CategoryDifference", "category_differences", "category_names", "difference_in_words"]
+__all__ = ["CategoryDifference", "category_differences", "difference_in_words"]
 
 MOST_TOLD = 3
 LONGEST_NAME = 40  # characters
@@ -24,23 +25,20 @@ class CategoryDifference(NamedTuple):
 
     def told(self, first: str, second: str) -> str:
         """The difference in words, for tables that are called ``first`` and ``second``."""
-        names = [None if name is None else repr(name[:LONGEST_NAME]) for name in self[1:]]
+        begin = _begin_of_difference(self.first, self.second)
+        cut = [name and ("..." if begin else "") + name[begin : begin + LONGEST_NAME] for name in self[1:]]
+        names = [None if name is None else repr(name) for name in cut]
         if None not in names:
             return f"category {self.number} is {names[0]} in {first} and {names[1]} in {second}"
         where, other = (second, first) if names[0] is None else (first, second)
         return f"category {self.number}, {names[0] or names[1]}, is in {where} and not in {other}"
 
 
-def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """The names of COCO's category entries by id, as texts: a name that is a number is the same one in json."""
-    return {entry["id"]: str(entry["name"]) for entry in categories}
-
-
 def category_differences(first: Mapping[int, str], second: Mapping[int, str]) -> list[CategoryDifference]:
     """The categories that one of two tables lacks or has under another name, ascending by id.
 
     Args:
-        first, second: names by id, as :func:`category_names` gives them.
+        first, second: names by id.
     """
     numbers = sorted(first.keys() | second.keys())
     found = (CategoryDifference(number, first.get(number), second.get(number)) for number in numbers)
@@ -56,8 +54,17 @@ def difference_in_words(
         first, second: entries with "id" and "name".
         called: what to call the tables, such as ("the checkpoint", "the data").
     """
-    found = category_differences(category_names(first), category_names(second))
+    names, others = ({entry["id"]: entry["name"] for entry in table} for table in (first, second))
+    found = category_differences(names, others)
     if not found:
         return None
     more = f"; and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
     return "; ".join(each.told(*called) for each in found[:MOST_TOLD]) + more
+
+
+def _begin_of_difference(first: str | None, second: str | None) -> int:
+    """From which character on to show two names, so that what is shown differs."""
+    if first is None or second is None or first[:LONGEST_NAME] != second[:LONGEST_NAME]:
+        return 0
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in alike) - LONGEST_NAME // 2

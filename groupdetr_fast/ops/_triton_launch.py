@@ -21,7 +21,7 @@ __all__ = ["DIRECT", "Launch", "empty_as", "flat_rows"]
 # as they know how to, as do AMD's GPUs, for which Triton compiles by the size of tensors, too.
 DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None
 _ALIGNMENT = 16  # bytes; of pointers that Triton compiles for
-# A product and its sum are one instruction: with Triton 3.9 by default, which warns that 3.10 will have two.
+# Fuse a product and the sum after it. Triton 3.9 does so by default and warns that 3.10 will not.
 _OPTIONS = {"enable_fp_fusion": True}
 
 

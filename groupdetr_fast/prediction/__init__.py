@@ -4,13 +4,14 @@ from ..data.transforms import EVAL_SETTINGS
 from .for_supervision import to_supervision
 from .images import predict
 from .loading import describe_model, load_model
-from .options import PredictOptions
+from .options import Options, PredictOptions
 from .settings import InferenceSettings, class_table, settings_of
 from .video import predict_video
 
 __all__ = [
     "EVAL_SETTINGS",
     "InferenceSettings",
+    "Options",
     "PredictOptions",
     "class_table",
     "describe_model",

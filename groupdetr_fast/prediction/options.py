@@ -22,7 +22,7 @@ class Options:
         class_thresholds: for some classes a score in place of ``score_threshold``, by name or number; or the string
             ``"person=0.3,car=0.5"``; or the path of a json or yaml file with such a table, as the
             ``class_thresholds.json`` of an evaluation. A class whose threshold is None has ``score_threshold``.
-        top_k: detections per image, or per tile; those of other classes and below thresholds do not count.
+        top_k: detections per image, or per tile; those that classes and thresholds leave out do not count.
         batch_size: images, tiles or frames at a time, padded to the largest of them.
         tile: detect in overlapping squares of this side, in pixels of the image, and join what is found: for small
             objects in large images; None for whole images.

@@ -7,16 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["are_launched", "first_says"]
+__all__ = ["first_says"]
 
 PATIENCE = 5.0  # seconds to wait for the first process, which may be slower, or go on
 INTERVAL = 0.02  # seconds
 KEY = "sentence"
-
-
-def are_launched() -> bool:
-    """Whether a launcher has started this process with others: torchrun, or accelerate launch for several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
 
 
 def first_says(sentence: str) -> bool:
@@ -44,9 +39,14 @@ def first_says(sentence: str) -> bool:
         return False
 
 
+def _are_launched() -> bool:
+    """Whether a launcher has started this process with others: torchrun, or accelerate launch for several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
 def _store() -> Any:
     """The store of the launcher, in which this attempt to run the processes has keys of its own; None without one."""
-    if not are_launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not dist.is_available():
+    if not _are_launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not dist.is_available():
         return None
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined, unused-ignore]

@@ -86,11 +86,13 @@ def test_wrong_values_of_every_command_end_in_one_sentence(command, capsys):
     flags = {flag: kind for flag, kind in parsing._flags_of(COMMANDS[command]).items() if flag not in READ_FIRST}
     first = {sort_of(kind): (flag, kind) for flag, kind in reversed(flags.items())}
     for flag, kind in first.values():
-        for values in wrong_values(kind)[: 1 if "analyze" in command else None]:  # which parse the same flags
+        for values in wrong_values(kind):
             text = sentence([*command.split(), *given, flag, *values], capsys)
-            assert flag in text
-            assert f"takes {parsing._takes(kind)}" in text
-            assert set(values or ["nothing"]) & set(text.split())
+            takes, got = parsing._takes(kind), " ".join(values[: parsing._most(kind)]) or "nothing"
+            assert text in (
+                f"{flag} takes {takes}, and got {got}",
+                f"there is no place for {values[-1:] and values[-1]} behind {flag}, which takes {takes}",
+            )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,6 +138,19 @@ def test_an_unknown_flag_of_every_command_ends_in_one_sentence(command, capsys):
             "there is no flag --batch-siz: did you mean --batch-size? groupdetr check-groups --help lists all",
         ),
         ("--nonesuch", "there is no flag --nonesuch: groupdetr --help lists all"),
+        ("export --output y x z", "there is no place for z: groupdetr export --help lists what there is one for"),
+        ("export x --output y z", "there is no place for z behind --output, which takes a path"),
+        (
+            "export --output y --masks x z",
+            "there is no place for z: groupdetr export --help lists what there is one for",
+        ),
+        ("check --limit 5 a b", "there is no place for b: groupdetr check --help lists what there is one for"),
+        ("train --lr -1 -2", "there is no place for -2 behind --lr, which takes a number"),
+        ("train -1.5e3", "there is no place for -1.5e3: groupdetr train --help lists what there is one for"),
+        ("train -x", "there is no flag -x: groupdetr train --help lists all"),
+        ("--version --json", "there is no place for --json behind --version, which stands alone"),
+        ("--version x", "there is no place for x behind --version, which stands alone"),
+        ("--version=3", "there is no place for 3 behind --version, which stands alone"),
     ],
 )
 def test_what_the_sentence_says(line, expected, capsys):
@@ -146,6 +161,9 @@ def test_what_the_sentence_says(line, expected, capsys):
     ("line", "said"),
     [
         ("", "name a command: groupdetr has train, "),
+        ("--", "name a command: groupdetr has train, "),
+        ("-- train", "name a command: groupdetr has train, "),
+        ("analyze --", "name a command: groupdetr analyze has assignment, "),
         ("analyze", "name a command: groupdetr analyze has assignment, "),
         ("trian --lr 3", "there is no command trian: did you mean train? groupdetr has train, "),
         ("analyze grop-ap", "there is no command grop-ap: did you mean group-ap? groupdetr analyze has assignment, "),
@@ -180,6 +198,13 @@ def test_values_that_the_settings_refuse_end_as_those_that_are_found_later(line,
     assert end.value.code == f"error: {message}"
 
 
+@pytest.mark.parametrize(("command", "argument"), [("check", "FOLDER"), ("recipes", "NAME")])
+def test_the_help_tells_which_arguments_may_be_left_out(command, argument, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f" [{argument}]\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("hook", [None, lambda refuse: nullcontext(), lambda refuse: refuse(object()) or nullcontext()])
 def test_another_version_of_tyro_speaks_for_itself(hook, capsys, monkeypatch):
     """The hook is private to tyro."""
@@ -188,3 +213,19 @@ def test_another_version_of_tyro_speaks_for_itself(hook, capsys, monkeypatch):
         cli.main(["export", "a.pth", "--image-size", "640", "--output", str(Path("a.onnx"))])
     assert end.value.code == 2
     assert "--image-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_said", [False, True])
+@pytest.mark.parametrize(
+    ("line", "flag"), [("export a --output b --image-size 640", "--image-size"), ("train --model", "--model")]
+)
+def test_what_tyro_says_itself_is_said_by_the_first_process_alone(line, flag, is_said, capsys, monkeypatch):
+    heard = []
+    monkeypatch.setattr(tyro._errors, "on_parse_error", None)
+    monkeypatch.setattr(parsing, "first_says", lambda text: heard.append(text) or is_said)
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2
+    assert len(heard) == 1
+    assert flag in heard[0]
+    assert capsys.readouterr().err == ("" if is_said else heard[0])

@@ -17,7 +17,7 @@ from groupdetr_fast import cli
 from groupdetr_fast.commands.predict import PredictCommand
 from groupdetr_fast.commands.predict.sources import find_sources, unlike_each_other
 from groupdetr_fast.data import DataError
-from groupdetr_fast.prediction.options import Options
+from groupdetr_fast.prediction import Options
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """How two tables of categories differ."""
 
-import json
+import pytest
 
 from groupdetr_fast.data.categories import difference_in_words
 
@@ -17,12 +17,6 @@ def test_equal_tables_do_not_differ():
     assert difference_in_words(first, first[::-1], CALLED) is None
     assert difference_in_words([], [], CALLED) is None
     assert difference_in_words(first, [{**entry, "supercategory": "thing"} for entry in first], CALLED) is None
-
-
-def test_names_are_compared_as_json_has_them():
-    numbers = table(category_0=0, category_1=1.5)
-    texts = [{"id": entry["id"], "name": str(entry["name"])} for entry in json.loads(json.dumps(numbers))]
-    assert difference_in_words(numbers, texts, CALLED) is None
 
 
 def test_a_category_in_one_alone_and_one_of_another_name():
@@ -44,3 +38,20 @@ def test_few_are_told_and_long_names_cut():
     assert difference_in_words(first, [{"id": number, "name": 1000 * "y"} for number in range(9)], CALLED).endswith(
         "and 6 more"
     )
+
+
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        (("y", "z"), (20 * "x" + "y", 20 * "x" + "z")),
+        (("", "z"), (20 * "x", 20 * "x" + "z")),
+        (("y" + 50 * "v", "z" + 50 * "v"), (20 * "x" + "y" + 19 * "v", 20 * "x" + "z" + 19 * "v")),
+    ],
+)
+def test_long_names_are_cut_so_that_what_is_told_differs(ends, shown):
+    first, second = (table(category_1=60 * "x" + end) for end in ends)
+    expected = f"category 1 is '...{shown[0]}' in this and '...{shown[1]}' in that"
+    assert difference_in_words(first, second, CALLED) == expected
+    first, second = table(category_1=40 * "x"), table(category_1=41 * "x")
+    expected = f"category 1 is '...{20 * 'x'}' in this and '...{21 * 'x'}' in that"
+    assert difference_in_words(first, second, CALLED) == expected

@@ -23,8 +23,7 @@ from groupdetr_fast.data import (
     eval_transforms,
 )
 from groupdetr_fast.data.config import DataConfig
-from groupdetr_fast.prediction import InferenceSettings, PredictOptions, class_table
-from groupdetr_fast.prediction.options import Options
+from groupdetr_fast.prediction import InferenceSettings, Options, PredictOptions, class_table
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.config import OptimizationConfig

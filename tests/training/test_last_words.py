@@ -77,6 +77,7 @@ def test_without_a_store_everybody_speaks(launched, others):
 SCRIPT = """
 import os, sys
 from pathlib import Path
+import tyro
 from groupdetr_fast import cli
 from groupdetr_fast.training.faults import TrainingStopped
 
@@ -94,7 +95,9 @@ def command():
         raise TrainingStopped("stopped as asked")
 
 try:
-    if kind == "flag":
+    if kind == "box":
+        tyro._errors.on_parse_error = None
+    if kind in ("flag", "box"):
         cli.main(["train", "--learning-rat", "1"])
     else:
         cli.run(lambda: command)
@@ -112,6 +115,7 @@ except SystemExit as ended:
         ("each", {"error: process 0 has no data": 1, "error: process 1 has no data": 1}, ["1", "1"]),
         ("second", {"error: the disk of process 1 is full": 1}, [None, "1"]),
         ("flag", {"--learning-rat": 1}, ["2", "2"]),
+        ("box", {"For full helptext, run groupdetr train --help": 1}, ["2", "2"]),
         ("stopped", {"stopped as asked": 1}, ["75", "75"]),
     ],
 )
