@@ -256,6 +256,19 @@ def test_the_class_trains_models_of_transformers_too(saved, digits, tmp_path, ca
     capsys.readouterr()
 
 
+def test_a_run_of_another_detector_is_not_resumed_with_one_of_transformers(digits, tmp_path):
+    """Which need not be there: what the run was begun with is told first."""
+    run = tmp_path / "run"
+    sizes = "--num-groups 2 --num-queries 5 --d-model 32 --num-heads 2 --encoder-layers 1 --decoder-layers 1"
+    sizes += " --dim-feedforward 32 --backbone conv:8-16 --epochs 1 --lr-drop 5 --batch-size 3 --workers 0 --pictures 0"
+    sizes += " --short-sides 48 --eval-short-side 48 --crop 0"
+    cli.main(["train", *data_flags(digits), *sizes.split(), "--output", str(run), "--no-report"])
+    resumed = ["train", "--config", str(run / "config.yaml"), "--output", str(run), "--resume"]
+    message = r"was begun with model\.model = conditional_detr_r50, which cannot become transformers:nowhere/a on"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*resumed, "--model", "transformers:nowhere/a"])
+
+
 def test_export_is_refused(saved, tmp_path):
     with pytest.raises(SystemExit, match="models of transformers are exported by other tools"):
         cli.main(["export", f"transformers:{saved('RTDetr')}", "--output", str(tmp_path / "a.onnx")])
