@@ -254,10 +254,10 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             model.to(device)
 
     def in_training(self) -> "Model | TransformersDetector":
-        """The detector as it is trained, with all its groups: the weights of its checkpoint, or random ones.
+        """The detector as it is trained, with all its groups, and with the weights of its checkpoint.
 
-        It is another one than :attr:`model`, and on the CPU. Without weights, the number of its classes is that of the
-        original detector, or of the model of transformers.
+        It is another one than :attr:`model`, and on the CPU. Without a checkpoint its weights are random, and its
+        classes as many as those of the original detector; a model of transformers has those that it comes with.
 
         Raises:
             ValueError: as ``gd.load_model``.
@@ -265,7 +265,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         if self.checkpoint is not None:
             loaded = load_model(self.checkpoint, model=self._run.model.model, num_groups=self._num_groups, device="cpu")
             return loaded.train()
-        return self._run.model.build_empty().train()
+        return self._run.model.build_untrained().train()
 
     def to(self, device: torch.device | str) -> "Detector":
         """Move the model."""

@@ -140,7 +140,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:
-    model = cast(Detector, config.model.build_empty(data.dataset.num_classes))
+    model = cast(Detector, config.model.build_untrained(data.dataset.num_classes))
     load_weights(model, checkpoint)
     return model.to(_device()).eval()
 

@@ -10,9 +10,11 @@ from ..runs.evaluate import evaluate_checkpoint
 from ..runs.recipes import launched_recipe
 from ..runs.resuming import described_checkpoint
 from ..runs.train import train
-from .parsing import read_flags
+from .parsing import WrongCommandLine, read_flags
 
 __all__ = ["TrainCommand", "training_defaults"]
+
+HELP = {"-h", "--help"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,11 @@ class TrainCommand(CocoTrainingConfig):
 
 @dataclass(frozen=True)
 class _Origin:
-    """The flags that say where the defaults of the other flags come from."""
+    """The flags that say where the defaults of the other flags come from; ``model`` is empty if it is not given."""
 
     recipe: str | None = None
     config: Path | None = None
-    model: str | None = None
+    model: str = ""
     output: Path = CocoTrainingConfig.output
     resume: bool = False
 
@@ -66,15 +68,29 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
 
     Args:
         arguments: the command line, of which ``--recipe`` and ``--config`` are read; with a ``--model`` of
-            transformers, that model's sizes of images and number of groups are the defaults.
+            transformers, that model's sizes of images and number of groups are the defaults. If they ask for help,
+            nothing in them is refused.
         otherwise: the defaults without them.
 
     Raises:
-        ValueError: for an unknown recipe, one that these processes cannot train, a configuration that is wrong or
-            missing, or a model of transformers that cannot be read.
+        OSError: for a configuration or a checkpoint that cannot be read.
+        ValueError: for an unknown recipe or detector, a recipe that these processes cannot train, a configuration that
+            is wrong or missing, or a model of transformers that cannot be read.
+        WrongCommandLine: for values that these flags do not take.
     """
+    otherwise = otherwise or CocoTrainingConfig()
+    try:
+        recipe, config = _chosen(arguments, otherwise)
+    except (OSError, ValueError, WrongCommandLine):
+        if not HELP.intersection(arguments):
+            raise
+        recipe, config = None, otherwise
+    return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=recipe)
+
+
+def _chosen(arguments: Sequence[str], config: CocoTrainingConfig) -> tuple[str | None, CocoTrainingConfig]:
+    """The recipe of a command line, and what the other flags start from, which is ``config`` without any."""
     origin = read_flags(_Origin, arguments)
-    config = otherwise or CocoTrainingConfig()
     if origin.recipe is not None and origin.config is not None:
         raise ValueError("give --recipe or --config, not both: groupdetr recipes NAME writes a recipe as a file")
     if origin.config is not None:
@@ -83,6 +99,6 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
         config = from_yaml(CocoTrainingConfig, origin.config)
     elif origin.recipe is not None:
         config = launched_recipe(origin.recipe)
-    if origin.model is not None:
+    if origin.model:
         config = config.with_model(origin.model, described_checkpoint(origin.output) if origin.resume else None)
-    return TrainCommand(**{f.name: getattr(config, f.name) for f in fields(CocoTrainingConfig)}, recipe=origin.recipe)
+    return origin.recipe, config

@@ -1,6 +1,7 @@
 """``--batch-size auto``: the number of images per batch, found before a training begins."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from .kept_files import begun_with
 __all__ = ["largest_batch", "with_batch_size"]
 
 
-def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> CocoTrainingConfig:
+def with_batch_size(
+    config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset, resumed: Path | None = None
+) -> CocoTrainingConfig:
     """The run with a number in place of ``batch_size`` "auto", and with ``accumulate`` to match.
 
     A run that is resumed keeps its numbers, if they still make steps of as many images. Every process must call this.
@@ -29,6 +32,7 @@ def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, datase
         config: the run; with a number it is returned as it is.
         accelerator: of the training.
         dataset: what is trained on.
+        resumed: a checkpoint of the run, see :meth:`ModelConfig.build_untrained`.
 
     Raises:
         TrainingError: if the memory is too small for one image.
@@ -38,7 +42,7 @@ def with_batch_size(config: CocoTrainingConfig, accelerator: Accelerator, datase
     numbers, how = _numbers_of_beginning(config, accelerator), "as the run began"
     if numbers is None:
         with random_state_kept():
-            numbers, how = _find_numbers(config, accelerator, dataset), "the largest that fits"
+            numbers, how = _find_numbers(config, accelerator, dataset, resumed), "the largest that fits"
         clear_device_cache(garbage_collection=True)  # what was tried may hold itself in cycles
     batch_size, accumulate = numbers
     Display(accelerator).print(
@@ -57,8 +61,10 @@ def _numbers_of_beginning(config: CocoTrainingConfig, accelerator: Accelerator) 
     return (begun.batch_size, begun.accumulate) if images == config.optimization.images_per_step else None
 
 
-def _find_numbers(config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset) -> tuple[int, int]:
-    model = config.model.build_empty(dataset.num_classes)
+def _find_numbers(
+    config: CocoTrainingConfig, accelerator: Accelerator, dataset: CocoDataset, resumed: Path | None
+) -> tuple[int, int]:
+    model = config.model.build_untrained(dataset.num_classes, resumed=resumed)
     trial = TrialSteps(
         accelerator,
         model,

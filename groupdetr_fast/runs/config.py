@@ -60,6 +60,9 @@ class CocoTrainingConfig:
         track: where curves, pictures and settings go: tensorboard (in ``output``), wandb, mlflow, trackio, several of
             them, or none.
         report: whether to write ``index.html``, the page about the run, at its end.
+
+    Raises:
+        ValueError: for a detector that there is not, and for settings that do not fit together.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -98,7 +101,9 @@ class CocoTrainingConfig:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
         if self.model.of_transformers:
             self._check_transformers()
-        elif self.optimization.cuda_graphs and self.model.predicts_masks:
+        else:
+            model_config(self.model.model)  # which knows what detectors there are
+        if self.optimization.cuda_graphs and self.model.predicts_masks:
             raise ValueError(f"cuda_graphs are for detectors of boxes: leave it out for {self.model.model}")
         if not 0 < self.class_weights_beta <= 1:
             raise ValueError(f"class_weights_beta must be in (0, 1], got {self.class_weights_beta}")
@@ -134,7 +139,8 @@ class CocoTrainingConfig:
 
         Args:
             name: of the detector.
-            resumed: a checkpoint of the run, which says these too, so that the directory is not needed again.
+            resumed: a checkpoint of the run, which says these too, so that the directory is not needed again. One of
+                another kind of detector says none: the run cannot go on as one of transformers, whatever its sizes.
 
         Raises:
             ValueError: if there is no such detector, or the model of transformers cannot be read.
@@ -142,13 +148,12 @@ class CocoTrainingConfig:
         if name == self.model.model:
             return self
         model = replace(self.model, model=name)
-        if not model.of_transformers:
-            model_config(name)  # which knows what detectors there are
+        header = CheckpointHeader() if resumed is None else read_header(resumed)
+        if not model.of_transformers or (header.model is not None and not header.transformers):
             return replace(self, model=model)
         require_transformers()
         from ..transformers_detector.source import ModelSource, read_source
 
-        header = CheckpointHeader() if resumed is None else read_header(resumed)
         source = ModelSource.of_header(header) if header.transformers else read_source(name)
         return replace(self, model=replace(model, num_groups=source.num_groups), augmentation=source.augmentation())
 

@@ -202,7 +202,7 @@ def _warn_of_other_categories(config: CocoTrainingConfig, val_set: CocoDataset) 
     difference = difference_in_words(categories, val_set.categories, ("the checkpoint", "the data"))
     if categories and difference:
         logger.warning(
-            "%s was trained on other categories than those of %s (%s): its classes may mean others",
+            "%s was trained on other categories than those of %s (%s): its class numbers may mean other classes",
             checkpoint,
             val_set.annotation_file,
             difference,

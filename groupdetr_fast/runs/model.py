@@ -127,22 +127,35 @@ class ModelConfig:
                 and the directory that a model of transformers came from are not needed again.
 
         Raises:
-            CheckpointMismatch: if ``load`` or ``resumed`` is of another detector, or has another number of classes.
+            CheckpointMismatch: if ``load`` is of another detector, or has another number of classes; of ``resumed``,
+                only for a model of transformers, which alone is built as its header says.
             ValueError: for settings that the detector does not have, and if it cannot be loaded.
         """
         if resumed is not None:
-            return replace(self, load=resumed).build_empty(num_classes)
+            return self.build_untrained(num_classes, resumed=resumed)
         model, trained = self._load_transformers(num_classes) if self.of_transformers else self._load_own(num_classes)
         if self.group_init_noise is not None:
             model.start_groups_near_first(self.group_init_noise, trained=trained)
         return model
 
-    def build_empty(self, num_classes: int | None = None) -> "Detector | TransformersDetector":
-        """The detector with weights that do not matter: random ones, and those that a model of transformers has.
+    def build_untrained(
+        self, num_classes: int | None = None, *, resumed: Path | None = None
+    ) -> "Detector | TransformersDetector":
+        """The detector as it is before any training here: random weights, or those a model of transformers comes with.
+
+        A detector of this package gets neither ``load`` nor weights of its backbone. A model of transformers has the
+        weights of ``load``, or else of its directory, since these describe it too.
 
         Args:
             num_classes: C; None for that of the original detector, or of the model of transformers.
+            resumed: a checkpoint of the run, as which a model of transformers is built then, with random weights.
+
+        Raises:
+            CheckpointMismatch, ValueError: as :meth:`build`, for a model of transformers.
+            ValueError: for settings that the detector does not have.
         """
+        if self.of_transformers and resumed is not None:
+            return replace(self, load=resumed)._load_transformers(num_classes, weights=False)[0]
         if self.of_transformers:
             return self._load_transformers(num_classes)[0]
         return replace(self, backbone_weights=None)._build(num_classes or model_config(self.model).num_classes)
@@ -161,8 +174,10 @@ class ModelConfig:
             )
         return model, trained[0] if trained else 1
 
-    def _load_transformers(self, num_classes: int | None) -> "tuple[TransformersDetector, int]":
-        """The same, of a model of transformers."""
+    def _load_transformers(
+        self, num_classes: int | None, *, weights: bool = True
+    ) -> "tuple[TransformersDetector, int]":
+        """The same, of a model of transformers; without ``weights`` it has random ones where it can."""
         require_transformers()
         from ..transformers_detector.build import load_detector, load_pretrained
 
@@ -175,7 +190,7 @@ class ModelConfig:
         if self.load is None:
             return load_pretrained(self.model, num_classes=num_classes, **settings), 1
         classes = num_classes if self.new_class_head else None
-        model, trained = load_detector(self.load, num_classes=classes, **settings)
+        model, trained = load_detector(self.load, num_classes=classes, weights=weights, **settings)
         own = model.config.num_classes
         if num_classes not in (None, own):
             sentence = f"{self.load} has a class head for {own} classes, and the data have {num_classes}"

@@ -2,15 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..data import CocoDataset
 from ..data.categories import difference_in_words
 from ..models.checkpoints import read_header
-from ..training.checkpoint import resumable_checkpoints
+from ..training.checkpoint import WEIGHTS, resumable_checkpoints
 from .config import CocoTrainingConfig
 from .kept_files import begun_with, with_kept_files
 
-__all__ = ["described_checkpoint", "require_same_run"]
+__all__ = ["described_checkpoint", "require_same_run", "warn_of_changes"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,50 +25,57 @@ FREE = {
 
 
 def described_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that can be resumed and is not damaged where it says what its detector is."""
+    """The newest checkpoint of a run that can be resumed and has a header that says what its detector is.
+
+    None if there is none. Resuming goes back to the one before where weights are damaged or missing, and so does this.
+    """
     for folder in resumable_checkpoints(run):
         try:
-            read_header(folder)
-        except ValueError:  # resuming says so, and goes back to the one before it
+            # Without weights the header would be what config.json of a model of transformers says, or empty.
+            if (folder / WEIGHTS).is_file() and read_header(folder).model is not None:
+                return folder
+        except ValueError:
             continue
-        return folder
     return None
 
 
-def require_same_run(config: CocoTrainingConfig, val_set: CocoDataset, *, loud: bool) -> None:
-    """Refuse to resume a run as another one, and say which settings have changed that may.
+def require_same_run(config: CocoTrainingConfig, val_set: CocoDataset, newest: Path | None) -> None:
+    """Refuse to resume a run as another one.
 
     Args:
         config: the run as it is resumed.
         val_set: what it is evaluated on.
-        loud: whether to say anything of settings that may change.
+        newest: its :func:`described_checkpoint`; without one, its classes are not compared.
 
     Raises:
         ValueError: for a setting that cannot change within a run, and for data of other classes.
     """
-    beginning = begun_with(config.output)
-    if beginning is not None:  # runs of older versions have none
-        _compare_settings(config, beginning, loud=loud)
-    _compare_categories(config, val_set)
-
-
-def _compare_settings(config: CocoTrainingConfig, beginning: CocoTrainingConfig, *, loud: bool) -> None:
-    begun, now = beginning.by_name(), with_kept_files(config).by_name()
-    for name in now:
-        if now[name] == begun[name]:
-            continue
+    for name, begun, now in _changes(config):
         if name in FIXED or (name.startswith("model.") and name not in FREE):
             raise ValueError(
-                f"{config.output} was begun with {name} = {begun[name]}, which cannot become {now[name]} on resuming: "
+                f"{config.output} was begun with {name} = {begun}, which cannot become {now} on resuming: "
                 "leave it as it was, or begin another run with another output"
             )
-        if loud:
-            logger.warning("resuming with %s = %s, which was %s", name, now[name], begun[name])
+    _compare_categories(config, val_set, newest)
 
 
-def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
+def warn_of_changes(config: CocoTrainingConfig) -> None:
+    """Say which settings of a run that is resumed are not those of its beginning."""
+    for name, begun, now in _changes(config):
+        logger.warning("resuming with %s = %s, which was %s", name, now, begun)
+
+
+def _changes(config: CocoTrainingConfig) -> list[tuple[str, Any, Any]]:
+    """Name, value at the beginning and value now of the settings that differ."""
+    beginning = begun_with(config.output)
+    if beginning is None:  # runs of older versions have none
+        return []
+    begun, now = beginning.by_name(), with_kept_files(config).by_name()
+    return [(name, begun[name], now[name]) for name in now if now[name] != begun[name]]
+
+
+def _compare_categories(config: CocoTrainingConfig, val_set: CocoDataset, newest: Path | None) -> None:
     """Refuse other classes even where there are as many."""
-    newest = described_checkpoint(config.output)
     begun = [] if newest is None else read_header(newest).categories
     difference = difference_in_words(begun, val_set.categories, ("the run", "the data"))
     if begun and difference:

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ..evaluation.coco import format_table
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
-from ..training.checkpoint import BEST
+from ..training.checkpoint import BEST, resumable_checkpoints
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
@@ -40,7 +41,7 @@ from .loaders import (
     training_set,
 )
 from .report import write_report
-from .resuming import described_checkpoint, require_same_run
+from .resuming import described_checkpoint, require_same_run, warn_of_changes
 
 __all__ = ["train"]
 
@@ -80,9 +81,15 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
         data = _load_data(config, accelerator.device)
-        config = with_batch_size(config, accelerator, data.train_set)
+        newest = described_checkpoint(config.output) if config.resume else None
+        resuming = config.resume and bool(resumable_checkpoints(config.output))
+        if resuming:
+            require_same_run(config, data.val_set, newest)
+        config = with_batch_size(config, accelerator, data.train_set, newest)
+        if resuming and accelerator.is_main_process:  # with a number in place of "auto"
+            warn_of_changes(config)
         with lack_of_memory_explained(config.optimization.images_per_batch):
-            return _train(config, accelerator, data, observe)
+            return _train(config, accelerator, data, newest, observe)
 
 
 class _Data(NamedTuple):
@@ -111,13 +118,13 @@ def _load_data(config: CocoTrainingConfig, device: torch.device) -> _Data:
 
 
 def _train(
-    config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, observe: Observe | None
+    config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, newest: Path | None, observe: Observe | None
 ) -> dict[str, Any]:
-    """The training of :func:`train`, with batches of a known size, in a folder that no other one uses."""
+    """The training of :func:`train`, with batches of a known size, in a folder that no other one uses.
+
+    ``newest`` is the checkpoint that says what the detector of a run that is resumed is.
+    """
     weights = class_weights_of(config, data.train_set)
-    newest = described_checkpoint(config.output) if config.resume else None
-    if newest is not None:
-        require_same_run(config, data.val_set, loud=accelerator.is_main_process)
     model = config.model.build(data.val_set.num_classes, resumed=newest)
     header = _header(config, model, data.val_set)
     val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))

@@ -36,6 +36,7 @@ def load_detector(
     num_classes: int | None = None,
     num_groups: int | None = None,
     accelerate_kernels: bool = True,
+    weights: bool = True,
 ) -> tuple[TransformersDetector, int]:
     """The detector of a checkpoint, of this package or as transformers has saved it, with its weights.
 
@@ -45,6 +46,7 @@ def load_detector(
         num_groups: K; None for that of the checkpoint. 1, with which detectors are evaluated, leaves the groups of
             models that have some of their own.
         accelerate_kernels: see :class:`TransformersDetector`.
+        weights: whether to read the weights of a checkpoint of this package; without them they are random.
 
     Returns:
         The detector, and how many of its groups have queries of the checkpoint.
@@ -57,7 +59,8 @@ def load_detector(
     header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
     if header.transformers and num_classes in (None, header.model_config.get("num_classes")):
         detector = _build_from_header(header, num_groups, accelerate_kernels)
-        _load_weights(detector, checkpoint)
+        if weights:
+            _load_weights(detector, checkpoint)
         return detector, int(header.model_config.get("num_groups", 1))
     name = str(checkpoint) if of_transformers(checkpoint) else f"{PREFIX}{find_weights(checkpoint)}"
     groups = None if num_groups == 1 else num_groups

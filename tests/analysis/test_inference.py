@@ -56,7 +56,7 @@ def test_one_group_is_what_the_training_evaluates(trained):
 def test_a_checkpoint_brings_the_weights_of_its_backbone(training, tmp_path, caplog):
     """Neither a file that the training started from is needed, nor is there a warning that there is none."""
     model = replace(training.model, backbone="resnet18", backbone_stages=2)
-    save_file(model.build_empty(10).state_dict(), tmp_path / "model.safetensors")
+    save_file(model.build_untrained(10).state_dict(), tmp_path / "model.safetensors")
     config = replace(training, model=replace(model, backbone_weights=str(tmp_path / "deleted.pth")))
     assert len(evaluate_groups(config, tmp_path)) == config.model.num_groups
     assert not caplog.records

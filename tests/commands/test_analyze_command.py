@@ -36,6 +36,12 @@ def flags(digits, tmp_path):
     return [*data, *sizes.split(), *images.split(), "--output", str(tmp_path / "analysis")]
 
 
+def test_a_detector_that_there_is_not_is_refused_before_any_run(flags, tmp_path):
+    with pytest.raises(SystemExit, match="error: unknown model 'nonsense'"):
+        cli.main(["analyze", "sweep-groups", *flags, "--model", "nonsense"])
+    assert not (tmp_path / "analysis").exists()
+
+
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
     """Instead of being trained, runs get results, and a checkpoint of random weights. A list of those asked for."""

@@ -84,10 +84,47 @@ def test_faults_of_a_configuration_name_file_and_key(tmp_path):
         cli.main(["train", "--config", "a.yaml", "--recipe", "dab_detr_r50_12e"])
 
 
-def test_a_detector_that_there_is_not_is_refused_before_the_training(training):
-    with pytest.raises(SystemExit, match=r"error: unknown model 'dab_detr_r5'"):
-        cli.main(["train", "--coco-path", "coco", "--model", "dab_detr_r5"])
+@pytest.mark.parametrize("name", ["dab_detr_r5", "None", ""])
+def test_a_detector_that_there_is_not_is_refused_before_the_training(training, name):
+    with pytest.raises(SystemExit, match=f"error: unknown model '{name}'; the models are conditional_detr_r50, "):
+        cli.main(["train", "--coco-path", "coco", "--model", name])
     assert training == []
+
+
+def test_what_a_model_is_called_is_a_text(training, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--coco-path", "coco", "--model"])
+    assert "--model takes a text, and got nothing" in capsys.readouterr().err
+    assert training == []
+
+
+def test_a_configuration_of_no_detector_leaves_no_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {model: nonsense}\n")
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"error: .*unknown model 'nonsense'"):
+        cli.main(["train", "--config", str(tmp_path / "config.yaml"), "--coco-path", "coco", "--output", str(run)])
+    assert not run.exists()
+    with pytest.raises(ValueError, match="unknown model 'nonsense'"):
+        CocoTrainingConfig().with_settings(model="nonsense")
+
+
+@pytest.mark.parametrize("command", ["train", "find-rate"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["--model", "NAME"],
+        ["--model", "transformers:/nowhere"],
+        ["--config", "/nowhere/config.yaml"],
+        ["--recipe", "NAME"],
+        ["--config", "a.yaml", "--recipe", "dab_detr_r50_12e"],
+    ],
+)
+def test_help_is_shown_whatever_else_is_asked_for(command, flag, others, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, *others, flag])
+    assert end.value.code == 0
+    assert "--num-queries" in capsys.readouterr().out
 
 
 def test_the_demo_stays_the_default_of_the_example():

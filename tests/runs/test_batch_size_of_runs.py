@@ -67,10 +67,10 @@ def with_optimization(config, **settings):
 
 def test_the_training_is_that_with_the_number_that_was_found(config, memory, tmp_path):
     models, left = [], []
-    original = ModelConfig.build_empty
+    original = ModelConfig.build_untrained
 
-    def build_empty(self, num_classes):
-        model = original(self, num_classes)
+    def build_untrained(self, num_classes, **options):
+        model = original(self, num_classes, **options)
         model.cycle = [model]  # as models of others have them
         models.append(weakref.ref(model))
         return model
@@ -82,7 +82,7 @@ def test_the_training_is_that_with_the_number_that_was_found(config, memory, tmp
 
     tried = memory(5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelConfig, "build_empty", build_empty)
+        patch.setattr(ModelConfig, "build_untrained", build_untrained)
         patch.setattr("groupdetr_fast.runs.train.with_batch_size", found)
         train(config)
     assert left == [None]  # nothing is left of what was tried

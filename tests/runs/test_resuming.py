@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from digit_runs import weights
+from safetensors.torch import load_file, save_file
 
 from groupdetr_fast.data import DataError
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine
-from groupdetr_fast.training.checkpoint import CheckpointError, latest_checkpoint
+from groupdetr_fast.training.checkpoint import WEIGHTS, CheckpointError, latest_checkpoint, resumable_checkpoints
 
 
 def test_a_run_is_replaced_only_if_asked(config):
@@ -166,10 +167,16 @@ def test_what_is_refused_on_resuming_changes_nothing(config):
     assert len(train(config)["epochs"]) == 3
 
 
-@pytest.mark.parametrize("change", ["name", "id"])
-def test_a_run_is_not_resumed_with_other_classes(config, tmp_path, change):
-    """Of which there are as many, so that the weights would fit."""
+def test_settings_are_compared_even_where_no_header_can_be_read(config):
     config = after_one_epoch(config)
+    for folder in resumable_checkpoints(config.output):
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"groupdetr_fast": "no json"})
+    with pytest.raises(ValueError, match=r"was begun with optimization\.seed = 42, which cannot become 1"):
+        train(config.with_settings(seed=1))
+
+
+def with_other_classes(config, folder, change):
+    """The run with data of as many classes, so that its weights would fit."""
     files = {}
     for part in ("train", "val"):
         content = json.loads(getattr(config.data, f"{part}_annotations").read_text())
@@ -178,8 +185,31 @@ def test_a_run_is_not_resumed_with_other_classes(config, tmp_path, change):
             entry["id"] += 3 * (change == "id")
         for entry in content["annotations"]:
             entry["category_id"] += 3 * (change == "id")
-        files[f"{part}_annotations"] = tmp_path / f"{part}.json"
+        files[f"{part}_annotations"] = folder / f"{part}.json"
         files[f"{part}_annotations"].write_text(json.dumps(content))
+    return replace(config, data=replace(config.data, **files, labels="contiguous"))
+
+
+@pytest.mark.parametrize("weights", ["gone", "damaged", "without a header"])
+def test_classes_are_those_of_the_newest_checkpoint_that_says_them(config, tmp_path, weights):
+    config = replace(config.with_settings(epochs=2, lr_drop=(5,)), evaluate_every=3, pictures=0, report=False)
+    train(config)
+    newest, _ = resumable_checkpoints(config.output)
+    if weights == "gone":
+        (newest / WEIGHTS).unlink()
+    elif weights == "damaged":
+        (newest / WEIGHTS).write_bytes(b"damaged")
+    else:
+        save_file(load_file(newest / WEIGHTS), newest / WEIGHTS)
+    config = replace(config.with_settings(epochs=3), resume=True)
+    with pytest.raises(ValueError, match="begun with other categories than"):
+        train(with_other_classes(config, tmp_path, "name"))
+    assert [row["epoch"] for row in train(config)["epochs"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("change", ["name", "id"])
+def test_a_run_is_not_resumed_with_other_classes(config, tmp_path, change):
+    config = after_one_epoch(config)
     written = (config.output / "config.yaml").read_bytes()
     message = "begun with other categories than .*val.json " + (
         r"\(category 1 is '0' in the run and 'part 1' in the data; .*; and \d+ more\): resume with"
@@ -187,7 +217,7 @@ def test_a_run_is_not_resumed_with_other_classes(config, tmp_path, change):
         else r"\(category 1, '0', is in the run and not in the data; .*\): resume with"
     )
     with pytest.raises(ValueError, match=message):
-        train(replace(config, data=replace(config.data, **files, labels="contiguous")))
+        train(with_other_classes(config, tmp_path, change))
     assert (config.output / "config.yaml").read_bytes() == written
     assert len(train(config)["epochs"]) == 3
 

@@ -16,10 +16,12 @@ from groupdetr_fast import cli
 from groupdetr_fast.commands.train import training_defaults
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.models.checkpoints import CheckpointHeader
+from groupdetr_fast.runs import batch_size as run_batch_size
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import batch_size
 from groupdetr_fast.training.checkpoint import read_checkpoint
+from groupdetr_fast.transformers_detector import build
 from groupdetr_fast.transformers_detector.build import load_pretrained
 from groupdetr_fast.transformers_detector.detector import TransformersDetector
 from groupdetr_fast.transformers_detector.source import ModelSource, read_source
@@ -109,12 +111,29 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(name, saved, digits
     cli.main(flags(folder, digits, tmp_path / "parts"))
     newest = tmp_path / "parts" / "checkpoints" / "epoch_0002"
     expected, _ = read_checkpoint(tmp_path / "whole" / "checkpoints" / newest.name)
-    for _ in range(2):
+    spoil = (lambda weights: weights.write_bytes(b"damaged"), lambda weights: weights.unlink(), lambda weights: None)
+    for spoiled in spoil:  # so that the next time it goes back to the checkpoint before
         cli.main(flags(folder, digits, tmp_path / "parts", "--epochs", "2", "--resume"))
         found, _ = read_checkpoint(newest)
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-        (newest / "model.safetensors").write_bytes(b"damaged")  # the second time it goes back to the one before
+        spoiled(newest / "model.safetensors")
+
+
+def test_the_largest_batch_of_a_run_that_is_resumed_needs_no_directory(saved, digits, tmp_path, monkeypatch):
+    """And no weights either, which those of the checkpoint replace."""
+    folder, run = saved("RTDetr", num_denoising=6), tmp_path / "run"
+    cli.main(flags(folder, digits, run))
+    shutil.rmtree(folder)
+    read, tried = [], []
+    monkeypatch.setattr(build, "read_checkpoint", lambda checkpoint: read.append(checkpoint))
+    monkeypatch.setattr(run_batch_size, "found_batch_size", lambda *arguments: tried.append(arguments) or (2, 1))
+    monkeypatch.setattr(batch_size, "memory_of", lambda device: None)
+    again = [*flags(folder, digits, run), "--batch-size", "auto", "--images-per-step", "2", "--epochs", "2", "--resume"]
+    cli.main(again)
+    assert len(tried) == 1
+    assert read == []
+    assert len(json.loads((run / "results.json").read_text())["epochs"]) == 2
 
 
 def test_defaults_are_those_of_the_model(saved):
@@ -235,6 +254,19 @@ def test_the_class_trains_models_of_transformers_too(saved, digits, tmp_path, ca
     (expected, *_), (found, *_) = (each.predict(images, score_threshold=0.0) for each in (detector, again))
     assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-4)
     capsys.readouterr()
+
+
+def test_a_run_of_another_detector_is_not_resumed_with_one_of_transformers(digits, tmp_path):
+    """Which need not be there: what the run was begun with is told first."""
+    run = tmp_path / "run"
+    sizes = "--num-groups 2 --num-queries 5 --d-model 32 --num-heads 2 --encoder-layers 1 --decoder-layers 1"
+    sizes += " --dim-feedforward 32 --backbone conv:8-16 --epochs 1 --lr-drop 5 --batch-size 3 --workers 0 --pictures 0"
+    sizes += " --short-sides 48 --eval-short-side 48 --crop 0"
+    cli.main(["train", *data_flags(digits), *sizes.split(), "--output", str(run), "--no-report"])
+    resumed = ["train", "--config", str(run / "config.yaml"), "--output", str(run), "--resume"]
+    message = r"was begun with model\.model = conditional_detr_r50, which cannot become transformers:nowhere/a on"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*resumed, "--model", "transformers:nowhere/a"])
 
 
 def test_export_is_refused(saved, tmp_path):
