@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .faults import StopRequest
+
 __all__ = ["first_says"]
 
 PATIENCE = 5.0  # seconds to wait for the first process, which may be slower, or go on
@@ -20,23 +22,25 @@ def first_says(sentence: str) -> bool:
     Every process calls this when it ends with a sentence, whatever the others do meanwhile. They hear of each other by
     the store of the launcher, not by a collective, in which another process may be waiting for something else. The
     first process gets False at once; so does every process where the launcher has no store, as that of MPI. The others
-    wait for the first for at most :data:`PATIENCE` seconds, and get False if it says nothing, or something else.
+    wait for the first for at most :data:`PATIENCE` seconds, and get False if it says nothing, or something else; nor
+    do they wait once they are asked to end, as launchers ask all when the first was killed.
     """
-    store = _store()
-    if store is None:
-        return False
-    try:
-        if os.environ["RANK"] == "0":
-            store.set(KEY, sentence)
+    with StopRequest() as asked:
+        store = _store()
+        if store is None:
             return False
-        deadline = time.monotonic() + PATIENCE
-        while not store.check([KEY]):
-            if time.monotonic() > deadline:
+        try:
+            if os.environ["RANK"] == "0":
+                store.set(KEY, sentence)
                 return False
-            time.sleep(INTERVAL)
-        return bool(store.get(KEY) == sentence.encode())
-    except RuntimeError:  # the launcher has ended, and its store with it
-        return False
+            deadline = time.monotonic() + PATIENCE
+            while not store.check([KEY]):
+                if asked.received or time.monotonic() > deadline:
+                    return False
+                time.sleep(INTERVAL)
+            return bool(store.get(KEY) == sentence.encode())
+        except RuntimeError:  # the launcher has ended, and its store with it
+            return False
 
 
 def _are_launched() -> bool:

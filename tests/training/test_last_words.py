@@ -1,6 +1,7 @@
 """What several processes end with: the same sentence once, and different ones each."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -62,6 +63,17 @@ def test_a_first_that_says_nothing_is_not_waited_for_long(launched):
     start = time.monotonic()
     assert not first_says("error")
     assert 0.4 < time.monotonic() - start < 5
+
+
+def test_who_is_asked_to_end_does_not_wait_but_speaks(launched, monkeypatch):
+    """The launcher does so where the first was killed."""
+    monkeypatch.setattr(last_words, "PATIENCE", 30)
+    launched(1)
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    start = time.monotonic()
+    assert not first_says("error")
+    assert time.monotonic() - start < 10
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
