@@ -75,7 +75,9 @@ def compile_triton(case: CompileCase, architecture: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    from groupdetr_fast.ops._triton_launch import OPTIONS
+
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True

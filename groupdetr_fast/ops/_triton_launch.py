@@ -15,14 +15,14 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["DIRECT", "Launch", "empty_as", "flat_rows"]
+__all__ = ["DIRECT", "OPTIONS", "Launch", "empty_as", "flat_rows"]
 
 # Versions whose compiled kernels are launched here by what Triton's own JITFunction.run calls in the end. Others launch
 # as they know how to, as do AMD's GPUs, for which Triton compiles by the size of tensors, too.
 DIRECT = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None
 _ALIGNMENT = 16  # bytes; of pointers that Triton compiles for
 # Fuse a product and the sum after it. Triton 3.9 does so by default and warns that 3.10 will not.
-_OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class _Compiled(NamedTuple):
@@ -55,7 +55,7 @@ class Launch:
         sizes = (grid,) if isinstance(grid, int) else grid
         self._grid = (*sizes, *[1] * (3 - len(sizes)))
         self._numbers = numbers
-        self._settings = {**settings, **_OPTIONS}
+        self._settings = {**settings, **OPTIONS}
         constants = (name for name in kernel.arg_names if name in self._settings)
         self._last_arguments = (*numbers, *(self._settings[name] for name in constants))
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}

@@ -22,8 +22,10 @@ from ..grouped_attention.triton_blocks import (
     dropout_slope_and_offset,
     is_kept,
     load_rows,
+    load_slope_and_offset,
     of_problem,
     store_rows,
+    store_slope_and_offset,
 )
 from .triton_blocks import find_list, gather_rows, key_rows, scatter_rows
 
@@ -213,8 +215,7 @@ def _cross_attention_bwd_query_kernel(
     if seed is not None:
         head_word0, head_word1 = dropout_head_words(seed, problem)
         slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
-        tl.store(row_words + 2 * places, slope, mask=rows < queries)
-        tl.store(row_words + 2 * places + 1, offset, mask=rows < queries)
+        store_slope_and_offset(row_words, places, slope, offset, rows < queries)
 
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for column in range(0, count, STEP):
@@ -330,8 +331,7 @@ def _cross_attention_bwd_key_value_kernel(
         grad_probabilities = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         slope, offset = None, None
         if seed is not None:
-            slope = tl.load(row_words + 2 * at, mask=is_row, other=0).to(tl.uint32)
-            offset = tl.load(row_words + 2 * at + 1, mask=is_row, other=0).to(tl.uint32)
+            slope, offset = load_slope_and_offset(row_words, at, is_row)
         _grad_scores, key_result, value_result = add_queries(
             probabilities,
             grad_probabilities,

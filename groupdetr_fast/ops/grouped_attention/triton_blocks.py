@@ -139,6 +139,19 @@ def dropout_slope_and_offset(head_word0, head_word1, rows):
 
 
 @triton.jit
+def store_slope_and_offset(row_words, places, slope, offset, mask):
+    """Keep the words of rows in ``row_words [..., 2]``, for :func:`load_slope_and_offset`."""
+    tl.store(row_words + 2 * places, slope, mask=mask)
+    tl.store(row_words + 2 * places + 1, offset, mask=mask)
+
+
+@triton.jit
+def load_slope_and_offset(row_words, places, mask):
+    slope = tl.load(row_words + 2 * places, mask=mask, other=0).to(tl.uint32)
+    return slope, tl.load(row_words + 2 * places + 1, mask=mask, other=0).to(tl.uint32)
+
+
+@triton.jit
 def dropout_points(head_word0, columns):
     place = columns.to(tl.uint32) * 0x9E3779B9 + head_word0
     return (place * place) ^ place

@@ -24,10 +24,12 @@ from .triton_blocks import (
     is_kept,
     load_rows,
     load_rows_repeating_last,
+    load_slope_and_offset,
     locate,
     of_problem,
     step_at,
     store_rows,
+    store_slope_and_offset,
 )
 
 # The numbers of a layout with denoising change from batch to batch; their divisors are not worth a compilation each.
@@ -207,8 +209,7 @@ def _grouped_attention_bwd_query_kernel(
     if seed is not None:
         head_word0, head_word1 = dropout_head_words(seed, problem)
         slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
-        tl.store(row_words + 2 * places, slope, mask=rows < stop)
-        tl.store(row_words + 2 * places + 1, offset, mask=rows < stop)
+        store_slope_and_offset(row_words, places, slope, offset, rows < stop)
 
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for index in range(count_steps(start, stop, more_start, more_stop, STEP)):
@@ -317,8 +318,7 @@ def _grouped_attention_bwd_key_value_kernel(
         grad_probabilities = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         slope, offset = None, None
         if seed is not None:
-            slope = tl.load(row_words + 2 * places, mask=is_row, other=0).to(tl.uint32)
-            offset = tl.load(row_words + 2 * places + 1, mask=is_row, other=0).to(tl.uint32)
+            slope, offset = load_slope_and_offset(row_words, places, is_row)
         _grad_scores, key_result, value_result = add_queries(
             probabilities,
             grad_probabilities,

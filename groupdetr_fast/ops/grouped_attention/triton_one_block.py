@@ -22,8 +22,10 @@ from .triton_blocks import (
     dropout_slope_and_offset,
     load_rows,
     load_rows_repeating_last,
+    load_slope_and_offset,
     of_problem,
     store_rows,
+    store_slope_and_offset,
 )
 
 __all__ = ["MAX_TILE"]
@@ -98,8 +100,7 @@ def _grouped_attention_bwd_one_block_kernel(
         for index in tl.static_range(TILES):
             rows = start + index * TILE + tl.arange(0, TILE)
             slope, offset = dropout_slope_and_offset(head_word0, head_word1, rows)
-            tl.store(row_words + 2 * rows, slope, mask=rows < stop)
-            tl.store(row_words + 2 * rows + 1, offset, mask=rows < stop)
+            store_slope_and_offset(row_words, rows, slope, offset, rows < stop)
         tl.debug_barrier()  # other threads will read what is written here
     if sums is not None:
         sums = of_problem(sums, problem, num_heads, length.to(tl.int64) * num_heads * HEAD_DIM, HEAD_DIM)
@@ -214,8 +215,7 @@ def _pass(
         row_delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1) / keep_scale
         slope, offset = None, None
         if seed is not None:
-            slope = tl.load(row_words + 2 * rows, mask=rows < stop, other=0).to(tl.uint32)
-            offset = tl.load(row_words + 2 * rows + 1, mask=rows < stop, other=0).to(tl.uint32)
+            slope, offset = load_slope_and_offset(row_words, rows, rows < stop)
 
         new_key_results, new_value_results = (), ()
         result = tl.zeros([BLOCK_D, STEP], tl.float32)  # of the queries, transposed
