@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 import groupdetr_fast as gd
-from cpu.originals.checkout import commit
 from cpu.originals.conditional_detr import conditional_detr, group_detr
 from cpu.originals.conditions import Noise, in_doubles
 from cpu.originals.dab_deformable_detr import dab_deformable_detr
@@ -43,6 +42,7 @@ from cpu.originals.dino import dino
 from cpu.originals.dn_detr import dn_detr
 from cpu.originals.original import Original, predictions
 from groupdetr_fast.models.checkpoints.original import original_keys
+from harness.commits import commit_of
 
 __all__ = ["ORIGINALS", "Difference", "build_both", "compare", "parameter_pairs"]
 
@@ -360,7 +360,7 @@ def main() -> None:
         differences = compare(arguments.name, arguments.original, **settings)
     except ValueError as fault:
         sys.exit(f"error: {fault}")
-    if at := commit(arguments.original):
+    if at := commit_of(arguments.original):
         print(f"{arguments.name} at commit {at}\n")
     print("| | largest value | largest difference, each relative to the largest value of its tensor |")
     print("|---|---|---|")

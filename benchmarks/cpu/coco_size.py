@@ -35,9 +35,10 @@ from groupdetr_fast.evaluation import CocoEvaluator
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.loaders import evaluation_set, training_loader, training_set
 from groupdetr_fast.training.config import OptimizationConfig
+from harness.commits import commit
 from harness.memory import forget_peak, resident
 from harness.places import RESULTS, ROOT, python_path
-from harness.results import commit, processor
+from harness.results import processor
 
 from .coco_like import HEIGHT, WIDTH, coco_like
 

@@ -29,11 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import groupdetr_fast as gd
 from groupdetr_fast import _eager, _gpus, _library, ops
 from groupdetr_fast.losses import GroupMatcher, SetCriterion
+from harness.commits import commit
 from harness.documents import ON_CPUS, significant, table, write_section
 from harness.interleave import in_turn
 from harness.no_device import idle_driver
 from harness.places import RESULTS
-from harness.results import commit, processor
+from harness.results import processor
 
 __all__ = ["HERE", "PARTS", "PLAIN", "Call", "calls", "on_idle_gpu", "plainly", "rows", "yardsticks"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import groupdetr_fast as gd
+from harness import commits
 from harness.interleave import in_one_line
 from harness.places import ROOT
 
@@ -139,9 +140,8 @@ def describe(device: torch.device, commit: str = "") -> dict[str, Any]:
     for package in _PEERS:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    commit = commit or _output("git", "describe", "--always", "--dirty")
     kernels = {op: kinds[device.type] for op, kinds in gd.ops.backends().items()}
-    return {**found, "versions": versions, "commit": commit or "unknown", "kernels": kernels}
+    return {**found, "versions": versions, "commit": commit or commits.commit(), "kernels": kernels}
 
 
 def _output(*command: str) -> str:

@@ -4,7 +4,6 @@ import csv
 import functools
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 
 from . import peers
+from .commits import commit
 from .interleave import Timing, quartiles
 from .memory import Peak
 
-__all__ = ["OURS", "ResultWriter", "commit", "processor"]
+__all__ = ["OURS", "ResultWriter", "processor"]
 
 OURS = "groupdetr_fast"  # the name of this package among the contenders
 
@@ -104,12 +104,3 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-@functools.cache
-def commit() -> str:
-    """Of the checkout, and whether it was changed."""
-    process = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return process.stdout.strip()

@@ -1,6 +1,5 @@
 """``python benchmarks beside_originals``. The comparison itself needs checkouts of the originals."""
 
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 import groupdetr_fast as gd
 from cpu import beside_originals
 from cpu.beside_originals import ORIGINALS, Difference, build_both, compare, parameter_pairs
-from cpu.originals.checkout import commit
 from cpu.originals.conditions import Noise, in_doubles
 from groupdetr_fast.layers import denoising
 
@@ -233,13 +231,3 @@ def test_a_gradient_is_zero_only_where_it_is_in_both(monkeypatch):
     assert {name: each.kind for name, each in found.items()} == {"a": "gradient", "b": "zero", "c": "gradient"}
     assert found["b"].relative < 1e-16
     assert found["c"].relative == pytest.approx(1)
-
-
-def test_a_checkout_says_its_commit(tmp_path):
-    assert commit(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "Begin"], check=True)
-    expected = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert commit(tmp_path)
-    assert expected.startswith(commit(tmp_path))

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import subprocess
 import sys
 import types
 from argparse import Namespace
@@ -17,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-__all__ = ["Checkout", "backbone_builder", "commit", "is_small", "use_pure_deformable_attention"]
+__all__ = ["Checkout", "backbone_builder", "is_small", "use_pure_deformable_attention"]
 
 # All repositories have modules of these names, and so do other packages.
 _NAMES = ("models", "util", "datasets", "engine", "main", "MultiScaleDeformableAttention")
@@ -127,17 +126,6 @@ def _imports(folder: Path) -> Iterator[None]:
         for name in taken():
             del sys.modules[name]
         sys.modules.update(before)
-
-
-def commit(folder: Path) -> str | None:
-    """The commit that is checked out, with ``-dirty`` if files were changed since; None if git does not know it."""
-    if not (folder / ".git").exists():  # but perhaps above it
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except FileNotFoundError:  # git itself
-        return None
 
 
 def is_small(ours: Any) -> bool:
