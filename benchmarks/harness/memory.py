@@ -9,6 +9,8 @@ The package, its threads and its code are warmed up by a small problem, so that 
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -21,7 +23,7 @@ from pathlib import Path
 from .interleave import in_one_line
 from .places import ROOT, python_path
 
-__all__ = ["Peak", "forget_peak", "peak_in_new_process", "resident"]
+__all__ = ["Peak", "forget_peak", "give_back_freed", "peak_in_new_process", "resident"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def peak_in_new_process(module: str, case: str, contender: str, *, small: bool =
         contender: one of those that ``prepare`` returns.
         small: run the case's small problem, only to see that it works.
     """
+    give_back_freed()
     command = [sys.executable, "-m", "harness.memory", module, case, contender, *(["--small"] if small else [])]
     environment = {**os.environ, "PYTHONPATH": python_path(ROOT / "benchmarks")}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -67,6 +70,16 @@ def _measure(module_name: str, case_name: str, contender: str, small: bool) -> P
     except AssertionError as error:
         return Peak("wrong", in_one_line(error))
     return Peak(bytes=peak)
+
+
+def give_back_freed() -> None:
+    """Give the memory that this process freed back to the system, also where it was told to keep that.
+
+    Steps of one contender and another in turn leave tens of GB, which whatever is measured next may need.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # of glibc; other libraries' malloc keeps little
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> None:
