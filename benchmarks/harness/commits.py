@@ -12,8 +12,8 @@ __all__ = ["commit", "commit_of"]
 
 @functools.cache
 def commit() -> str:
-    """Of this checkout; "unknown" where there is none. What benchmarks themselves write does not count as a change."""
-    return commit_of(ROOT, but=(RESULTS, DOCS)) or "unknown"
+    """Of this checkout; "unknown" where there is none. What benchmarks write, and texts, do not count as changes."""
+    return commit_of(ROOT, but=(RESULTS, DOCS, ROOT / "*.md")) or "unknown"
 
 
 def commit_of(folder: Path, *, but: Sequence[Path] = ()) -> str | None:
@@ -21,7 +21,7 @@ def commit_of(folder: Path, *, but: Sequence[Path] = ()) -> str | None:
 
     Args:
         folder: the root of the checkout.
-        but: folders in it whose files may be changed.
+        but: folders in it, or patterns of git's, whose files may be changed.
 
     Returns:
         The short name of the commit, or None where git does not know the folder or is not there.

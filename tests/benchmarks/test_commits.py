@@ -11,8 +11,8 @@ def test_a_checkout_says_its_commit_and_whether_it_was_changed(tmp_path):
     subprocess.run([*git, "init", "--quiet"], check=True)
     assert commit_of(tmp_path) is None
     (tmp_path / "results").mkdir()
-    code, rows = tmp_path / "code.py", tmp_path / "results" / "rows.csv"
-    for path in (code, rows):
+    code, rows, text = tmp_path / "code.py", tmp_path / "results" / "rows.csv", tmp_path / "results" / "README.md"
+    for path in (code, rows, text):
         path.write_text("before")
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "--message", "Begin"], check=True)
@@ -24,5 +24,8 @@ def test_a_checkout_says_its_commit_and_whether_it_was_changed(tmp_path):
     rows.write_text("after")
     assert commit_of(tmp_path, but=[tmp_path / "results"]) == at
     assert commit_of(tmp_path) == f"{at}-dirty"
+    rows.write_text("before")
+    text.write_text("after")
+    assert commit_of(tmp_path, but=[tmp_path / "*.md"]) == at
     code.write_text("after")
     assert commit_of(tmp_path, but=[tmp_path / "results"]) == f"{at}-dirty"
