@@ -1,7 +1,6 @@
 """Train a detector on COCO-format data: puts data, model, criterion, training loop and COCO evaluation together."""
 
 import logging
-import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..data.categories import difference_in_words
@@ -129,12 +127,10 @@ def _train(
     header = _header(config, model, data.val_set)
     val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))
 
-    def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        running = own_trainer()
-        assert running is not None  # it is what calls this
-        display = running.progress.display
-        metrics = evaluate(accelerator, model, val_loader, data.val_set, config, running.stop_if_asked, display)
-        log_picture(accelerator, "predictions", config.output / "predictions.png", running.state.batches)
+    def evaluate_epoch(trainer: Trainer) -> dict[str, Any]:
+        model, display = trainer.state.model, trainer.progress.display
+        metrics = evaluate(accelerator, model, val_loader, data.val_set, config, trainer.stop_if_asked, display)
+        log_picture(accelerator, "predictions", config.output / "predictions.png", trainer.state.batches)
         return metrics
 
     trainer = Trainer(
@@ -143,12 +139,9 @@ def _train(
         criterion_of(config, model, weights).to(accelerator.device),
         training_loader(data.train_samples, config),
         _settings(config, header, getattr(model, "files", dict)()),
-        evaluate=run_evaluation,
+        evaluate=evaluate_epoch,
         observe=observe,
     )
-    # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
-    # them, which then abort it now and then (pytorch/pytorch#179291).
-    own_trainer = weakref.ref(trainer)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
     rehearse_evaluation(accelerator, trainer.state.model, data.val_set, config)

@@ -70,8 +70,8 @@ class Trainer:
             indices of samples that could not be read, whose number is reported, ``remember`` to be told them, and
             ``limit``, how many there may be over all processes.
         settings: how the training runs.
-        evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch. None
-            not to evaluate.
+        evaluate: called after an epoch with this trainer, whose model then has the weights to evaluate; returns
+            metrics, of which ``"AP"`` picks the best epoch. None not to evaluate.
         observe: called as ``observe(step, model, output, targets)`` after the backward pass of every batch and before
             the weights change, with the number of the batch in the run, counted from 1, and the bare model. If it has a
             method ``wants(number)``, only for batches of which this says True. With CUDA graphs it must have one, and
@@ -93,12 +93,14 @@ class Trainer:
         loader: DataLoader[Any],
         settings: TrainerSettings,
         *,
-        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+        evaluate: Callable[["Trainer"], dict[str, Any]] | None = None,
         observe: Observe | None = None,
     ):
         self.accelerator = accelerator
         self.settings = settings
         self.config = settings.optimization.resolved()
+        # It gets the trainer and must not keep it: two objects that hold each other live until the interpreter ends,
+        # and so do the threads of DDP's process group, which then abort it now and then (pytorch/pytorch#179291).
         self.evaluate = evaluate
         self.sampler: Any = loader.sampler
         self.frozen = freeze(model, self.config.freeze) if self.config.freeze else []
@@ -331,7 +333,7 @@ class Trainer:
             return
         averaged = nullcontext() if state.average is None else state.average.in_model()
         with random_state_kept(), averaged:
-            row["metrics"] = self.evaluate(state.model)
+            row["metrics"] = self.evaluate(self)
         self.progress.log_metrics(row)
         state.save_history(self.settings.run, self.settings.metadata)
         self._write_results()
