@@ -125,20 +125,29 @@ class DeviceStep:
         statistics = self._statistics.copies()
         parts, norm = self.add_gradients(batches)
         losses = Losses.summed(parts)
-        flags = self._agreed(~(losses["loss"] + norm).isfinite())
-        broken = flags[0]
+        broken = self._is_broken(losses["loss"], norm)
+        flags = broken[None] if self.agree is None else self.agree(broken)
+        overflowed = self._take(flags[0], statistics)
+        self.optimizer.zero_grad()
+        return StepOutcome(losses, torch.stack([part["loss"] for part in parts]), norm, flags, overflowed)
+
+    def _is_broken(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether this process's step is to change nothing, a scalar bool."""
+        return ~(loss + norm).isfinite()
+
+    def _take(self, broken: Tensor, statistics: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
+        """Change weights and average if the step is not broken, else set the statistics back to what they were before.
+
+        Returns:
+            ``overflowed`` of :class:`StepOutcome`.
+        """
         with self._unless(broken):
             self.optimizer.step()
         for buffer, before in statistics:
             buffer.copy_(torch.where(broken, before, buffer))
         if self.average is not None:
             self.average.update(unless=broken)
-        self.optimizer.zero_grad()
-        return StepOutcome(losses, torch.stack([part["loss"] for part in parts]), norm, flags)
-
-    def _agreed(self, broken: Tensor) -> Tensor:
-        """The flags of :class:`StepOutcome`, from whether this process's step is broken."""
-        return broken[None] if self.agree is None else self.agree(broken)
+        return None
 
     @contextmanager
     def _unless(self, broken: Tensor) -> Iterator[None]:

@@ -137,7 +137,7 @@ class Trainer:
         state, accelerator = self.state, self.accelerator
         agree = _Agreement(accelerator, self.stop, self._time_is_up) if accelerator.num_processes > 1 else None
         parts = (self.gradients, self.gradients.bare, state.optimizer, state.average, agree)
-        return DeviceStep(*parts) if accelerator.scaler is None else ScaledStep(*parts, accelerator.scaler)
+        return DeviceStep(*parts) if accelerator.scaler is None else ScaledStep(*parts, scaler=accelerator.scaler)
 
     def _build_graphs(self) -> StepGraphs:
         state = self.state
