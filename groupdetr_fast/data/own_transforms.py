@@ -1,7 +1,8 @@
 """Augmentations of one's own, from a file of Python that a configuration names."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ class OwnTransforms:
         self.name, self.source = name, source
         path, function = split_name(name)
         names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-        with self._failures(f"{path} fails"):
+        with _failures_explained(str(path), path):
             exec(compile(source, str(path), "exec"), names)
         build = names.get(function)
         if not callable(build):
@@ -72,7 +73,7 @@ class OwnTransforms:
             functions = [value.__name__ for value in own if value.__code__.co_filename == str(path)]
             has = f"it has {', '.join(functions)}" if functions else "it has none"
             raise TransformError(f"transforms: {path} has no function {function}: {has}")
-        with seeded(0, 0, 0), self._failures(f"{function}() of {path} fails"):
+        with seeded(0, 0, 0), _failures_explained(f"{function}() of {path}", path):
             transform = build()
         if not isinstance(transform, v2.Transform):
             raise TransformError(
@@ -80,9 +81,6 @@ class OwnTransforms:
                 f"{_kind(transform)}"
             )
         self._transform: Callable[..., Any] = transform
-
-    def _failures(self, what: str) -> "_Failures":
-        return _Failures(f"transforms: {what}", split_name(self.name)[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "source": self.source}
@@ -106,7 +104,7 @@ class OwnTransforms:
         Raises:
             TransformError: if the transform fails, or returns other kinds, types or numbers; it names the file.
         """
-        with self._failures(f"the transform of {self.name} fails"):
+        with _failures_explained(f"the transform of {self.name}", split_name(self.name)[0]):
             result = self._transform(tv_tensors.wrap(image.clone(), like=image), dict(objects))
         fault = _fault(result, objects)
         if fault is not None:
@@ -154,25 +152,19 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(file), function
 
 
-class _Failures:
-    """A context that turns any error of somebody else's code into a sentence with its place in a file."""
-
-    def __init__(self, what: str, path: Path):
-        self.what, self.path = what, path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if not isinstance(error, Exception):
-            return
+@contextmanager
+def _failures_explained(what: str, path: Path) -> Iterator[None]:
+    """Turn any error of somebody else's code into a sentence with its place in the file ``path``."""
+    try:
+        yield
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(self.path)]
-        if isinstance(error, SyntaxError) and error.filename == str(self.path):
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
         place = f", line {lines[-1]}" if lines else ""
         reason = " ".join(str(error).split())[:SHOWN]
-        raise TransformError(f"{self.what}{place}: {type(error).__name__}: {reason}") from None
+        raise TransformError(f"transforms: {what} fails{place}: {type(error).__name__}: {reason}") from None
 
 
 def _fault(result: Any, given: dict[str, Any]) -> str | None:
