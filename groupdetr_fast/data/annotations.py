@@ -71,6 +71,11 @@ class Annotations:
     segmentations: Segmentations | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> Tensor:
+        """``[N]`` int64, objects of each image."""
+        return torch.from_numpy(self.offsets).diff()
+
 
 def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO annotation file whose three tables are known to be lists of objects.
