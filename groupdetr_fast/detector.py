@@ -150,9 +150,9 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Raises:
             ValueError: for an unknown setting, and as ``runs.train.train``.
         """
-        run, settings = self._training(recipe, settings)
-        folder = Path(output) if output is not None else _new_folder(RUNS / "train")
-        results = train(run.with_settings(**_of_data(data), output=folder, **settings))
+        places = _places(data, output, "train")
+        results = train(self._training(recipe, **places, **settings))
+        folder = places["output"]
         best = folder / "checkpoints" / BEST
         trained = best if best.exists() else latest_checkpoint(folder)
         if trained is not None:
@@ -183,18 +183,17 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             ValueError: for an unknown setting, and as ``runs.find_rate.find_rate``.
         """
         own = {each.name: settings.pop(each.name) for each in fields(SweepSettings) if each.name in settings}
-        run, settings = self._training(recipe, settings)
-        folder = Path(output) if output is not None else _new_folder(RUNS / "rate")
-        return find_rate(run.with_settings(**_of_data(data), output=folder, **settings), SweepSettings(**own))
+        run = self._training(recipe, **_places(data, output, "rate"), **settings)
+        return find_rate(run, SweepSettings(**own))
 
-    def _training(self, recipe: str | None, settings: dict[str, Any]) -> tuple[CocoTrainingConfig, dict[str, Any]]:
-        """The run that settings change, and these, with what a detector that has weights adds to them."""
+    def _training(self, recipe: str | None, **settings: Any) -> CocoTrainingConfig:
+        """A recipe, or else the detector's own run, with these settings; it begins from the weights, if any."""
         run = self._run if recipe is None else launched_recipe(recipe)
         if recipe is not None and self.checkpoint is not None:
             self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
         if self.checkpoint is not None:
             settings = {"new_class_head": True, "num_groups": self._num_groups, **settings}
-        return run, settings
+        return run.with_settings(**settings)
 
     def evaluate(
         self,
@@ -220,8 +219,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
                 ``runs.evaluate.evaluate_checkpoint``.
         """
         self._require_weights("evaluate")
-        folder = Path(output) if output is not None else _new_folder(RUNS / "eval")
-        run = self._run.with_settings(**{"num_groups": 1, **settings}, **_of_data(data), output=folder, eval_only=True)
+        settings = {"num_groups": 1, **settings}
+        run = self._run.with_settings(**settings, **_places(data, output, "eval"), eval_only=True)
         return evaluate_checkpoint(replace(run, data=run.data.evaluated_on(split)))
 
     def predict(
@@ -285,14 +284,12 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         return self.model
 
 
-def _of_data(data: str | Path | None) -> dict[str, Any]:
-    return {} if data is None else {"data_path": Path(data)}
-
-
-def _new_folder(path: Path) -> Path:
-    """The path, or with the first number behind it that is free."""
-    candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+def _places(data: str | Path | None, output: str | Path | None, name: str) -> dict[str, Any]:
+    """Settings of a run: where its data are, if that is given, and its folder, by default a new one, ``runs/NAME``."""
+    if output is None:
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        output = next(folder for each in names if not (folder := RUNS / each).exists())
+    return {"output": Path(output), **({} if data is None else {"data_path": Path(data)})}
 
 
 def _downloaded(repository: str, **options: Any) -> Path:
