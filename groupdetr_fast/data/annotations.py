@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .packed import Texts
 from .segmentations import Segmentation, Segmentations, parse_segmentation
+from .texts import Texts
 
 __all__ = [
     "MEDIUM",
