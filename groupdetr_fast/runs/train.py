@@ -195,7 +195,7 @@ def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> Che
 def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mapping[str, str]) -> TrainerSettings:
     """What the training loop needs to know of a run."""
     return TrainerSettings(
-        config.optimization.resolved(),
+        config.optimization,
         config.output,
         header.to_json(),
         evaluate_every=config.evaluate_every,

@@ -172,7 +172,7 @@ class TrainerSettings:
     """How a training runs, apart from what it trains.
 
     Attributes:
-        optimization: how to train.
+        optimization: how to train, as it is given: the trainer resolves what it leaves open.
         run: folder of the run.
         metadata: what is needed to rebuild the model, kept in every checkpoint and in ``results.json``.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
