@@ -23,10 +23,10 @@ from ..models import postprocess
 from ..models.checkpoints import CheckpointMismatch
 from ..prediction import class_table, describe_model
 from ..random_state import random_state_kept
+from ..training.display import Display
 from ..training.engine import build_accelerator
 from ..training.faults import AGAIN, deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
-from ..training.progress import Display
 from .config import CocoTrainingConfig
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report

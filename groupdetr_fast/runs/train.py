@@ -19,10 +19,10 @@ from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
+from ..training.display import logged_to
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
-from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
