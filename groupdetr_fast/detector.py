@@ -16,6 +16,7 @@ from .data.images import ImageLike
 from .engines import EngineSettings
 from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
+from .models.checkpoints.read import find_weights
 from .models.detector import Detector as Model
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
@@ -23,7 +24,7 @@ from .runs.evaluate import evaluate_checkpoint
 from .runs.find_rate import find_rate
 from .runs.recipes import launched_recipe
 from .runs.train import train
-from .training.checkpoint import BEST, latest_checkpoint, write_weights
+from .training.checkpoint import write_weights
 from .training.rate_finder import RateSweep, SweepSettings
 
 if TYPE_CHECKING:
@@ -152,11 +153,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         """
         places = _places(data, output, "train")
         results = train(self._training(recipe, **places, **settings))
-        folder = places["output"]
-        best = folder / "checkpoints" / BEST
-        trained = best if best.exists() else latest_checkpoint(folder)
-        if trained is not None:
-            self._load(trained, None, None, {})
+        self._load(find_weights(places["output"] / "checkpoints"), None, None, {})
         return results
 
     def find_rate(
