@@ -90,14 +90,9 @@ class StepLedger:
         current.skipped += 1
         finite = step.outcome.of_batches.isfinite().tolist()
         guilty = [ids for ids, well in zip(step.image_ids, finite, strict=True) if not well]
-        everywhere = gather_object([(guilty, step.image_ids)])  # all processes are here
-        what = "loss" if any(of_process for of_process, _ in everywhere) else "gradient"
-        ids = [
-            image_id
-            for of_process in everywhere
-            for of_batch in of_process[0 if what == "loss" else 1]
-            for image_id in of_batch
-        ]
+        of_loss, of_step = zip(*gather_object([(guilty, step.image_ids)]), strict=True)  # by process: all are here
+        what, found = ("loss", of_loss) if any(of_loss) else ("gradient", of_step)
+        ids = [image_id for of_process in found for of_batch in of_process for image_id in of_batch]
         where = f"epoch {epoch}, batches {step.first + 1} to {step.first + len(step.image_ids)}"
         logger.warning("%s: the %s is not finite: step skipped; image ids %s", where, what, ids)
         if current.skipped > allowed:
