@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["OwnTransforms", "TransformError", "split_name", "try_on_samples"]
 
 EXAMPLE = "my_transforms.py:build"
-SAMPLES = 8
+SAMPLES = 8  # images, from all over the data set, on which a transform is tried
 SHOWN = 200  # characters of another program's error
 
 
@@ -112,20 +112,19 @@ class OwnTransforms:
         return _sanitized(*result)
 
 
-def try_on_samples(transforms: OwnTransforms, dataset: "CocoDataset", *, samples: int = SAMPLES) -> None:
-    """Call a transform for a few images that have objects, so that a training does not fail by it hours later.
+def try_on_samples(transforms: OwnTransforms, dataset: "CocoDataset") -> None:
+    """Call a transform for a few images with objects, so that a training does not fail by it hours later.
 
     Args:
         transforms: what is tried.
         dataset: where the images are from; those that cannot be read are passed over.
-        samples: number of images at most, from all over the data set.
 
     Raises:
         TransformError: as a call raises it, and if no object of any of the images is left.
     """
     indices = dataset.indices_with_objects()
     tried, before, after = 0, 0, 0
-    for index in indices[:: max(1, len(indices) // samples)][:samples]:
+    for index in indices[:: max(1, len(indices) // SAMPLES)][:SAMPLES]:
         try:
             image, objects = dataset.upright(index, masks=dataset.masks)
         except DataError:

@@ -119,7 +119,7 @@ class Trainer:
         self._step = self._build_step()
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
         self._saved = time.monotonic()
-        self._norm: Tensor | None = None  # of the gradient of the last step
+        self._norm: Tensor  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
     def _build_state(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
@@ -196,7 +196,7 @@ class Trainer:
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin
             images = sum(len(batch.image_ids) for batch in batches)
-            self.progress.step_ended(len(batches), losses, images=images, waited=waited, norm=self._norm)
+            self.progress.step_ended(len(batches), losses, self._norm, images=images, waited=waited)
             self._save_where_asked()
             asked = time.perf_counter()
         self.finish_epoch()

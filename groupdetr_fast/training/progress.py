@@ -61,22 +61,16 @@ class TrainingProgress:
             yield
 
     def step_ended(
-        self,
-        batches: int,
-        losses: dict[str, Tensor],
-        *,
-        images: int = 0,
-        waited: float = 0.0,
-        norm: Tensor | None = None,
+        self, batches: int, losses: dict[str, Tensor], norm: Tensor, *, images: int, waited: float
     ) -> None:
         """Report an optimiser step, inside :meth:`shown`; every process must call this.
 
         Args:
             batches: of the step.
             losses: of the step, of this process.
+            norm: scalar, of the gradient before it was clipped.
             images: of the step, of this process.
             waited: seconds until the batches were there.
-            norm: scalar, of the gradient before it was clipped; None if it is not known.
         """
         ended = self.state.batches
         self._bars.update(self._task, completed=ended)
@@ -90,8 +84,7 @@ class TrainingProgress:
             return
         rate = self.state.scheduler.get_last_lr()[0]
         values = {f"train/{name}": value.item() for name, value in mean_losses(Losses.of(losses)).items()}
-        of_gradient = {} if norm is None else {"train/gradient_norm": norm.item()}
-        self.accelerator.log({**values, **of_gradient, "train/lr": rate}, step=ended)
+        self.accelerator.log({**values, "train/gradient_norm": norm.item(), "train/lr": rate}, step=ended)
         status = f"loss {values['train/loss']:.3f}  lr {rate:.2g}"
         self._bars.update(self._task, what=f"epoch {self.state.epoch + 1}", status=status)
 
@@ -107,7 +100,7 @@ class TrainingProgress:
             f"loss {row['train'].get('loss', math.nan):.3f}  {shown}"
         )
 
-    def _print_steps(self, losses: dict[str, Tensor], norm: Tensor | None) -> None:
+    def _print_steps(self, losses: dict[str, Tensor], norm: Tensor) -> None:
         """A line on the steps since the last one; the loss and the gradient's norm are those of the newest, here."""
         if not self.accelerator.is_main_process:
             return
@@ -121,7 +114,7 @@ class TrainingProgress:
             f"lr {state.scheduler.get_last_lr()[0]:.2g}",
             f"{since.images * self.accelerator.num_processes / seconds:.1f} images/s",
             f"waited {100 * since.waited / seconds:.0f} % for data",
-            *([] if norm is None else [f"gradient {norm.item():.3g}"]),
+            f"gradient {norm.item():.3g}",
             f"{peak_memory_mib():.0f} MiB",
             f"{timedelta(seconds=round(left))} left",
         ]
