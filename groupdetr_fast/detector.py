@@ -90,10 +90,10 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Args:
             checkpoint: file or folder of this package, such as that of a run, of an original repository or of
                 transformers; or the id of a repository on the Hugging Face Hub that has one (``user/name``).
-            model: name of the detector, for checkpoints that do not say it.
+            model: name of the detector, for checkpoints without it.
             device: where to; by default a GPU if there is one.
             revision, token, cache_dir, local_files_only: of the repository on the Hub, see ``snapshot_download``.
-            **settings: sizes of the detector, for checkpoints that do not say them.
+            **settings: sizes of the detector, for checkpoints without them.
 
         Raises:
             FileNotFoundError: if there is no such path, and no such repository can be downloaded.
@@ -229,7 +229,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def predict_video(
         self, source: str | Path | int, *, score_threshold: float = 0.3, **settings: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Detect objects in a video; arguments, what is given and errors are those of ``gd.predict_video``."""
+        """Detect objects in a video; arguments, results and errors are those of ``gd.predict_video``."""
         return predict_video(self._require_weights("predict"), source, score_threshold=score_threshold, **settings)
 
     def export(
@@ -252,8 +252,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def in_training(self) -> "Model | TransformersDetector":
         """The detector as it is trained, with all its groups, and with the weights of its checkpoint.
 
-        It is another one than :attr:`model`, and on the CPU. Without a checkpoint its weights are random, and its
-        classes as many as those of the original detector; a model of transformers has those that it comes with.
+        It shares nothing with :attr:`model`, and is on the CPU. Without a checkpoint its weights are random and it has
+        as many classes as the original detector; a model of transformers has the weights and classes it comes with.
 
         Raises:
             ValueError: as ``gd.load_model``.

@@ -61,7 +61,7 @@ class FrameChoice:
     Args:
         every: every so many frames, from the first one on.
         fps: at most so many of a second, as evenly as the frames allow.
-        most: as many frames, and no more.
+        most: so many frames at most.
 
     Raises:
         ValueError: for both of the first two, or a number that is not positive.

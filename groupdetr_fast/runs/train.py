@@ -118,9 +118,9 @@ def _load_data(config: CocoTrainingConfig, device: torch.device) -> _Data:
 def _train(
     config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, newest: Path | None, observe: Observe | None
 ) -> dict[str, Any]:
-    """The training of :func:`train`, with batches of a known size, in a folder that no other one uses.
+    """The training of :func:`train`, once batches have a size and the folder is reserved.
 
-    ``newest`` is the checkpoint that says what the detector of a run that is resumed is.
+    If the run is resumed, the checkpoint ``newest`` says what its detector is.
     """
     weights = class_weights_of(config, data.train_set)
     model = config.model.build(data.val_set.num_classes, resumed=newest)

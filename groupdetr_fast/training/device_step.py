@@ -20,15 +20,15 @@ AddGradients = Callable[[Sequence[Any]], tuple[list[dict[str, Tensor]], Tensor]]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step says of itself; nothing of it is on the host yet.
+    """What became of a step, in tensors that the host has not waited for.
 
     Attributes:
         losses: summed over the batches of the step.
         of_batches: ``[batches]``, the loss of each batch.
         norm: scalar, of the gradient before it was clipped.
-        flags: ``[1]`` bool: the loss or the gradient was not finite, and the step has changed nothing. With several
-            processes ``[3]``, of any of them; the second: whether one was asked to stop, and the third: whether it is
-            time for a checkpoint.
+        flags: ``[1]`` bool: whether the loss or the gradient was not finite, so that the step has changed nothing. With
+            several processes ``[3]``, each of which is set if any process sets it; the second: it was asked to stop,
+            the third: it is time for a checkpoint.
         overflowed: whether a loss scaler has left out the step; None without one.
         replayed: whether it was a CUDA graph.
     """
@@ -62,7 +62,7 @@ class HostCopy:
             self._arrived.record()
 
     def tolist(self) -> list[Any]:
-        """Waits for them, and for nothing that was enqueued later."""
+        """The numbers; the host waits for them, and for nothing that was enqueued later."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

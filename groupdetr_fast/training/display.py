@@ -38,7 +38,7 @@ class Display:
 
     @contextmanager
     def bars(self) -> Iterator[Progress]:
-        """Inside, the terminal has a place for bars; one inside another is the same.
+        """Inside, the terminal has a place for bars; a call inside another one shares its place.
 
         Their tasks have the fields ``what``, which comes before the bar, and ``status``, after it.
         """
@@ -87,7 +87,7 @@ class Display:
                 bars.remove_task(task)
 
     def print(self, line: str, *, on_terminal: bool = True) -> None:
-        """Show a line and give it to the log file; perhaps not where a bar shows as much."""
+        """Show a line and log it; without ``on_terminal`` a terminal, whose bar shows as much, does not get it."""
         if self.accelerator.is_main_process:
             _shown.info(line)
             if on_terminal or not self.console.is_terminal:

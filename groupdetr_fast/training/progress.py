@@ -60,9 +60,7 @@ class TrainingProgress:
             self._since = _Since(time.perf_counter())
             yield
 
-    def step_ended(
-        self, batches: int, losses: dict[str, Tensor], norm: Tensor, *, images: int, waited: float
-    ) -> None:
+    def step_ended(self, batches: int, losses: dict[str, Tensor], norm: Tensor, *, images: int, waited: float) -> None:
         """Report an optimiser step, inside :meth:`shown`; every process must call this.
 
         Args:

@@ -44,7 +44,7 @@ class EpochState:
         steps: optimiser steps that were taken.
         skipped: optimiser steps that were not, since the loss or the gradient was not finite.
         overflowed: optimiser steps that the loss scaler of fp16 left out, since a scaled gradient was too large.
-        overflows_in_a_row: those of them since the last step that was taken.
+        overflows_in_a_row: steps that the loss scaler left out since the last one that was taken.
         without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
@@ -240,7 +240,7 @@ class TrainingState:
 
 
 def _check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse the weights of another model, in a sentence of which those of torch would be a page."""
+    """Refuse the weights of another model in one sentence; torch's own message would fill a page."""
     differences = [f"{name} is not in it" for name in own if name not in saved]
     differences += [f"it has {name}" for name in saved if name not in own]
     for name in own.keys() & saved.keys():

@@ -24,12 +24,12 @@ class StepLedger:
 
     Args:
         state: of the training.
-        max_skipped_steps: of an epoch.
+        max_skipped_steps: how many steps of an epoch may be skipped.
         clip_norm: beyond which the gradient of a step counts as clipped; 0 for never.
 
     Attributes:
-        stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
-        time_is_up: whether it is time for a checkpoint in a process, likewise.
+        stopping: whether any process was asked to stop, by the steps that were counted; the same in all processes.
+        time_is_up: whether it is time for a checkpoint in any process, likewise.
     """
 
     def __init__(self, state: TrainingState, max_skipped_steps: int, clip_norm: float = 0.0):
@@ -115,7 +115,7 @@ class StepLedger:
 
 
 class _EnqueuedStep(NamedTuple):
-    """A step that the host has not looked at since it launched it."""
+    """A step that was launched and not looked at since."""
 
     first: int  # batches of the epoch before it
     image_ids: list[list[int]]  # of each batch
