@@ -16,6 +16,7 @@ from .data.images import ImageLike
 from .engines import EngineSettings
 from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
+from .models.checkpoints.read import find_weights
 from .models.detector import Detector as Model
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
@@ -23,7 +24,7 @@ from .runs.evaluate import evaluate_checkpoint
 from .runs.find_rate import find_rate
 from .runs.recipes import launched_recipe
 from .runs.train import train
-from .training.checkpoint import BEST, latest_checkpoint, write_weights
+from .training.checkpoint import write_weights
 from .training.rate_finder import RateSweep, SweepSettings
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Args:
             checkpoint: file or folder of this package, such as that of a run, of an original repository or of
                 transformers; or the id of a repository on the Hugging Face Hub that has one (``user/name``).
-            model: name of the detector, for checkpoints that do not say it.
+            model: name of the detector, for checkpoints without it.
             device: where to; by default a GPU if there is one.
             revision, token, cache_dir, local_files_only: of the repository on the Hub, see ``snapshot_download``.
-            **settings: sizes of the detector, for checkpoints that do not say them.
+            **settings: sizes of the detector, for checkpoints without them.
 
         Raises:
             FileNotFoundError: if there is no such path, and no such repository can be downloaded.
@@ -150,13 +151,9 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         Raises:
             ValueError: for an unknown setting, and as ``runs.train.train``.
         """
-        run, settings = self._training(recipe, settings)
-        folder = Path(output) if output is not None else _new_folder(RUNS / "train")
-        results = train(run.with_settings(**_of_data(data), output=folder, **settings))
-        best = folder / "checkpoints" / BEST
-        trained = best if best.exists() else latest_checkpoint(folder)
-        if trained is not None:
-            self._load(trained, None, None, {})
+        places = _places(data, output, "train")
+        results = train(self._training(recipe, **places, **settings))
+        self._load(find_weights(places["output"] / "checkpoints"), None, None, {})
         return results
 
     def find_rate(
@@ -183,18 +180,17 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             ValueError: for an unknown setting, and as ``runs.find_rate.find_rate``.
         """
         own = {each.name: settings.pop(each.name) for each in fields(SweepSettings) if each.name in settings}
-        run, settings = self._training(recipe, settings)
-        folder = Path(output) if output is not None else _new_folder(RUNS / "rate")
-        return find_rate(run.with_settings(**_of_data(data), output=folder, **settings), SweepSettings(**own))
+        run = self._training(recipe, **_places(data, output, "rate"), **settings)
+        return find_rate(run, SweepSettings(**own))
 
-    def _training(self, recipe: str | None, settings: dict[str, Any]) -> tuple[CocoTrainingConfig, dict[str, Any]]:
-        """The run that settings change, and these, with what a detector that has weights adds to them."""
+    def _training(self, recipe: str | None, **settings: Any) -> CocoTrainingConfig:
+        """A recipe, or else the detector's own run, with these settings; it begins from the weights, if any."""
         run = self._run if recipe is None else launched_recipe(recipe)
         if recipe is not None and self.checkpoint is not None:
             self._num_groups, run = run.model.num_groups, replace(run, model=self._run.model)
         if self.checkpoint is not None:
             settings = {"new_class_head": True, "num_groups": self._num_groups, **settings}
-        return run, settings
+        return run.with_settings(**settings)
 
     def evaluate(
         self,
@@ -220,8 +216,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
                 ``runs.evaluate.evaluate_checkpoint``.
         """
         self._require_weights("evaluate")
-        folder = Path(output) if output is not None else _new_folder(RUNS / "eval")
-        run = self._run.with_settings(**{"num_groups": 1, **settings}, **_of_data(data), output=folder, eval_only=True)
+        settings = {"num_groups": 1, **settings}
+        run = self._run.with_settings(**settings, **_places(data, output, "eval"), eval_only=True)
         return evaluate_checkpoint(replace(run, data=run.data.evaluated_on(split)))
 
     def predict(
@@ -233,7 +229,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def predict_video(
         self, source: str | Path | int, *, score_threshold: float = 0.3, **settings: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Detect objects in a video; arguments, what is given and errors are those of ``gd.predict_video``."""
+        """Detect objects in a video; arguments, results and errors are those of ``gd.predict_video``."""
         return predict_video(self._require_weights("predict"), source, score_threshold=score_threshold, **settings)
 
     def export(
@@ -256,8 +252,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def in_training(self) -> "Model | TransformersDetector":
         """The detector as it is trained, with all its groups, and with the weights of its checkpoint.
 
-        It is another one than :attr:`model`, and on the CPU. Without a checkpoint its weights are random, and its
-        classes as many as those of the original detector; a model of transformers has those that it comes with.
+        It shares nothing with :attr:`model`, and is on the CPU. Without a checkpoint its weights are random and it has
+        as many classes as the original detector; a model of transformers has the weights and classes it comes with.
 
         Raises:
             ValueError: as ``gd.load_model``.
@@ -285,14 +281,12 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         return self.model
 
 
-def _of_data(data: str | Path | None) -> dict[str, Any]:
-    return {} if data is None else {"data_path": Path(data)}
-
-
-def _new_folder(path: Path) -> Path:
-    """The path, or with the first number behind it that is free."""
-    candidates = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+def _places(data: str | Path | None, output: str | Path | None, name: str) -> dict[str, Any]:
+    """Settings of a run: where its data are, if that is given, and its folder, by default a new one, ``runs/NAME``."""
+    if output is None:
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        output = next(folder for each in names if not (folder := RUNS / each).exists())
+    return {"output": Path(output), **({} if data is None else {"data_path": Path(data)})}
 
 
 def _downloaded(repository: str, **options: Any) -> Path:

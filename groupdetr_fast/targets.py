@@ -148,7 +148,7 @@ class StepTotals:
     num_groups: int | None = None
 
     @classmethod
-    def of(cls, batches: Sequence[PackedTargets], num_groups: int | None = None) -> "StepTotals":
+    def of(cls, batches: Sequence[PackedTargets]) -> "StepTotals":
         """The totals of a step on some batches; every process must call this at the same time."""
         for targets in batches:
             check_packed(targets)
@@ -157,7 +157,7 @@ class StepTotals:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
-        return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes), num_groups)
+        return cls(count.clamp(min=1), tuple(size for targets in batches for size in targets.sizes))
 
 
 def check_packed(targets: object) -> None:

@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from .annotations import Annotations, read_annotations
 from .cache import cache_root, made_once
-from .packed import Texts
 from .segmentations import Segmentations
+from .texts import Texts
 
 __all__ = ["WORTH_CACHING", "load_annotations"]
 

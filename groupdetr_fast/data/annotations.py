@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeGuard
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .packed import Texts
 from .segmentations import Segmentation, Segmentations, parse_segmentation
+from .texts import Texts
 
 __all__ = [
     "MEDIUM",
@@ -71,6 +71,11 @@ class Annotations:
     segmentations: Segmentations | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> Tensor:
+        """``[N]`` int64, objects of each image."""
+        return torch.from_numpy(self.offsets).diff()
+
 
 def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO annotation file whose three tables are known to be lists of objects.
@@ -109,28 +114,20 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
             for one that cannot be understood, or if there is none at all.
     """
     path = Path(path)
-    _check_not_empty(path, content := read_coco(path))
+    content = read_coco(path)
+    _check_not_empty(path, content)
     images = _entries(path, "images", content["images"], ("file_name", "width", "height"))
     categories = _entries(path, "categories", content["categories"], ("name",))
     annotations = _entries(path, "annotations", content["annotations"], ("image_id", "category_id", "bbox"))
     _check_names(path, categories)
-    position = {image_id: index for index, image_id in enumerate(images)}
     names = Texts.pack([_file_name(path, image) for image in images.values()])
-    image_sizes = [_image_size(path, image) for image in images.values()]
+    image_sizes = np.array([_image_size(path, image) for image in images.values()], dtype=np.int64)
 
-    kept: list[dict[str, Any]] = []
-    boxes = np.empty((len(annotations), 4))
-    for annotation in annotations.values():
-        _check_reference(path, annotation, "image_id", images, "images")
-        _check_reference(path, annotation, "category_id", categories, "categories")
-        box = _box(path, annotation)
-        if not _is_crowd(path, annotation):
-            boxes[len(kept)] = box
-            kept.append(annotation)
-
+    kept, boxes = _objects(path, annotations.values(), images, categories)
+    position = {image_id: index for index, image_id in enumerate(images)}
     owners = np.array([position[each["image_id"]] for each in kept], dtype=np.int64)
     category_ids = torch.tensor([each["category_id"] for each in kept], dtype=torch.int64)
-    boxes, valid = _clip(boxes[: len(kept)], np.array(image_sizes)[owners])
+    boxes, valid = _clip(boxes, image_sizes[owners])
     warnings = [_dropped(kept, ~valid, "boxes that are empty, not finite or outside their image")]
     parsed: list[Segmentation | None] = [None] * len(kept)
     if segmentations:
@@ -148,7 +145,7 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         path=path,
         image_ids=np.array(list(images), dtype=np.int64),
         file_names=names,
-        image_sizes=np.array(image_sizes, dtype=np.int64),
+        image_sizes=image_sizes,
         categories=[categories[category_id] for category_id in sorted(categories)],
         boxes=torch.from_numpy(boxes[order]),
         category_ids=category_ids[order],
@@ -156,6 +153,22 @@ def read_annotations(path: str | Path, *, segmentations: bool = False) -> Annota
         segmentations=Segmentations.pack(usable_ones) if segmentations else None,
         warnings=tuple(filter(None, warnings)),
     )
+
+
+def _objects(
+    path: Path, annotations: Collection[dict[str, Any]], images: Mapping[int, Any], categories: Mapping[int, Any]
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The annotations without crowd regions, all of them checked, and their boxes ``[M, 4]`` xywh."""
+    kept: list[dict[str, Any]] = []
+    boxes = np.empty((len(annotations), 4))
+    for annotation in annotations:
+        _check_reference(path, annotation, "image_id", images, "images")
+        _check_reference(path, annotation, "category_id", categories, "categories")
+        box = _box(path, annotation)
+        if not _is_crowd(path, annotation):
+            boxes[len(kept)] = box
+            kept.append(annotation)
+    return kept, boxes[: len(kept)]
 
 
 def _check_not_empty(path: Path, content: Mapping[str, Any]) -> None:

@@ -132,7 +132,7 @@ def _zeros(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
 
 
 def common_normalization(targets: Sequence[Mapping[str, Any]]) -> Normalization:
-    """That of the samples; without one, pixels are only scaled to [0, 1].
+    """The normalisation of all samples; by default pixels are only scaled to [0, 1].
 
     Raises:
         ValueError: if samples have different ones.

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from ..boxes import xyxy_to_cxcywh
 from .annotation_cache import load_annotations
-from .annotations import WITHOUT_MASK, DataError
+from .annotations import WITHOUT_MASK, Annotations, DataError
 from .copy_paste import CopyPaste
 from .images import decode_rgb, is_turned, open_image, size_fault
 from .rare_classes import repeat_factors
@@ -109,22 +109,11 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
                 "give them polygons or run lengths, or leave copy_paste at 0"
             )
         self._copy_paste = copy_paste
-        self._sources = torch.from_numpy(self._annotations.offsets).diff().nonzero().flatten()
+        self._sources = self._annotations.counts.nonzero().flatten()
         self.image_ids: list[int] = self._annotations.image_ids.tolist()
         self.categories = self._annotations.categories
         self.num_objects = len(self._annotations.boxes)
-
-        ids = torch.tensor([category["id"] for category in self.categories])
-        if labels == "contiguous":
-            self.category_ids = ids
-            self._labels = torch.searchsorted(ids, self._annotations.category_ids)
-        else:
-            for extreme in (ids[0], ids[-1]):
-                if not 0 <= extreme <= _LARGEST_LABEL:
-                    raise DataError(f'annotation file {annotation_file}: category id {extreme} cannot be a label; use '
-                                    'labels="contiguous"')  # fmt: skip
-            self.category_ids = torch.arange(int(ids[-1]) + 1)
-            self._labels = self._annotations.category_ids
+        self.category_ids, self._labels = _label_space(self._annotations, labels)
         self.num_classes = len(self.category_ids)
 
         self._cache: dict[int, Tensor] | None = None
@@ -136,26 +125,27 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        said: dict[str, Any] = {}
+        normalization = None
         if self.transforms is None:
             image, objects = self.image(index), self.ground_truth(index)
         else:
             with seeded(self.seed, epoch, index):
                 image, objects = self._transformed(index)
             image = image.as_subclass(Tensor)
-            said = {name: objects.pop(name) for name in ("normalization",) if name in objects}
+            normalization = objects.pop("normalization", None)
         if "masks" in objects:
             visible = objects["masks"].as_subclass(Tensor).flatten(1).bool().any(1)
             objects = {name: value[visible] for name, value in objects.items()}
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        target = {
+        target: dict[str, Any] = {
             "labels": objects["labels"].as_subclass(Tensor),
             "boxes": xyxy_to_cxcywh(objects["boxes"].as_subclass(Tensor)) / scale,
             "image_id": self.image_ids[index],
             "original_size": torch.from_numpy(self._annotations.image_sizes[index]).clone(),
-            **said,
         }
+        if normalization is not None:
+            target["normalization"] = normalization
         if "masks" in objects:
             target["masks"] = objects["masks"].as_subclass(Tensor).bool()
         return image, target
@@ -242,7 +232,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         Raises:
             DataError: if there are none.
         """
-        counts = torch.from_numpy(self._annotations.offsets).diff()
+        counts = self._annotations.counts
         if not counts.any():
             raise DataError(f"annotation file {self.annotation_file} has no image with objects: leave filter_empty off")
         return counts.nonzero().flatten().tolist()
@@ -254,7 +244,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def most_objects(self) -> int:
         """Objects of the fullest image."""
-        return int(torch.from_numpy(self._annotations.offsets).diff().max())
+        return int(self._annotations.counts.max())
 
     def objects_of_classes(self) -> Tensor:
         """How many objects each class has, ``[num_classes]`` int64."""
@@ -262,8 +252,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def repeat_factors(self, threshold: float) -> Tensor:
         """How often each image is to come in an epoch, ``[len(self)]`` float64; see ``rare_classes.repeat_factors``."""
-        numbers = torch.from_numpy(self._annotations.offsets).diff()
-        images = torch.arange(len(self)).repeat_interleave(numbers)
+        images = torch.arange(len(self)).repeat_interleave(self._annotations.counts)
         return repeat_factors(self._labels, images, len(self), threshold)
 
     def label_to_category_id(self, label: int | Tensor) -> int | Tensor:
@@ -299,3 +288,16 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise DataError(f"{name} cannot be read ({error}); replace the file or remove its entry") from None
         fault = size_fault(size, (width, height), turned, str(self._annotations.path))
         raise DataError(f"{name} {fault}; correct the file or the entry")
+
+
+def _label_space(annotations: Annotations, labels: Literal["contiguous", "category_id"]) -> tuple[Tensor, Tensor]:
+    """The category id of each label, and the label of each object."""
+    ids = torch.tensor([category["id"] for category in annotations.categories])
+    if labels == "contiguous":
+        return ids, torch.searchsorted(ids, annotations.category_ids)
+    for extreme in (ids[0], ids[-1]):
+        if not 0 <= extreme <= _LARGEST_LABEL:
+            raise DataError(
+                f'annotation file {annotations.path}: category id {extreme} cannot be a label; use labels="contiguous"'
+            )
+    return torch.arange(int(ids[-1]) + 1), annotations.category_ids

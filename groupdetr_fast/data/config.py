@@ -40,7 +40,7 @@ class DataPaths:
 
     @property
     def given(self) -> bool:
-        """Whether any of them is."""
+        """Whether any of these places is given."""
         return any(getattr(self, each.name) for each in fields(DataPaths))
 
     def train_paths(self) -> tuple[Path, Path]:
@@ -73,7 +73,7 @@ class DataPaths:
 
         Raises:
             DataError: as :meth:`test_paths`.
-            ValueError: if it is neither "val" nor "test".
+            ValueError: for another split than "val" and "test".
         """
         if split not in ("val", "test"):
             raise ValueError(f'split must be "val" or "test", got {split!r}')
@@ -107,14 +107,14 @@ class DataConfig(DataPaths):
             themselves, as the original repositories do (91 classes on COCO).
         workers: processes that load images, per training process; None for as many as there are cores for each of the
             training processes of this machine, at least 1 and at most 8.
-        prefetch_factor: batches that each of them loads ahead; None for what keeps the device busy, which is those of
-            the next step and one more.
+        prefetch_factor: batches that each worker loads ahead; None for those of the next step and one more, which keep
+            the device busy.
         cache_images: keep decoded images in memory; for small data sets.
         cache_on: with ``cache_images``, in which memory: "host"; "device", that of the GPU, with resized and mirrored
             images, so that neither images nor objects pass through the host again (without workers, for
             augmentations of one size without crops; refused where they take more than half of the free memory); or
             "auto", the device where that is possible and else the host.
-        filter_empty: train on images that have objects alone, as the original of Mask2Former does.
+        filter_empty: train only on images that have objects, as Mask2Former's repository does.
         repeat_factor_threshold: share of images below which a class is rare: its images come more often in an epoch, by
             the square root of this over its share (LVIS: 0.001); 0 for no repetition.
         max_unreadable_images: images to train on that may be missing or damaged, over all processes; another one stands

@@ -145,7 +145,7 @@ def _sizes_after(transforms: Transforms, sizes: Tensor) -> list[tuple[int, int]]
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes; of the host for devices that are not CUDA's."""
+    """Free bytes of a CUDA device; of the host for other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 

@@ -43,7 +43,7 @@ def find_data(folder: str | Path, part: str) -> tuple[Path, Path]:
 
 
 def has_part(folder: str | Path, part: str) -> bool:
-    """Whether a data set has a part. What ``data.yaml`` names is none if no image of it is there.
+    """Whether a data set has a part. One that ``data.yaml`` names counts only if any of its images is there.
 
     Exports without a part may name its folder, and a list may name images that were not downloaded.
 

@@ -14,11 +14,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Normalization:
-    """Less the mean and divided by the standard deviation, of pixels in [0, 1]; without arguments, only to [0, 1].
+    """Scales pixels to [0, 1], subtracts the mean and divides by the standard deviation; by default it only scales.
 
     Attributes:
-        mean: of the channels red, green, blue.
-        std: standard deviation of the same.
+        mean: of red, green and blue.
+        std: their standard deviation.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)

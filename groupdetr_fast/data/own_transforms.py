@@ -1,7 +1,8 @@
 """Augmentations of one's own, from a file of Python that a configuration names."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["OwnTransforms", "TransformError", "split_name", "try_on_samples"]
 
 EXAMPLE = "my_transforms.py:build"
-SAMPLES = 8
+SAMPLES = 8  # images, from all over the data set, on which a transform is tried
 SHOWN = 200  # characters of another program's error
 
 
@@ -64,7 +65,7 @@ class OwnTransforms:
         self.name, self.source = name, source
         path, function = split_name(name)
         names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-        with self._failures(f"{path} fails"):
+        with _failures_explained(str(path), path):
             exec(compile(source, str(path), "exec"), names)
         build = names.get(function)
         if not callable(build):
@@ -72,7 +73,7 @@ class OwnTransforms:
             functions = [value.__name__ for value in own if value.__code__.co_filename == str(path)]
             has = f"it has {', '.join(functions)}" if functions else "it has none"
             raise TransformError(f"transforms: {path} has no function {function}: {has}")
-        with seeded(0, 0, 0), self._failures(f"{function}() of {path} fails"):
+        with seeded(0, 0, 0), _failures_explained(f"{function}() of {path}", path):
             transform = build()
         if not isinstance(transform, v2.Transform):
             raise TransformError(
@@ -80,9 +81,6 @@ class OwnTransforms:
                 f"{_kind(transform)}"
             )
         self._transform: Callable[..., Any] = transform
-
-    def _failures(self, what: str) -> "_Failures":
-        return _Failures(f"transforms: {what}", split_name(self.name)[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "source": self.source}
@@ -106,7 +104,7 @@ class OwnTransforms:
         Raises:
             TransformError: if the transform fails, or returns other kinds, types or numbers; it names the file.
         """
-        with self._failures(f"the transform of {self.name} fails"):
+        with _failures_explained(f"the transform of {self.name}", split_name(self.name)[0]):
             result = self._transform(tv_tensors.wrap(image.clone(), like=image), dict(objects))
         fault = _fault(result, objects)
         if fault is not None:
@@ -114,20 +112,19 @@ class OwnTransforms:
         return _sanitized(*result)
 
 
-def try_on_samples(transforms: OwnTransforms, dataset: "CocoDataset", *, samples: int = SAMPLES) -> None:
-    """Call a transform for a few images that have objects, so that a training does not fail by it hours later.
+def try_on_samples(transforms: OwnTransforms, dataset: "CocoDataset") -> None:
+    """Call a transform for a few images with objects, so that a training does not fail by it hours later.
 
     Args:
         transforms: what is tried.
         dataset: where the images are from; those that cannot be read are passed over.
-        samples: number of images at most, from all over the data set.
 
     Raises:
         TransformError: as a call raises it, and if no object of any of the images is left.
     """
     indices = dataset.indices_with_objects()
     tried, before, after = 0, 0, 0
-    for index in indices[:: max(1, len(indices) // samples)][:samples]:
+    for index in indices[:: max(1, len(indices) // SAMPLES)][:SAMPLES]:
         try:
             image, objects = dataset.upright(index, masks=dataset.masks)
         except DataError:
@@ -154,25 +151,19 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(file), function
 
 
-class _Failures:
-    """A context that turns any error of somebody else's code into a sentence with its place in a file."""
-
-    def __init__(self, what: str, path: Path):
-        self.what, self.path = what, path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if not isinstance(error, Exception):
-            return
+@contextmanager
+def _failures_explained(what: str, path: Path) -> Iterator[None]:
+    """Turn any error of somebody else's code into a sentence with its place in the file ``path``."""
+    try:
+        yield
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(self.path)]
-        if isinstance(error, SyntaxError) and error.filename == str(self.path):
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
         place = f", line {lines[-1]}" if lines else ""
         reason = " ".join(str(error).split())[:SHOWN]
-        raise TransformError(f"{self.what}{place}: {type(error).__name__}: {reason}") from None
+        raise TransformError(f"transforms: {what} fails{place}: {type(error).__name__}: {reason}") from None
 
 
 def _fault(result: Any, given: dict[str, Any]) -> str | None:

@@ -30,8 +30,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         shuffle: False for the order of the data set.
         seed: not negative.
         indices: of the samples to yield; None for all.
-        repeats: how often each of these comes in an epoch, on average: at least 1. An epoch has their sum, rounded up,
-            whichever come once more. A sample that comes again is augmented in another way. None: each comes once.
+        repeats: how often each of these comes in an epoch, on average: at least 1. An epoch has as many samples as
+            their sum, rounded up. A sample that comes again is augmented in another way. None: each comes once.
 
     Raises:
         ValueError: for a negative seed or epoch, or repeats that do not fit or are less than 1.

@@ -43,9 +43,9 @@ class AugmentationConfig:
         copy_paste_prefer_small: paste all small objects (below 32 x 32 pixels), half of the medium ones and none from
             96 x 96 pixels on, instead of half of all.
         eval_short_side: short side in evaluation.
-        eval_max_size: limit of the long side in evaluation, or None.
-        image_mean: of the channels red, green, blue in [0, 1]; that which the backbone was trained with.
-        image_std: standard deviation of the same.
+        eval_max_size: limit on the long side in evaluation, or None.
+        image_mean: mean of red, green and blue, in [0, 1], that the backbone was trained with.
+        image_std: standard deviation of red, green and blue, likewise.
 
     Raises:
         ValueError: for an empty list, a size below 8 pixels, limits that are not ascending, a probability outside
@@ -140,7 +140,7 @@ def eval_transforms(config: AugmentationConfig | None = None) -> v2.Transform:
 
 
 class RandomHorizontalFlip(v2.RandomHorizontalFlip):
-    """That of torchvision, with images whose colours lie innermost."""
+    """torchvision's flip, for images whose colours lie innermost in memory."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if not isinstance(inpt, tv_tensors.Image):
@@ -199,7 +199,7 @@ class ResizeSquare(ResizeShortSide):
 
 
 class ScaleJitter(v2.ScaleJitter):
-    """That of torchvision, with masks that stay on their images."""
+    """torchvision's jitter, with masks that stay where their objects are."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _resized_mask(inpt, params) if isinstance(inpt, tv_tensors.Mask) else super().transform(inpt, params)

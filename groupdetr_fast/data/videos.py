@@ -1,23 +1,20 @@
-"""Frames of video files, cameras and streams, the right way up, and files of frames, by PyAV (extra ``video``)."""
+"""Frames of video files, cameras and streams, the right way up, by PyAV (extra ``video``)."""
 
 import math
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from .annotations import DataError
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "FrameChoice", "Video", "VideoWriter", "is_stream", "require_video"]
+__all__ = ["VIDEO_SUFFIXES", "Frame", "FrameChoice", "Video", "is_stream", "require_video"]
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
@@ -25,7 +22,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 TIMEOUT = 20.0  # seconds without anything from a stream
 FASTEST = 1000  # frames a second; where a file says so many it is the resolution of its clock
-TICKS = 60_000  # a second, of the times in files that are written; MPEG-4 has at most 65,535
 LOST = 0.02  # of the frames that a file says it has: so many may be missing without harm, as after an edit
 
 
@@ -65,7 +61,7 @@ class FrameChoice:
     Args:
         every: every so many frames, from the first one on.
         fps: at most so many of a second, as evenly as the frames allow.
-        most: as many frames, and no more.
+        most: so many frames at most.
 
     Raises:
         ValueError: for both of the first two, or a number that is not positive.
@@ -269,62 +265,6 @@ class _Read:
     time: float = 0.0  # of the last picture, in seconds
     broken: str = ""  # why nothing more can be read
     complete: bool = False
-
-
-class VideoWriter:
-    """Writes frames into an mp4 file: H.264 where PyAV has it, else MPEG-4.
-
-    Args:
-        path: the file.
-        rate: frames a second, of which players want to know; each frame also has its own time.
-    """
-
-    def __init__(self, path: Path, rate: float | None = None):
-        require_video()
-        import av
-
-        self.path = path
-        self._codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._rate = max(Fraction(rate or 25.0).limit_denominator(1001), Fraction(1, 1001))  # and never 0
-        self._container: Any = av.open(str(path), "w", format="mp4")
-        self._stream: Any = None
-        self._last = -1
-
-    def add(self, image: Tensor, time: float) -> None:
-        """Add a frame.
-
-        Args:
-            image: ``[3, H, W]`` uint8 RGB; one of another size than the first is resized to that.
-            time: in seconds since the beginning, later than that of the frame before.
-        """
-        import av
-
-        if self._stream is None:
-            height, width = image.shape[-2:]
-            options = {"crf": "20", "preset": "veryfast"} if self._codec == "libx264" else {"qscale": "4"}
-            self._stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
-            # Players want sides that are even: the colours of two neighbours are stored once.
-            self._stream.height, self._stream.width = height + height % 2, width + width % 2
-            self._stream.pix_fmt = "yuv420p"
-            self._stream.time_base = self._stream.codec_context.time_base = Fraction(1, TICKS)
-            self._size = [height, width]
-        if list(image.shape[-2:]) != self._size:
-            image = F.resize(image, self._size)
-        image = F.pad(image, [0, 0, self._size[1] % 2, self._size[0] % 2], padding_mode="edge")
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), format="rgb24")
-        self._last = frame.pts = max(round(time * TICKS), self._last + 1)
-        frame.time_base = Fraction(1, TICKS)
-        self._container.mux(self._stream.encode(frame))
-
-    def close(self) -> None:
-        """Finish the file; one without any frame is removed."""
-        try:
-            if self._stream is not None:
-                self._container.mux(self._stream.encode())
-        finally:
-            self._container.close()
-        if self._stream is None:
-            self.path.unlink(missing_ok=True)
 
 
 def _camera(number: int) -> tuple[str, str, dict[str, str]]:

@@ -15,23 +15,23 @@ from .ground_truth import CocoLike, GroundTruth, IouType, as_segmentation, requi
 
 __all__ = ["METRICS", "CocoEvaluator", "evaluate_coco", "format_table", "to_coco_results"]
 
-# The order of COCOeval.stats.
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-# What the table says of each: the threshold of IoU, the size of the objects, the number of detections per image.
-_ROWS = (
-    ("0.50:0.95", "all", 100),
-    ("0.50", "all", 100),
-    ("0.75", "all", 100),
-    ("0.50:0.95", "small", 100),
-    ("0.50:0.95", "medium", 100),
-    ("0.50:0.95", "large", 100),
-    ("0.50:0.95", "all", 1),
-    ("0.50:0.95", "all", 10),
-    ("0.50:0.95", "all", 100),
-    ("0.50:0.95", "small", 100),
-    ("0.50:0.95", "medium", 100),
-    ("0.50:0.95", "large", 100),
-)
+# What COCO's table says of each number, in the order of COCOeval.stats: the threshold of IoU, the size of the objects,
+# the number of detections per image.
+_TABLE = {
+    "AP": ("0.50:0.95", "all", 100),
+    "AP50": ("0.50", "all", 100),
+    "AP75": ("0.75", "all", 100),
+    "APs": ("0.50:0.95", "small", 100),
+    "APm": ("0.50:0.95", "medium", 100),
+    "APl": ("0.50:0.95", "large", 100),
+    "AR1": ("0.50:0.95", "all", 1),
+    "AR10": ("0.50:0.95", "all", 10),
+    "AR100": ("0.50:0.95", "all", 100),
+    "ARs": ("0.50:0.95", "small", 100),
+    "ARm": ("0.50:0.95", "medium", 100),
+    "ARl": ("0.50:0.95", "large", 100),
+}
+METRICS = tuple(_TABLE)
 
 
 class CocoEvaluator:
@@ -185,7 +185,7 @@ def _encoded(mask: Any, height: Any, width: Any) -> str:
 def format_table(metrics: Mapping[str, Any]) -> str:
     """The table that COCO users know, with the names of the numbers in front."""
     lines = []
-    for name, (iou, area, detections) in zip(METRICS, _ROWS, strict=True):
+    for name, (iou, area, detections) in _TABLE.items():
         title = "Average Precision  (AP)" if name.startswith("AP") else "Average Recall     (AR)"
         lines.append(
             f" {name:<5}  {title} @[ IoU={iou:<9} | area={area:>6s} | maxDets={detections:>3d} ] = {metrics[name]:0.3f}"

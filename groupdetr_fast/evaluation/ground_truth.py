@@ -117,7 +117,7 @@ class GroundTruth:
         return order, np.searchsorted(self.images[order], np.arange(1, len(self.image_ids) + 2))
 
     def distinct_names(self) -> list[str]:
-        """Names of the categories; those of equal name have their ids, too."""
+        """Names of the categories, with their ids behind names that several of them have."""
         names = self.category_names
         return [
             name if names.count(name) == 1 else f"{name} ({category_id})"
@@ -126,7 +126,7 @@ class GroundTruth:
 
 
 def check_iou_type(iou_type: str) -> None:
-    """Raises ValueError unless it is one."""
+    """Raises ValueError for anything but an :data:`IouType`."""
     if iou_type not in ("bbox", "segm"):
         raise ValueError(f'iou_type must be "bbox" or "segm", got {iou_type!r}')
 

@@ -116,7 +116,7 @@ def draw_image(
 
     Args:
         image: uint8 ``[3, H, W]``, RGB.
-        prediction: as one of those of :func:`draw_detections`.
+        prediction: an entry of the ``predictions`` of :func:`draw_detections`.
         category_names: the name of each label; other labels are shown by their number.
         path: the file to write; its ending (jpg, png, pdf, svg) is the format.
         score_threshold: predictions with a lower score are not drawn.
@@ -141,7 +141,7 @@ def draw_frame(image: Tensor, prediction: Mapping[str, Tensor], category_names: 
 
     Args:
         image: uint8 ``[3, H, W]``, RGB.
-        prediction: as one of those of :func:`draw_detections`; all of them are drawn.
+        prediction: an entry of the ``predictions`` of :func:`draw_detections`; all its detections are drawn.
         category_names: the name of each label; other labels are shown by their number.
 
     Returns:

@@ -1,4 +1,6 @@
-"""Attention over image tokens, shared by the encoder and the decoders."""
+"""Attention over image tokens, shared by the encoder and the decoders, and what multi-head attention projects by."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops.cross_attention import is_preferred
 
-__all__ = ["SelfAttention", "attend", "split_heads"]
+__all__ = ["MultiheadProjections", "SelfAttention", "attend", "split_heads"]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -40,10 +42,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     return out[..., :size].transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention of image tokens: queries and keys carry the position, values do not.
+class MultiheadProjections(nn.Module):
+    """The projections of multi-head attention, named and laid out as in ``torch.nn.MultiheadAttention``.
 
-    Parameters are named and laid out as in ``torch.nn.MultiheadAttention``.
+    Biases are 0; ``in_proj_weight`` is left to whoever initialises the module.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
@@ -55,10 +57,26 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
+    def project(self, content: Tensor, position: Tensor) -> Iterator[Tensor]:
+        """Queries, keys and values of self-attention, of which queries and keys carry the position.
+
+        Args:
+            content: ``[B, L, d]``.
+            position: ``[B or 1, L, d]``.
+
+        Returns:
+            Three ``[B, L, H, D]``.
+        """
+        dim = content.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query, key = F.linear(content + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, -1)
+        value = F.linear(content, weight[2 * dim :], bias[2 * dim :])
+        return (split_heads(part, self.num_heads) for part in (query, key, value))
+
+
+class SelfAttention(MultiheadProjections):
+    """Multi-head self-attention of image tokens."""
+
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """``x``, ``position`` ``[B, S, d]``, ``padding`` ``[B, S]`` -> ``[B, S, d]``."""
-        dim = x.shape[-1]
-        query, key = F.linear(x + position, self.in_proj_weight[: 2 * dim], self.in_proj_bias[: 2 * dim]).chunk(2, -1)
-        value = F.linear(x, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
-        heads = (split_heads(part, self.num_heads) for part in (query, key, value))
-        return self.out_proj(attend(*heads, padding, self.dropout if self.training else 0.0))
+        return self.out_proj(attend(*self.project(x, position), padding, self.dropout if self.training else 0.0))

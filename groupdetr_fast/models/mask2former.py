@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..groups import QueryGroups
-from ..layers.attention import split_heads
+from ..layers.attention import MultiheadProjections, split_heads
 from ..layers.backbone import Backbone
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_encoder import DeformableEncoder
@@ -147,21 +147,12 @@ class PixelMemory(NamedTuple):
     padding: Tensor
 
 
-class MaskedCrossAttention(nn.Module):
-    """Multi-head attention of queries to the image tokens that a mask leaves visible to each of them (section 3.2.1).
-
-    Parameters are named and laid out as in ``torch.nn.MultiheadAttention``.
-    """
+class MaskedCrossAttention(MultiheadProjections):
+    """Multi-head attention of each query to the image tokens that a mask leaves visible to it (section 3.2.1)."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        super().__init__(dim, num_heads, dropout)
         nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Attend.

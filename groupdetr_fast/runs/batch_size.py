@@ -12,7 +12,7 @@ from ..data import Batch, CocoDataset, collate
 from ..data.largest import largest_training_size
 from ..random_state import random_state_kept
 from ..training.batch_size import TrialSteps, found_batch_size
-from ..training.progress import Display
+from ..training.display import Display
 from .class_weights import criterion_of
 from .config import CocoTrainingConfig
 from .kept_files import begun_with

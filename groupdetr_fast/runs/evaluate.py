@@ -23,10 +23,10 @@ from ..models import postprocess
 from ..models.checkpoints import CheckpointMismatch
 from ..prediction import class_table, describe_model
 from ..random_state import random_state_kept
+from ..training.display import Display
 from ..training.engine import build_accelerator
-from ..training.faults import deaths_of_processes_explained, deaths_of_workers_explained
+from ..training.faults import AGAIN, deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
-from ..training.progress import Display
 from .config import CocoTrainingConfig
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
@@ -65,8 +65,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     loader = accelerator.prepare(evaluation_loader(samples, config))
     _warn_of_other_categories(config, dataset)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    again = "run the same command again"
-    with deaths_of_workers_explained(loader.num_workers, again), deaths_of_processes_explained(again):
+    with deaths_of_workers_explained(loader.num_workers, AGAIN), deaths_of_processes_explained(AGAIN):
         metrics = evaluate(accelerator, model, loader, dataset, config)
     if accelerator.is_main_process:
         write_json(config.output / METRICS_FILE, metrics)

@@ -9,6 +9,7 @@ from ..files import write_whole
 from ..training.batch_size import check_auto
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import (
+    AGAIN,
     deaths_of_processes_explained,
     deaths_of_workers_explained,
     lack_of_memory_explained,
@@ -21,7 +22,6 @@ from .loaders import training_loader, training_samples, training_set
 
 __all__ = ["find_rate"]
 
-AGAIN = "run the same command again"
 WITHOUT_LIMIT = 2**62  # skipped steps: the sweep ends by itself
 
 
@@ -55,7 +55,7 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
         model,
         criterion_of(config, model, class_weights_of(config, dataset)).to(accelerator.device),
         training_loader(samples, config),
-        TrainerSettings(config.optimization.resolved(), config.output, max_skipped_steps=WITHOUT_LIMIT),
+        TrainerSettings(config.optimization, config.output, max_skipped_steps=WITHOUT_LIMIT),
     )
     with (
         lack_of_memory_explained(config.optimization.images_per_batch),

@@ -69,7 +69,7 @@ def training_samples(
 
     Raises:
         CacheRefused: if they cannot be kept there, and not on the host instead.
-        DataError: for images to be kept in memory, wherever, that cannot be read. Of others, as many are left out as
+        DataError: if images are to be kept in memory and one cannot be read. If they are not, as many are left out as
             the configuration allows.
     """
     found = _where_kept(dataset, config, device, training=True)

@@ -123,12 +123,12 @@ class ModelConfig:
 
         Args:
             num_classes: C.
-            resumed: the checkpoint whose weights will replace those of the detector: ``load``, weights of the backbone
-                and the directory that a model of transformers came from are not needed again.
+            resumed: a checkpoint of the run, whose weights will replace those of the detector: neither ``load`` nor
+                weights of the backbone nor the directory of a model of transformers are needed then.
 
         Raises:
-            CheckpointMismatch: if ``load`` is of another detector, or has another number of classes; of ``resumed``,
-                only for a model of transformers, which alone is built as its header says.
+            CheckpointMismatch: if ``load`` is of another detector, or has another number of classes; ``resumed`` only
+                for a model of transformers, which alone is built as its header says.
             ValueError: for settings that the detector does not have, and if it cannot be loaded.
         """
         if resumed is not None:
@@ -148,7 +148,7 @@ class ModelConfig:
 
         Args:
             num_classes: C; None for that of the original detector, or of the model of transformers.
-            resumed: a checkpoint of the run, as which a model of transformers is built then, with random weights.
+            resumed: a checkpoint of the run, by whose header a model of transformers is built, with random weights.
 
         Raises:
             CheckpointMismatch, ValueError: as :meth:`build`, for a model of transformers.
@@ -177,7 +177,7 @@ class ModelConfig:
     def _load_transformers(
         self, num_classes: int | None, *, weights: bool = True
     ) -> "tuple[TransformersDetector, int]":
-        """The same, of a model of transformers; without ``weights`` it has random ones where it can."""
+        """The same for a model of transformers; without ``weights``, its weights are random where they can be."""
         require_transformers()
         from ..transformers_detector.build import load_detector, load_pretrained
 

@@ -15,7 +15,7 @@ __all__ = ["described_checkpoint", "require_same_run", "warn_of_changes"]
 
 logger = logging.getLogger(__name__)
 
-# What resuming cannot change, besides the detector; and what it can change of that.
+# The settings that resuming cannot change, besides those of the detector; and those of the detector that it can.
 FIXED = {"data.labels"} | {
     f"optimization.{name}" for name in ("backbone_layer_decay", "decay_norms", "freeze", "query_lr", "seed")
 }

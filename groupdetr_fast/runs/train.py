@@ -1,7 +1,6 @@
 """Train a detector on COCO-format data: puts data, model, criterion, training loop and COCO evaluation together."""
 
 import logging
-import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..data.categories import difference_in_words
@@ -21,10 +19,10 @@ from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
+from ..training.display import logged_to
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
-from ..training.progress import logged_to
 from ..training.tracking import check_trackers, log_picture
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
@@ -120,21 +118,19 @@ def _load_data(config: CocoTrainingConfig, device: torch.device) -> _Data:
 def _train(
     config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, newest: Path | None, observe: Observe | None
 ) -> dict[str, Any]:
-    """The training of :func:`train`, with batches of a known size, in a folder that no other one uses.
+    """The training of :func:`train`, once batches have a size and the folder is reserved.
 
-    ``newest`` is the checkpoint that says what the detector of a run that is resumed is.
+    If the run is resumed, the checkpoint ``newest`` says what its detector is.
     """
     weights = class_weights_of(config, data.train_set)
     model = config.model.build(data.val_set.num_classes, resumed=newest)
     header = _header(config, model, data.val_set)
     val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))
 
-    def run_evaluation(model: nn.Module) -> dict[str, Any]:
-        running = own_trainer()
-        assert running is not None  # it is what calls this
-        display = running.progress.display
-        metrics = evaluate(accelerator, model, val_loader, data.val_set, config, running.stop_if_asked, display)
-        log_picture(accelerator, "predictions", config.output / "predictions.png", running.state.batches)
+    def evaluate_epoch(trainer: Trainer) -> dict[str, Any]:
+        model, display = trainer.state.model, trainer.progress.display
+        metrics = evaluate(accelerator, model, val_loader, data.val_set, config, trainer.stop_if_asked, display)
+        log_picture(accelerator, "predictions", config.output / "predictions.png", trainer.state.batches)
         return metrics
 
     trainer = Trainer(
@@ -143,12 +139,9 @@ def _train(
         criterion_of(config, model, weights).to(accelerator.device),
         training_loader(data.train_samples, config),
         _settings(config, header, getattr(model, "files", dict)()),
-        evaluate=run_evaluation,
+        evaluate=evaluate_epoch,
         observe=observe,
     )
-    # Two that refer to each other would live until the interpreter ends, and the threads of DDP's process group with
-    # them, which then abort it now and then (pytorch/pytorch#179291).
-    own_trainer = weakref.ref(trainer)
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
     rehearse_evaluation(accelerator, trainer.state.model, data.val_set, config)
@@ -202,7 +195,7 @@ def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> Che
 def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mapping[str, str]) -> TrainerSettings:
     """What the training loop needs to know of a run."""
     return TrainerSettings(
-        config.optimization.resolved(),
+        config.optimization,
         config.output,
         header.to_json(),
         evaluate_every=config.evaluate_every,

@@ -36,7 +36,7 @@ class Memory(Protocol):
 
 
 class GpuMemory:
-    """That of a CUDA GPU, without what other programs have of it.
+    """The memory of a CUDA GPU that other programs leave.
 
     Args:
         device: the GPU.
@@ -60,7 +60,7 @@ def memory_of(device: torch.device) -> Memory:
     """The memory of a device.
 
     Raises:
-        ValueError: if it is no CUDA GPU: that of others cannot be measured, or is that of the whole machine.
+        ValueError: for other devices than CUDA GPUs: their memory cannot be measured, or is the whole machine's.
     """
     if device.type != "cuda":
         raise ValueError(
@@ -103,7 +103,7 @@ def found_batch_size(
     Args:
         accelerator: of the training.
         config: how to train; :func:`check_auto` has passed it.
-        run: steps with batches of this size, such as :class:`TrialSteps`; it must not exchange anything with others.
+        run: steps with batches of this size, such as :class:`TrialSteps`; processes exchange nothing in them.
 
     Raises:
         TrainingError: if the memory of a process is too small for one image.
@@ -155,7 +155,7 @@ def largest_fitting(run: Callable[[int], None], memory: Memory, share: int) -> i
 
 
 class TrialSteps:
-    """Optimiser steps of a model that is thrown away, in the memory that those of a training take.
+    """Optimiser steps of a model that is thrown away; they take as much memory as those of a training.
 
     Weights do not change, and nothing is exchanged between processes: one that runs out of memory would leave the
     others waiting. The buckets in which DistributedDataParallel exchanges gradients are there all the same.
@@ -188,7 +188,7 @@ class TrialSteps:
         self.passes = GroupPasses(model, criterion, config.groups_per_pass) if config.groups_per_pass else None
         self._in_precision = forward_precision(model, accelerator, compiled=config.compile)
         self.optimizer = build_optimizer(model, config)
-        # With which AdamW makes its state and leaves the weights as they are, also where a gradient is not finite.
+        # By this AdamW makes its state and leaves the weights as they are, even if a gradient is not finite.
         adam: Any = bare_optimizer(self.optimizer)
         adam.found_inf = torch.ones((), device=accelerator.device)
         self.average = AveragedWeights(model, config.ema_decay) if config.ema_decay else None
@@ -196,7 +196,7 @@ class TrialSteps:
         self.buckets = [torch.empty_like(each) for each in trained] if accelerator.num_processes > 1 else []
 
     def __call__(self, size: int) -> None:
-        """A step of one batch, and then, with all that an optimiser keeps, one of two batches."""
+        """A step of one batch, and then, when the optimiser has its state, one of two batches."""
         self.optimizer.zero_grad()
         batch = self.make_batch(size).to(self.accelerator.device)
         for batches in (1, 2):

@@ -35,7 +35,7 @@ class OptimizationConfig:
         freeze: parts that are not trained: names of modules or parameters, with ``*`` for any text, such as backbone,
             encoder or ``*.bias``; the statistics of their batch norms stay as they are, too.
         weight_decay: of AdamW.
-        decay_norms: whether it acts on norms and embeddings too, as in DETR; in Mask2Former's repository it does not.
+        decay_norms: whether weight decay acts on norms and embeddings too, as in DETR and not in Mask2Former.
         clip_norm: largest norm of the gradient; 0 for no clipping.
         batch_size: images per process and batch; or "auto", for the largest number that fits into the GPU's memory with
             a margin, which is found by trying, at the largest sizes that the data can have.
@@ -44,7 +44,7 @@ class OptimizationConfig:
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
         tf32: round the factors of float32 products to TF32 on GPUs that have it, which is several times as fast; what
             is added up stays float32.
-        ema_decay: of the moving average of the weights, which is then what is evaluated and saved; 0 for none.
+        ema_decay: decay of a moving average of the weights, which is then evaluated and saved; 0 for no average.
         groups_per_pass: groups of queries that the decoder and the loss take at a time, so that memory does not grow
             with the number of groups; 0 for all at once. The gradients are the same.
         recompute_layers: compute decoder layers again in the backward pass, which takes time and saves memory.
@@ -144,7 +144,7 @@ class OptimizationConfig:
         """The same settings, with the precision of ``accelerate launch --mixed_precision`` if there is one.
 
         Raises:
-            ValueError: if it is another one than ``precision``, or none of this package.
+            ValueError: if it differs from ``precision``, or is no precision of this package.
         """
         launched: Any = os.environ.get(LAUNCHED_PRECISION, "no").lower()
         if launched == "no":  # which accelerate launch says, too, where nothing was asked for
@@ -159,7 +159,7 @@ class OptimizationConfig:
         return replace(self, precision=launched)
 
     def resolved(self) -> "OptimizationConfig":
-        """The same settings with a precision and ``lr_drop``; this and ``epochs`` are of the named schedule if any."""
+        """The same settings with a precision and ``lr_drop``, and with the epochs of the schedule if that is named."""
         config = replace(self, precision=self.precision or "no")
         if config.schedule is None:
             return replace(config, lr_drop=config.drops)
@@ -172,16 +172,16 @@ class TrainerSettings:
     """How a training runs, apart from what it trains.
 
     Attributes:
-        optimization: how to train.
+        optimization: how to train, as it is given: the trainer resolves what it leaves open.
         run: folder of the run.
         metadata: what is needed to rebuild the model, kept in every checkpoint and in ``results.json``.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         early_stopping: epochs without a better AP after which the training ends; 0 to train all epochs.
         early_stopping_delta: by how much AP must rise to count as better.
         checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
-        checkpoint_minutes: the same in minutes since the checkpoint before.
-        max_skipped_steps: optimiser steps of one epoch whose loss or gradient may be infinite or not a number; they are
-            skipped.
+        checkpoint_minutes: minutes between two checkpoints within an epoch; 0 for none but at its end.
+        max_skipped_steps: optimiser steps of one epoch that may be skipped because their loss or gradient is infinite
+            or not a number.
         keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
         files: texts to write beside the weights of every checkpoint, by the name of the file.
         trackers: where curves go, see ``tracking.start_trackers``.

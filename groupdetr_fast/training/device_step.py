@@ -20,15 +20,15 @@ AddGradients = Callable[[Sequence[Any]], tuple[list[dict[str, Tensor]], Tensor]]
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step says of itself; nothing of it is on the host yet.
+    """What became of a step, in tensors that the host has not waited for.
 
     Attributes:
         losses: summed over the batches of the step.
         of_batches: ``[batches]``, the loss of each batch.
         norm: scalar, of the gradient before it was clipped.
-        flags: ``[1]`` bool: the loss or the gradient was not finite, and the step has changed nothing. With several
-            processes ``[3]``, of any of them; the second: whether one was asked to stop, and the third: whether it is
-            time for a checkpoint.
+        flags: ``[1]`` bool: whether the loss or the gradient was not finite, so that the step has changed nothing. With
+            several processes ``[3]``, each of which is set if any process sets it; the second: it was asked to stop,
+            the third: it is time for a checkpoint.
         overflowed: whether a loss scaler has left out the step; None without one.
         replayed: whether it was a CUDA graph.
     """
@@ -62,7 +62,7 @@ class HostCopy:
             self._arrived.record()
 
     def tolist(self) -> list[Any]:
-        """Waits for them, and for nothing that was enqueued later."""
+        """The numbers; the host waits for them, and for nothing that was enqueued later."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
@@ -125,20 +125,29 @@ class DeviceStep:
         statistics = self._statistics.copies()
         parts, norm = self.add_gradients(batches)
         losses = Losses.summed(parts)
-        flags = self._agreed(~(losses["loss"] + norm).isfinite())
-        broken = flags[0]
+        broken = self._is_broken(losses["loss"], norm)
+        flags = broken[None] if self.agree is None else self.agree(broken)
+        overflowed = self._take(flags[0], statistics)
+        self.optimizer.zero_grad()
+        return StepOutcome(losses, torch.stack([part["loss"] for part in parts]), norm, flags, overflowed)
+
+    def _is_broken(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether this process's step is to change nothing, a scalar bool."""
+        return ~(loss + norm).isfinite()
+
+    def _take(self, broken: Tensor, statistics: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
+        """Change weights and average if the step is not broken, else set the statistics back to what they were before.
+
+        Returns:
+            ``overflowed`` of :class:`StepOutcome`.
+        """
         with self._unless(broken):
             self.optimizer.step()
         for buffer, before in statistics:
             buffer.copy_(torch.where(broken, before, buffer))
         if self.average is not None:
             self.average.update(unless=broken)
-        self.optimizer.zero_grad()
-        return StepOutcome(losses, torch.stack([part["loss"] for part in parts]), norm, flags)
-
-    def _agreed(self, broken: Tensor) -> Tensor:
-        """The flags of :class:`StepOutcome`, from whether this process's step is broken."""
-        return broken[None] if self.agree is None else self.agree(broken)
+        return None
 
     @contextmanager
     def _unless(self, broken: Tensor) -> Iterator[None]:

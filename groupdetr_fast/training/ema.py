@@ -19,8 +19,8 @@ class AveragedWeights:
     is at most ``(1 + n) / (10 + n)``, as in TensorFlow's ``ExponentialMovingAverage``.
 
     Args:
-        model: the bare model; its weights are the first average. Its tensors must stay the same, whatever they hold:
-            they are looked up once, since that takes as long as to launch the average of all of them.
+        model: the bare model; its weights are the first average. Its tensors may change their values but not be
+            replaced: they are looked up once, since that takes as long as to launch the average of all of them.
         decay: in [0, 1), the share of the average that an update keeps.
 
     Attributes:

@@ -53,8 +53,8 @@ class Trainer:
     """Trains a model and keeps checkpoints, curves and results in the folder of the run.
 
     A run that was interrupted at any moment and resumed ends with the weights of one that was not: on one CPU process,
-    bit for bit. For that, only optimiser steps draw from the random generators; whatever else does, such as an
-    evaluation, leaves them as they were.
+    bit for bit. For that, only optimiser steps draw from the random generators; whatever else draws from them, such as
+    an evaluation, puts them back.
 
     :meth:`fit` is the whole training. To time or to watch steps alone, without evaluations and checkpoints::
 
@@ -66,12 +66,12 @@ class Trainer:
         model: called as ``model(images, masks, targets)``.
         criterion: called as ``criterion(output, targets, totals)``; the result's ``"loss"`` is minimised.
         loader: yields batches with ``images``, ``masks``, ``targets`` and ``image_ids``; its sampler has ``set_epoch``,
-            and what it yields follows from the epoch. Its data set may have ``unreadable``, the
-            indices of samples that could not be read, whose number is reported, ``remember`` to be told them, and
-            ``limit``, how many there may be over all processes.
+            and what it yields depends on the epoch alone. Its data set may have ``unreadable``, the indices of samples
+            that could not be read, whose number is reported; ``remember``, which takes such indices from a checkpoint;
+            and ``limit``, how many there may be over all processes.
         settings: how the training runs.
-        evaluate: called after an epoch with the model; returns metrics, of which ``"AP"`` picks the best epoch. None
-            not to evaluate.
+        evaluate: called after an epoch with this trainer, whose model then has the weights to evaluate; returns
+            metrics, of which ``"AP"`` picks the best epoch. None not to evaluate.
         observe: called as ``observe(step, model, output, targets)`` after the backward pass of every batch and before
             the weights change, with the number of the batch in the run, counted from 1, and the bare model. If it has a
             method ``wants(number)``, only for batches of which this says True. With CUDA graphs it must have one, and
@@ -79,7 +79,7 @@ class Trainer:
 
     Attributes:
         state: everything that the training changes; checkpoints hold it.
-        frozen: names of the parameters that ``freeze`` names.
+        frozen: names of the parameters that the setting ``freeze`` keeps from being trained.
 
     Raises:
         ValueError: for settings that do not fit the model or the device.
@@ -93,12 +93,14 @@ class Trainer:
         loader: DataLoader[Any],
         settings: TrainerSettings,
         *,
-        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+        evaluate: Callable[["Trainer"], dict[str, Any]] | None = None,
         observe: Observe | None = None,
     ):
         self.accelerator = accelerator
         self.settings = settings
         self.config = settings.optimization.resolved()
+        # It gets the trainer and must not keep it: two objects that hold each other live until the interpreter ends,
+        # and so do the threads of DDP's process group, which then abort it now and then (pytorch/pytorch#179291).
         self.evaluate = evaluate
         self.sampler: Any = loader.sampler
         self.frozen = freeze(model, self.config.freeze) if self.config.freeze else []
@@ -117,7 +119,7 @@ class Trainer:
         self._step = self._build_step()
         self.graphs = self._build_graphs() if self.config.cuda_graphs else None
         self._saved = time.monotonic()
-        self._norm: Tensor | None = None  # of the gradient of the last step
+        self._norm: Tensor  # of the gradient of the last step
         self.progress = TrainingProgress(accelerator, self.state, self.config.epochs)
 
     def _build_state(self, bare: nn.Module, loader: DataLoader[Any]) -> TrainingState:
@@ -135,7 +137,7 @@ class Trainer:
         state, accelerator = self.state, self.accelerator
         agree = _Agreement(accelerator, self.stop, self._time_is_up) if accelerator.num_processes > 1 else None
         parts = (self.gradients, self.gradients.bare, state.optimizer, state.average, agree)
-        return DeviceStep(*parts) if accelerator.scaler is None else ScaledStep(*parts, accelerator.scaler)
+        return DeviceStep(*parts) if accelerator.scaler is None else ScaledStep(*parts, scaler=accelerator.scaler)
 
     def _build_graphs(self) -> StepGraphs:
         state = self.state
@@ -175,7 +177,7 @@ class Trainer:
         return self._results()
 
     def _say_what_is_trained(self) -> None:
-        """The groups of the optimiser, where the settings made them other than usual."""
+        """Print the groups of the optimiser if settings change them."""
         if self.frozen:
             self.progress.display.print(f"frozen: {len(self.frozen)} tensors, by {' '.join(self.config.freeze)}")
         if self.frozen or self.config.backbone_layer_decay != 1 or self.config.query_lr is not None:
@@ -194,7 +196,7 @@ class Trainer:
             losses = self.run_step(batches)
             current.seconds = time.perf_counter() - begin
             images = sum(len(batch.image_ids) for batch in batches)
-            self.progress.step_ended(len(batches), losses, images=images, waited=waited, norm=self._norm)
+            self.progress.step_ended(len(batches), losses, self._norm, images=images, waited=waited)
             self._save_where_asked()
             asked = time.perf_counter()
         self.finish_epoch()
@@ -265,7 +267,7 @@ class Trainer:
     def _save_where_asked(self) -> None:
         """Write a checkpoint within the epoch if it is time for one, or if the training is to stop."""
         every = self.settings.checkpoint_every
-        # Of several processes, what the steps say that all know; one that asks for itself would be alone.
+        # Several processes go by what their steps told all of them: one that went by itself would save or stop alone.
         alone = self.accelerator.num_processes == 1
         stop = self.stop.received if alone else self.ledger.stopping
         time_is_up = self._time_is_up() if alone else self.ledger.time_is_up
@@ -295,7 +297,7 @@ class Trainer:
             self._stop(f"in the evaluation of epoch {self.state.epoch}")
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was; all must call this at the same time, and wait for each other."""
+        """Whether any process was asked to stop; all must call this at the same time."""
         return anywhere(self.accelerator, self.stop.received)
 
     def _stop(self, where: str) -> NoReturn:
@@ -331,7 +333,7 @@ class Trainer:
             return
         averaged = nullcontext() if state.average is None else state.average.in_model()
         with random_state_kept(), averaged:
-            row["metrics"] = self.evaluate(state.model)
+            row["metrics"] = self.evaluate(self)
         self.progress.log_metrics(row)
         state.save_history(self.settings.run, self.settings.metadata)
         self._write_results()
@@ -339,7 +341,7 @@ class Trainer:
             self._mark_best()
 
     def _evaluate_what_was_interrupted(self) -> None:
-        """Evaluate the epoch of a resumed checkpoint, if the run ended between the two."""
+        """Evaluate the last epoch of a resumed run that ended between its checkpoint and its evaluation."""
         state = self.state
         if state.history and not state.current.batches and "metrics" not in state.history[-1]:
             self._evaluate_last_epoch()
@@ -376,7 +378,7 @@ class Trainer:
         self._check_unreadable()
 
     def _check_unreadable(self) -> None:
-        """The limit of a data set is for all processes; each by itself sees only when it alone exceeds it."""
+        """Apply the limit of the data set to all processes together; the data set of each counts for itself."""
         dataset: Any = self.state.loader.dataset
         limit, count = getattr(dataset, "limit", None), len(self.state.unreadable())
         if limit is not None and count > limit:
@@ -394,7 +396,7 @@ class Trainer:
 
 
 class _Agreement:
-    """The one exchange of processes in a step: what any of them has to say, see :class:`StepOutcome`."""
+    """What processes tell each other in a step, in one exchange: the flags of :class:`StepOutcome`."""
 
     def __init__(self, accelerator: Accelerator, stop: StopRequest, time_is_up: Callable[[], bool]):
         self.accelerator = accelerator

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "AGAIN",
     "EXIT_STOPPED",
     "StopRequest",
     "TrainingError",
@@ -25,6 +26,7 @@ WORKER_DIED = "DataLoader worker (pid"  # what torch's errors begin with when a 
 # What the errors of collectives say when a process at the other end is gone: gloo's, and NCCL's.
 PROCESS_DIED = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
 RESUME = "resuming goes on from the newest checkpoint"
+AGAIN = "run the same command again"
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again with --resume
 
 

@@ -17,13 +17,13 @@ from .state import TrainingState
 
 __all__ = ["Observe", "StepGradients", "chooses"]
 
-# Called as observe(number of the batch in the run, bare model, output, targets). It may have a method ``wants``, which
-# says of the number of a batch whether it is to be called for that one; without, it is called for all.
+# Called as observe(number of the batch in the run, bare model, output, targets). With a method ``wants(number)`` it
+# chooses the batches that it is called for; without one it is called for all.
 Observe = Callable[[int, nn.Module, Any, Any], None]
 
 
 def chooses(observe: Observe) -> bool:
-    """Whether it says which batches it is to be called for."""
+    """Whether ``observe`` chooses the batches that it is called for."""
     return hasattr(observe, "wants")
 
 
@@ -70,11 +70,11 @@ class StepGradients:
             raise ValueError("observe needs the output of all groups at once: leave groups_per_pass at 0")
 
     def observes(self, number: int) -> bool:
-        """Whether any of the next so many batches is observed."""
+        """Whether any of the next ``number`` batches is observed."""
         return any(self._observes(self.state.batches + index) for index in range(1, number + 1))
 
     def _observes(self, batch: int) -> bool:
-        """Whether the batch with this number in the run is."""
+        """Whether the batch with this number in the run is observed."""
         return self.observe is not None and (not chooses(self.observe) or self.observe.wants(batch))
 
     def __call__(self, batches: Sequence[Any]) -> tuple[list[dict[str, Tensor]], Tensor]:

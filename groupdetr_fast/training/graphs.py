@@ -212,7 +212,7 @@ class StepGraphs:
 
 
 class _Graph(NamedTuple):
-    """A step to do again: with what is in the inputs then, to an outcome that the next replay overwrites."""
+    """A captured step: ``replay`` does it with what ``inputs`` hold, and the next replay overwrites its outcome."""
 
     inputs: list[StepInputs]
     replay: Callable[[], StepOutcome]

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 __all__ = ["CAST", "HalfWeights", "forward_precision"]
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Whose weights autocast casts in their forward passes. Not their subclasses, which may do something else with them
-# before, such as convolutions that standardise their weights.
+# Layers whose weights autocast casts in their forward passes. Not their subclasses, which may change the weights
+# before, such as convolutions that standardise them.
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.PReLU)
 
 
 class HalfWeights:
     """Lets layers have weights that are cast already.
 
-    A layer does so from the pass after the first one that called it, if that called it under autocast alone. Left as
-    they are: subclasses, layers with hooks before their forward passes, such as those of ``spectral_norm``, and weights
-    that are not float32. What a model computes of ``layer.weight`` by itself, it computes of the cast weight.
+    A layer has them from the pass after the first one that calls it, if all those calls were under autocast. What stays
+    as it is: subclasses, layers with hooks before their forward passes, such as those of ``spectral_norm``, and weights
+    that are not float32. A model that uses ``layer.weight`` by itself gets the cast weight.
 
     Args:
         model: bare; its modules are looked up once.
@@ -94,8 +94,8 @@ def forward_precision(
 ) -> Callable[[], AbstractContextManager[Any]]:
     """What to enter for a forward pass: the accelerator's autocast, and weights that are cast all at once.
 
-    The latter not in float32; nor where a model is compiled, which fuses casts with what needs them; nor with several
-    processes, which send gradients while those of other layers are computed, and not all at the end.
+    Weights are not cast at once in float32; nor in a compiled model, which fuses casts with what needs them; nor with
+    several processes, which send the gradients of some layers while those of others are computed.
 
     Args:
         model: bare.

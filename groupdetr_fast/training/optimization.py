@@ -16,8 +16,8 @@ def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim
     """AdamW over the trainable parameters, with rates of their own for those of the backbone, or for each layer of it,
     and for learned queries.
 
-    Which these are, a model's ``is_backbone`` and ``is_query`` say of their names; of a model without them, those under
-    ``model.backbone``, and none.
+    A model's ``is_backbone`` and ``is_query`` tell these parameters by their names. In a model without the two, the
+    backbone is what lies under ``model.backbone``, and it has no learned queries.
 
     Another optimiser in its place must leave out a step on the device where its ``found_inf`` is 1, as the fused ones
     of torch do (see :class:`~groupdetr_fast.training.device_step.DeviceStep`), and for CUDA graphs be capturable.

@@ -100,22 +100,26 @@ class GroupPasses:
         totals = replace(totals, num_groups=config.num_groups)
         with autocast():
             memory = self.model.encode(images, masks)
-        encoded, structure = pytree.tree_flatten(memory)
-        cut = [part.detach().requires_grad_() if _has_gradient(part) else part for part in encoded]
+        parts, structure = pytree.tree_flatten(memory)
+        leaves = [part.detach().requires_grad_() if _has_gradient(part) else part for part in parts]
+        memory = pytree.tree_unflatten(leaves, structure)  # where gradients stop, until those of all passes are added
         losses = Losses()
         for first in range(0, config.num_groups, self.groups_per_pass):
             groups = QueryGroups(min(self.groups_per_pass, config.num_groups - first), config.num_queries)
             own = targets if first == 0 or getattr(config, "denoising_scope", "every") == "every" else None
             with autocast():
-                output = self.model.decode(pytree.tree_unflatten(cut, structure), groups, first, own)
-            part = self.criterion(output, targets, totals)
-            backward(part["loss"])
-            losses = losses + Losses.of(part)
-            del output, part  # before the next pass makes its own
-        ends = [(whole, end.grad) for whole, end in zip(encoded, cut, strict=True) if _has_gradient(whole)]
-        ends = [(whole, gradient) for whole, gradient in ends if gradient is not None]
-        if ends:
-            tensors, gradients = zip(*ends, strict=True)
+                output = self.model.decode(memory, groups, first, own)
+            of_pass = self.criterion(output, targets, totals)
+            backward(of_pass["loss"])
+            losses = losses + Losses.of(of_pass)
+            del output, of_pass  # before the next pass makes its own
+        reached = [
+            (part, leaf.grad)
+            for part, leaf in zip(parts, leaves, strict=True)
+            if _has_gradient(part) and leaf.grad is not None
+        ]
+        if reached:
+            tensors, gradients = zip(*reached, strict=True)
             torch.autograd.backward(tensors, gradients)
         return losses.by_name()
 

@@ -43,7 +43,7 @@ def mean_losses(losses: Losses) -> dict[str, Tensor]:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What a function returns that the main process alone calls; the other ones wait for it.
+    """Call a function in the main process alone, and return its result in every process.
 
     An error is raised in every process, so that none waits for one that has ended.
     """

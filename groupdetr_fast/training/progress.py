@@ -1,114 +1,28 @@
-"""What a training shows while it runs, and an evaluation.
+"""What a training shows while it runs: a bar, a line per epoch and, in log files, every so many steps; and curves."""
 
-On a terminal a bar and a line per epoch; elsewhere, and in a log file, also a line every so many steps, and in long
-evaluations every half minute; and TensorBoard's curves.
-"""
-
-import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from .display import Display
 from .processes import mean_losses
 from .state import TrainingState
 from .step_losses import Losses
 
-__all__ = ["Display", "TrainingProgress", "logged_to", "peak_memory_mib", "reset_peak_memory"]
+__all__ = ["TrainingProgress", "peak_memory_mib", "reset_peak_memory"]
 
 LOG_EVERY = 10  # batches between two points of a TensorBoard curve
 LINE_EVERY = 50  # steps between two lines
-SECONDS_BETWEEN_LINES = 30.0  # of an evaluation
-
-# What the console shows, for log files: without a handler of its own it goes nowhere, as the console has it already.
-_shown = logging.getLogger(f"{__name__}.shown")
-_shown.propagate = False
-_shown.addHandler(logging.NullHandler())
-_shown.setLevel(logging.INFO)
-
-
-class Display:
-    """Bars and lines of the main process; the others show nothing.
-
-    Args:
-        accelerator: of the training or the evaluation.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.console = Console(stderr=True)
-        self._bars: Progress | None = None
-
-    @contextmanager
-    def bars(self) -> Iterator[Progress]:
-        """Inside, the terminal has a place for bars; one inside another is the same.
-
-        Their tasks have the fields ``what``, which comes before the bar, and ``status``, after it.
-        """
-        if self._bars is not None:
-            yield self._bars
-            return
-        columns = (
-            TextColumn("{task.fields[what]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        quiet = not (self.accelerator.is_main_process and self.console.is_terminal)
-        with Progress(*columns, console=self.console, disable=quiet) as bars:
-            self._bars = bars
-            try:
-                yield bars
-            finally:
-                self._bars = None
-
-    def evaluated(self, loader: DataLoader[Any]) -> Generator[Any, None, None]:
-        """The batches of a loader to evaluate, while it is shown how far they have come.
-
-        Args:
-            loader: as the accelerator prepared it.
-        """
-        begin = shown = time.perf_counter()
-        images = 0
-        with self.bars() as bars:
-            task = bars.add_task("evaluate", total=len(loader), what="evaluating", status="")
-            try:
-                for done, batch in enumerate(loader, start=1):
-                    yield batch
-                    images += len(batch.image_ids)
-                    now = time.perf_counter()
-                    rate = images * self.accelerator.num_processes / (now - begin)
-                    bars.update(task, completed=done, status=f"{rate:.1f} images/s ")
-                    if now - shown >= SECONDS_BETWEEN_LINES:
-                        shown = now
-                        left = timedelta(seconds=round((now - begin) / done * (len(loader) - done)))
-                        line = f"evaluated batch {done}/{len(loader)}  {rate:.1f} images/s  {left} left"
-                        self.print(line, on_terminal=False)
-            finally:
-                bars.remove_task(task)
-
-    def print(self, line: str, *, on_terminal: bool = True) -> None:
-        """Show a line and give it to the log file; perhaps not where a bar shows as much."""
-        if self.accelerator.is_main_process:
-            _shown.info(line)
-            if on_terminal or not self.console.is_terminal:
-                # A file has no width to break lines at.
-                self.console.print(line, soft_wrap=True, highlight=self.console.is_terminal)
 
 
 class TrainingProgress:
@@ -146,23 +60,15 @@ class TrainingProgress:
             self._since = _Since(time.perf_counter())
             yield
 
-    def step_ended(
-        self,
-        batches: int,
-        losses: dict[str, Tensor],
-        *,
-        images: int = 0,
-        waited: float = 0.0,
-        norm: Tensor | None = None,
-    ) -> None:
+    def step_ended(self, batches: int, losses: dict[str, Tensor], norm: Tensor, *, images: int, waited: float) -> None:
         """Report an optimiser step, inside :meth:`shown`; every process must call this.
 
         Args:
             batches: of the step.
             losses: of the step, of this process.
+            norm: scalar, of the gradient before it was clipped.
             images: of the step, of this process.
             waited: seconds until the batches were there.
-            norm: scalar, of the gradient before it was clipped; None if it is not known.
         """
         ended = self.state.batches
         self._bars.update(self._task, completed=ended)
@@ -176,8 +82,7 @@ class TrainingProgress:
             return
         rate = self.state.scheduler.get_last_lr()[0]
         values = {f"train/{name}": value.item() for name, value in mean_losses(Losses.of(losses)).items()}
-        of_gradient = {} if norm is None else {"train/gradient_norm": norm.item()}
-        self.accelerator.log({**values, **of_gradient, "train/lr": rate}, step=ended)
+        self.accelerator.log({**values, "train/gradient_norm": norm.item(), "train/lr": rate}, step=ended)
         status = f"loss {values['train/loss']:.3f}  lr {rate:.2g}"
         self._bars.update(self._task, what=f"epoch {self.state.epoch + 1}", status=status)
 
@@ -193,7 +98,7 @@ class TrainingProgress:
             f"loss {row['train'].get('loss', math.nan):.3f}  {shown}"
         )
 
-    def _print_steps(self, losses: dict[str, Tensor], norm: Tensor | None) -> None:
+    def _print_steps(self, losses: dict[str, Tensor], norm: Tensor) -> None:
         """A line on the steps since the last one; the loss and the gradient's norm are those of the newest, here."""
         if not self.accelerator.is_main_process:
             return
@@ -207,7 +112,7 @@ class TrainingProgress:
             f"lr {state.scheduler.get_last_lr()[0]:.2g}",
             f"{since.images * self.accelerator.num_processes / seconds:.1f} images/s",
             f"waited {100 * since.waited / seconds:.0f} % for data",
-            *([] if norm is None else [f"gradient {norm.item():.3g}"]),
+            f"gradient {norm.item():.3g}",
             f"{peak_memory_mib():.0f} MiB",
             f"{timedelta(seconds=round(left))} left",
         ]
@@ -223,22 +128,6 @@ class _Since:
     batches: int = 0
     images: int = 0
     waited: float = 0.0
-
-
-@contextmanager
-def logged_to(path: Path) -> Iterator[None]:
-    """Inside, a file gets what the package logs and what trainings show; it goes on where it ended."""
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = (logging.getLogger(__name__.partition(".")[0]), _shown)
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
 
 
 def peak_memory_mib() -> float:

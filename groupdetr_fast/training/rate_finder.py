@@ -5,10 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .display import Display
 from .engine import Trainer
 from .faults import TrainingError
 from .processes import mean_losses
-from .progress import Display
 from .step_losses import Losses
 
 __all__ = ["RateSweep", "SweepSettings", "sweep_rate"]

@@ -1,14 +1,12 @@
 """An optimiser step with the loss scaler of fp16, in which the host decides."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .device_step import AddGradients, DeviceStep, StepOutcome
-from .ema import AveragedWeights
-from .step_losses import Losses
+from .device_step import DeviceStep
 
 __all__ = ["ScaledStep"]
 
@@ -19,40 +17,29 @@ class ScaledStep(DeviceStep):
     Only the scale tells what the scaler has found, so that the host reads it after every step.
 
     Args:
-        add_gradients, model, average, agree: as for :class:`~groupdetr_fast.training.device_step.DeviceStep`.
-        optimizer: Accelerate's wrapper, which calls the scaler.
+        *arguments: as for :class:`~groupdetr_fast.training.device_step.DeviceStep`; the optimiser is Accelerate's
+            wrapper, which calls the scaler.
         scaler: of the losses.
     """
 
-    def __init__(
-        self,
-        add_gradients: AddGradients,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None,
-        agree: Callable[[Tensor], Tensor] | None,
-        scaler: torch.amp.GradScaler,
-    ):
-        super().__init__(add_gradients, model, optimizer, average, agree)
+    def __init__(self, *arguments: Any, scaler: torch.amp.GradScaler):
+        super().__init__(*arguments)
         self.scaler = scaler
 
-    def __call__(self, batches: Sequence[Any]) -> StepOutcome:
-        statistics = self._statistics.copies()
-        parts, norm = self.add_gradients(batches)
-        losses = Losses.summed(parts)
-        flags = self._agreed(~losses["loss"].isfinite())
+    def _is_broken(self, loss: Tensor, norm: Tensor) -> Tensor:
+        return ~loss.isfinite()  # what gradients are too large, the scaler finds
+
+    def _take(self, broken: Tensor, statistics: Sequence[tuple[Tensor, Tensor]]) -> bool:
         overflowed = False
-        if flags[0]:
+        if broken:
             self.scaler.update()
         else:
-            before = self.scaler.get_scale()
+            scale = self.scaler.get_scale()
             self.optimizer.step()
-            overflowed = self.scaler.get_scale() < before
-        if flags[0] or overflowed:
-            for buffer, value in statistics:
-                buffer.copy_(value)
+            overflowed = self.scaler.get_scale() < scale
+        if broken or overflowed:
+            for buffer, before in statistics:
+                buffer.copy_(before)
         elif self.average is not None:
             self.average.update()
-        self.optimizer.zero_grad()
-        of_batches = torch.stack([part["loss"] for part in parts])
-        return StepOutcome(losses, of_batches, norm, flags, overflowed)
+        return overflowed

@@ -24,7 +24,7 @@ def epochs_without_gain(history: Sequence[Mapping[str, Any]], delta: float) -> i
 
     Args:
         history: see :func:`best_epoch`.
-        delta: a rise counts if it is larger; a sum of smaller ones counts as well.
+        delta: AP has risen where it exceeds the AP of the last rise by more than this.
     """
     reference, since, last = float("-inf"), 0, 0
     for row in history:

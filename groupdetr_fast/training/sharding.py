@@ -30,7 +30,7 @@ def check_sharding(accelerator: Accelerator) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is no shard; every process must call this at the same time."""
+    """The whole of a tensor that may be sharded; every process must call this at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

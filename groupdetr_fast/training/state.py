@@ -44,7 +44,7 @@ class EpochState:
         steps: optimiser steps that were taken.
         skipped: optimiser steps that were not, since the loss or the gradient was not finite.
         overflowed: optimiser steps that the loss scaler of fp16 left out, since a scaled gradient was too large.
-        overflows_in_a_row: those of them since the last step that was taken.
+        overflows_in_a_row: steps that the loss scaler left out since the last one that was taken.
         without_graph: optimiser steps, of both kinds, that were launched kernel by kernel though CUDA graphs are used.
         seconds: spent so far.
         sums: losses summed over the steps that were taken.
@@ -190,31 +190,36 @@ class TrainingState:
         """
         weights, state = read_checkpoint(folder)
         try:
-            current = self._epoch_of(state)
-            # Checkpoints of a training with averaged weights have the trained ones in the state.
-            model = self.accelerator.unwrap_model(self.model)
-            own = model.state_dict()
-            _check_weights(state.get("weights", weights), own)
-            model.load_state_dict(sharded_like(state.get("weights", weights), own))
-            if self.average is not None:
-                self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
-            settings = [{**group} for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
-            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update({name: value for name, value in own.items() if name != "params"})  # as configured now
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            random_states, process = state["random"], self.accelerator.process_index
-            if process < len(random_states):
-                restore_random_state(random_states[process])
-            if state.get("unreadable") and (remember := getattr(self.loader.dataset, "remember", None)):
-                remember(state["unreadable"])
-            self.history = json.loads(state["history"])
-            self.epoch, self.current = state["epoch"], current
-            go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))
+            self._take_over(weights, state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise CheckpointError(f"checkpoint {folder} does not belong to this training: {reason}") from None
+
+    def _take_over(self, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        current = self._epoch_of(state)
+        # Where weights are averaged, the checkpoint's own are the averages, and the trained ones are part of the state.
+        trained = state.get("weights", weights)
+        model = self.accelerator.unwrap_model(self.model)
+        own = model.state_dict()
+        _check_weights(trained, own)
+        model.load_state_dict(sharded_like(trained, own))
+        if self.average is not None:
+            self.average.restart(sharded_like(weights, own), state.get("ema_updates", 0))
+        configured = [{**group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(sharded_optimizer_state(state["optimizer"], self.optimizer))
+        # Rates and the like are those of the settings of this run, not those of the checkpoint.
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        random_states, process = state["random"], self.accelerator.process_index
+        if process < len(random_states):
+            restore_random_state(random_states[process])
+        if state.get("unreadable") and (remember := getattr(self.loader.dataset, "remember", None)):
+            remember(state["unreadable"])
+        self.history = json.loads(state["history"])
+        self.epoch, self.current = state["epoch"], current
+        go_on_at(self.scheduler, self.epoch * self.steps_per_epoch + -(-current.batches // self.accumulate))
 
     def _epoch_of(self, state: dict[str, Any]) -> EpochState:
         """How far the epoch of a checkpoint's state has come."""
@@ -235,7 +240,7 @@ class TrainingState:
 
 
 def _check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse the weights of another model, in a sentence of which those of torch would be a page."""
+    """Refuse the weights of another model in one sentence; torch's own message would fill a page."""
     differences = [f"{name} is not in it" for name in own if name not in saved]
     differences += [f"it has {name}" for name in saved if name not in own]
     for name in own.keys() & saved.keys():

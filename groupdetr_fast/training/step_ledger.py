@@ -24,12 +24,12 @@ class StepLedger:
 
     Args:
         state: of the training.
-        max_skipped_steps: of an epoch.
+        max_skipped_steps: how many steps of an epoch may be skipped.
         clip_norm: beyond which the gradient of a step counts as clipped; 0 for never.
 
     Attributes:
-        stopping: whether a process was asked to stop, as far as the steps that were counted say; the same in all.
-        time_is_up: whether it is time for a checkpoint in a process, likewise.
+        stopping: whether any process was asked to stop, by the steps that were counted; the same in all processes.
+        time_is_up: whether it is time for a checkpoint in any process, likewise.
     """
 
     def __init__(self, state: TrainingState, max_skipped_steps: int, clip_norm: float = 0.0):
@@ -90,14 +90,9 @@ class StepLedger:
         current.skipped += 1
         finite = step.outcome.of_batches.isfinite().tolist()
         guilty = [ids for ids, well in zip(step.image_ids, finite, strict=True) if not well]
-        everywhere = gather_object([(guilty, step.image_ids)])  # all processes are here
-        what = "loss" if any(of_process for of_process, _ in everywhere) else "gradient"
-        ids = [
-            image_id
-            for of_process in everywhere
-            for of_batch in of_process[0 if what == "loss" else 1]
-            for image_id in of_batch
-        ]
+        of_loss, of_step = zip(*gather_object([(guilty, step.image_ids)]), strict=True)  # by process: all are here
+        what, found = ("loss", of_loss) if any(of_loss) else ("gradient", of_step)
+        ids = [image_id for of_process in found for of_batch in of_process for image_id in of_batch]
         where = f"epoch {epoch}, batches {step.first + 1} to {step.first + len(step.image_ids)}"
         logger.warning("%s: the %s is not finite: step skipped; image ids %s", where, what, ids)
         if current.skipped > allowed:
@@ -120,7 +115,7 @@ class StepLedger:
 
 
 class _EnqueuedStep(NamedTuple):
-    """A step that the host has not looked at since it launched it."""
+    """A step that was launched and not looked at since."""
 
     first: int  # batches of the epoch before it
     image_ids: list[list[int]]  # of each batch

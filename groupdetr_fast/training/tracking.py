@@ -91,7 +91,7 @@ def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> N
 
 
 def _make(name: str, run: Path, identities: dict[str, str]) -> GeneralTracker:
-    """A tracker that goes on with what it called the run before, if it did; a new name is added to ``identities``."""
+    """A tracker that goes on with the run that ``identities`` names; if they name none, its new one is added."""
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
         identities.setdefault(name, name)

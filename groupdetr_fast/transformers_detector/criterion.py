@@ -31,10 +31,7 @@ class LossInputs:
     keywords: Mapping[str, Any]
 
     def keeping(self, weights: Iterable[Tensor]) -> "LossInputs":
-        """The same, of which some weights get a gradient that is 0, and not none.
-
-        DistributedDataParallel waits for the gradients of all.
-        """
+        """The same inputs, with a gradient of 0 for these weights, since DistributedDataParallel waits for all."""
         zero = functools.reduce(torch.add, (weight.sum() * 0 for weight in weights), torch.zeros(()))
         if not zero.requires_grad:
             return self

@@ -275,7 +275,7 @@ class TransformersDetector(nn.Module):
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 
     def _tied(self) -> dict[str, str]:
-        """Names of weights that others stand for, by the name of these; chains are followed to their end."""
+        """For each name of a tied weight, the name that the weight is kept under; chains are followed to their end."""
         tied: dict[str, str] = self.model.all_tied_weights_keys
         ends = {}
         for target in tied:
@@ -316,7 +316,7 @@ class TransformersDetector(nn.Module):
         return images, masks
 
     def _unused_in(self, inputs: LossInputs) -> Iterable[Tensor]:
-        """Weights of which the loss of a batch does not depend: those of denoising queries, without any object."""
+        """Weights that the loss of a batch does not depend on: without objects, those of denoising queries."""
         embedding = getattr(self.model.model, "denoising_class_embed", None)
         if embedding is None or inputs.keywords.get("denoising_meta_values") is not None:
             return ()

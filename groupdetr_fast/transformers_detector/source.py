@@ -163,7 +163,7 @@ def _default_processor(family: Family) -> dict[str, Any]:
 
 
 def _size(processor: Mapping[str, Any]) -> tuple[int, int | None, bool]:
-    """Short side, limit of the long side, and whether images become squares."""
+    """Short side, limit on the long side, and whether images become squares."""
     size = processor.get("size") or {}
     size = {"height": size, "width": size} if isinstance(size, int) else size
     height, width = size.get("height"), size.get("width")

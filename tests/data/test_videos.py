@@ -10,7 +10,8 @@ from blob_detector import draw
 from video_files import objects_at, turn, write_video
 
 from groupdetr_fast.data import DataError
-from groupdetr_fast.data.videos import FrameChoice, Video, VideoWriter, is_stream
+from groupdetr_fast.data.video_writer import VideoWriter
+from groupdetr_fast.data.videos import FrameChoice, Video, is_stream
 
 av = pytest.importorskip("av", reason="PyAV (extra video) is not installed")
 

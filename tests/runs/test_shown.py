@@ -12,7 +12,7 @@ from rich.console import Console
 from groupdetr_fast.models import postprocess
 from groupdetr_fast.runs.evaluate import evaluate_checkpoint
 from groupdetr_fast.runs.train import train
-from groupdetr_fast.training import progress
+from groupdetr_fast.training import display, progress
 
 
 def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
@@ -37,7 +37,7 @@ def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, mo
 
 
 def test_long_evaluations_say_how_far_they_are_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     config = replace(config, optimization=replace(config.optimization, epochs=1), eval_batch_size=2, pictures=0)
     train(config)
     printed = [line for line in capsys.readouterr().err.splitlines() if "evaluated" in line]
@@ -54,7 +54,7 @@ def test_long_evaluations_say_how_far_they_are_without_a_terminal_and_in_the_log
 
 def test_a_terminal_shows_a_bar_of_the_training_and_one_of_the_evaluation(config, monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=120))
+    monkeypatch.setattr(display, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=120))
     monkeypatch.setattr(progress, "LOG_EVERY", 1)
 
     def take_time(*arguments, **options):
@@ -72,8 +72,8 @@ def test_a_terminal_shows_a_bar_of_the_training_and_one_of_the_evaluation(config
 
 
 def test_a_stopped_evaluation_leaves_no_bar(config):
-    display = progress.Display(SimpleNamespace(is_main_process=True, num_processes=1))
-    with closing(display.evaluated([SimpleNamespace(image_ids=[1])] * 3)) as batches:
+    shown = display.Display(SimpleNamespace(is_main_process=True, num_processes=1))
+    with closing(shown.evaluated([SimpleNamespace(image_ids=[1])] * 3)) as batches:
         next(batches)
-        assert display._bars is not None
-    assert display._bars is None
+        assert shown._bars is not None
+    assert shown._bars is None

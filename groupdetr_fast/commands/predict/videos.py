@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ...data.videos import Frame, Video, VideoWriter, is_stream
+from ...data.video_writer import VideoWriter
+from ...data.videos import Frame, Video, is_stream
 from ...evaluation.visualize import draw_frame
 from ...files import write_whole
 from ...prediction import InferenceSettings
