@@ -5,6 +5,7 @@ Where there are kernels, which versions of the other package were tried, and the
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "can_serve", "has_kernel", "serves_everywhere"]
+__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "serves_everywhere"]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -31,6 +32,47 @@ def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Te
     dtype = torch.promote_types(value.dtype, torch.float32)
     locations, weights = (x if x.dtype == value.dtype else x.to(dtype) for x in (locations, weights))
     return ops.ms_deform_attn(value, spatial_shapes, locations, weights)
+
+
+def attend_as(
+    module: Any,
+    query: Tensor,
+    points: Tensor,
+    tokens: Tensor,
+    spatial_shapes: Shapes,
+    padding: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """What Deformable DETR's attention module computes, whose parts have these names in other packages, too.
+
+    Args:
+        module: with ``value_proj``, ``sampling_offsets``, ``attention_weights``, ``output_proj``, ``n_heads``,
+            ``n_levels`` and ``n_points``.
+        query: ``[B, Lq, d]``.
+        points: ``[B, Lq, levels or 1, 2 or 4]``, reference points, or boxes around them.
+        tokens: ``[B, S, d]``.
+        spatial_shapes: ``(h, w)`` of each level.
+        padding: ``[B, S]`` bool, tokens whose values count as zero.
+        sizes: ``[levels, 2]``, ``spatial_shapes`` on the device, where it is at hand; read with points of two numbers.
+
+    Returns:
+        ``[B, Lq, d]``.
+    """
+    value = module.value_proj(tokens)
+    if padding is not None:
+        value = value.masked_fill(padding[..., None], 0)
+    samples = (module.n_levels, module.n_points)
+    offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, *samples, 2))
+    weights = module.attention_weights(query).unflatten(-1, (module.n_heads, -1)).softmax(-1)
+    places = points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
+    if places.shape[-1] == 2:
+        sizes = offsets.new_tensor(spatial_shapes) if sizes is None else sizes
+        locations = places + offsets / sizes.flip(-1)[:, None]
+    else:
+        center, size = places.split(2, dim=-1)
+        locations = center + offsets / module.n_points * size * 0.5
+    value, weights = value.unflatten(-1, (module.n_heads, -1)), weights.unflatten(-1, samples)
+    return module.output_proj(attend(value, spatial_shapes, locations, weights))
 
 
 def has_kernel(device: torch.device) -> bool:
