@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "serves_everywhere"]
+__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "is_tested", "serves_everywhere"]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -92,6 +92,12 @@ def serves_everywhere(op: str) -> bool:
     return all(kinds[device] in ("C++", "CUDA") for device in devices)
 
 
+def is_tested(version: str, tested: tuple[Version, Version]) -> bool:
+    """Whether a version such as "5.24.1" lies between the first and the last minor version that the tests ran with."""
+    major, minor = version.split(".")[:2]
+    return tested[0] <= (int(major), int(minor)) <= tested[1]
+
+
 def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
     """Whether kernels may be put into a model of another package.
 
@@ -104,8 +110,7 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
         Whether the version is one of these, and there is a kernel; if not, the caller's caller is warned.
     """
     first, last = (".".join(map(str, each)) for each in tested)
-    major, minor = version.split(".")[:2]
-    if not tested[0] <= (int(major), int(minor)) <= tested[1]:
+    if not is_tested(version, tested):
         versions = first if first == last else f"{first} to {last}"
         reason = f"accelerate was tested with {package} {versions}, not {version}"
     elif not has_kernels:

@@ -7,7 +7,19 @@ import sys
 
 import pytest
 import torch
-from tiny_ultralytics import CLASSES, QUERIES, SIZE, batch_of, model_of, write_data, write_model
+from tiny_ultralytics import (
+    CLASSES,
+    COUNTS,
+    QUERIES,
+    SIZE,
+    assert_same_step,
+    batch_of,
+    folder_of,
+    model_of,
+    options_of,
+    step,
+    train,
+)
 from ultralytics import RTDETR
 from ultralytics.engine.model import Model
 from ultralytics.models.rtdetr.train import RTDETRTrainer
@@ -22,7 +34,6 @@ from groupdetr_fast import ops
 from groupdetr_fast.integrations.ultralytics import AcceleratedTrainer, accelerate, acceleration, attention, restore
 from groupdetr_fast.integrations.ultralytics import criterion as criteria
 
-COUNTS = [(2,), (3, 1), (0, 0), (1, 12, 0), (0, 25)]  # more objects than queries, and than denoising queries
 LAYERS = 4
 
 pytestmark = pytest.mark.skipif(not attention.DEVICES, reason="groupdetr_fast was built without its kernels")
@@ -39,24 +50,6 @@ def default_dtype():
     """A function that sets it: Ultralytics' losses run in no other."""
     yield torch.set_default_dtype
     torch.set_default_dtype(torch.float32)
-
-
-def step(model, batch):
-    """The losses that Ultralytics shows and the sum of all, and gradients."""
-    torch.manual_seed(3)  # of denoising queries
-    model.zero_grad()
-    loss, shown = model(dict(batch))
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {**shown, "loss": loss.detach()}, gradients
-
-
-def assert_same_step(step, expected_step, tolerance):
-    losses, gradients = step
-    expected_losses, expected_gradients = expected_step
-    torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance, check_dtype=False)
-    largest = max(gradient.abs().max() for gradient in expected_gradients.values()).item()
-    torch.testing.assert_close(gradients, expected_gradients, rtol=tolerance, atol=tolerance * largest)
 
 
 def exchanged_of(model):
@@ -321,7 +314,7 @@ def test_without_kernels_the_model_is_left_alone(monkeypatch):
 def test_what_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"model must be an RTDETR of a .pt or .yaml file, or a module, got str"):
         accelerate("rtdetr-l.pt")
-    exported = RTDETR(write_model(tmp_path))
+    exported = RTDETR(folder_of(tmp_path) / "rtdetr-tiny.yaml")
     del exported.model
     exported.model = "rtdetr-l.onnx"
     with pytest.raises(TypeError, match=r"or a module, got an RTDETR of rtdetr-l.onnx"):
@@ -330,31 +323,9 @@ def test_what_is_refused(tmp_path):
         accelerate(torch.nn.Linear(1, 1))
 
 
-def options_of(tmp_path, name):
-    """Of a training of two batches on the CPU, without what takes time and shows nothing here.
-
-    The first updates of Adam are signs of gradients, which rounding changes where they are near 0.
-    """
-    options = {"imgsz": SIZE, "batch": 2, "device": "cpu", "workers": 0, "plots": False, "verbose": False}
-    options |= {"optimizer": "SGD", "lr0": 0.01, "warmup_epochs": 0}
-    return {**options, "data": str(tmp_path / "data" / "data.yaml"), "project": str(tmp_path / "runs"), "name": name}
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """With a data set and a model's yaml file."""
-    write_data(tmp_path / "data")
-    write_model(tmp_path)
-    return tmp_path
-
-
-def train(folder, name, *, model="rtdetr-tiny.yaml", epochs=1, **options):
-    """The shown losses of each step, and the ``RTDETR``."""
-    detector = RTDETR(str(folder / model))
-    losses = []
-    detector.add_callback("on_train_batch_end", lambda trainer: losses.append(dict(trainer.loss_items)))
-    detector.train(**{**options_of(folder, name), "epochs": epochs, **options})
-    return losses, detector
+    return folder_of(tmp_path)
 
 
 def test_training(folder, monkeypatch):

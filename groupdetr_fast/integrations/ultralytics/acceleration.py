@@ -9,9 +9,9 @@ from ..kernels import can_serve, serves_everywhere
 from . import attention, criterion
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["TESTED", "accelerate", "restore"]
 
-_TESTED = ((8, 4), (8, 4))  # the first and the last minor version of ultralytics that the tests ran with
+TESTED = ((8, 4), (8, 4))  # the first and the last minor version of ultralytics that the tests ran with
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +45,7 @@ def accelerate(model: Model) -> Model:
     """
     modules = _modules_of(model)
     serves_losses = serves_everywhere("linear_assignment")
-    if not can_serve("ultralytics", __version__, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
+    if not can_serve("ultralytics", __version__, TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
         return model
     exchanged = False
     for module in modules:

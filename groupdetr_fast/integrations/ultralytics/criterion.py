@@ -19,7 +19,7 @@ from ...ops import NO_OBJECT
 from ...targets import PackedTargets, tensor_on
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["exchange", "is_exchanged", "put_back"]
+__all__ = ["DetectionModel", "exchange", "is_exchanged", "put_back"]
 
 _ADDED_AREA = 1e-7  # which Ultralytics adds to the union and to the hull of two boxes before it divides by them
 _KINDS = ("class", "bbox", "giou")
@@ -44,7 +44,7 @@ def is_exchanged(module: nn.Module) -> bool:
     return type(module) in _OURS.values()
 
 
-class _DetectionModel(SavedAsTheirs, RTDETRDetectionModel):
+class DetectionModel(SavedAsTheirs, RTDETRDetectionModel):
     """Makes its criterion with the first loss."""
 
     theirs = RTDETRDetectionModel
@@ -64,6 +64,7 @@ class _Pairs(NamedTuple):
         labels: ``[B, M]`` int64.
         boxes: ``[B, M, 4]``.
         number: how many count, in one layer.
+        divisor: of the sums over them, so that losses are means over objects and groups.
     """
 
     queries: Tensor
@@ -71,10 +72,18 @@ class _Pairs(NamedTuple):
     labels: Tensor
     boxes: Tensor
     number: int
+    divisor: int
 
 
 class _Layers(DETRLoss):
-    """The losses of one kind of queries, which Ultralytics' criterion asks for twice: matched and denoising ones."""
+    """The losses of one kind of queries, which Ultralytics' criterion asks for twice: matched and denoising ones.
+
+    Attributes:
+        num_groups: K, groups of the queries that are matched, in training mode; in evaluation mode there is one. Each
+            is matched on its own, and losses are averaged over them.
+    """
+
+    num_groups = 1
 
     def forward(
         self,
@@ -128,10 +137,14 @@ class _Layers(DETRLoss):
             alpha=self.matcher.alpha,
             gamma=self.matcher.gamma,
         )
-        num_queries = logits.shape[2]
-        matching = match(logits, boxes, targets, QueryGroups(1, num_queries))
-        number = sum(min(size, num_queries) for size in targets.sizes)
-        return _Pairs(matching.queries, matching.matched, targets.labels, targets.boxes, number)
+        num_groups = self.num_groups if self.training else 1
+        groups = QueryGroups(num_groups, logits.shape[2] // num_groups)
+        matching = match(logits, boxes, targets, groups)
+        labels, expected = targets.labels.repeat(1, num_groups), targets.boxes.repeat(1, num_groups, 1)
+        number = sum(min(size, groups.queries_per_group) for size in targets.sizes)
+        return _Pairs(
+            matching.queries, matching.matched, labels, expected, number * num_groups, max(number, 1) * num_groups
+        )
 
     def _losses(self, boxes: Tensor, logits: Tensor, pairs: _Pairs) -> Tensor:
         """The losses of every layer, weighted, ``[3, layers]`` in the order of ``_KINDS``."""
@@ -143,7 +156,7 @@ class _Layers(DETRLoss):
         l1_loss = _sum((predicted - pairs.boxes).abs().sum(-1), counted)
         giou_loss = _sum(1 - giou, counted)
         each = zip(_KINDS, (class_loss, l1_loss, giou_loss), strict=True)
-        return torch.stack([self.loss_gain[kind] * loss for kind, loss in each]) / max(pairs.number, 1)
+        return torch.stack([self.loss_gain[kind] * loss for kind, loss in each]) / pairs.divisor
 
     def _class_loss(self, logits: Tensor, queries: Tensor, counted: Tensor, iou: Tensor, pairs: _Pairs) -> Tensor:
         """The varifocal loss of each layer, summed, ``[layers]``; without any object it is Ultralytics' focal loss.
@@ -168,7 +181,7 @@ class _Criterion(SavedAsTheirs, RTDETRDetectionLoss, _Layers):
     theirs = RTDETRDetectionLoss
 
 
-_OURS = {cls.theirs: cls for cls in (_DetectionModel, _Criterion)}
+_OURS = {cls.theirs: cls for cls in (DetectionModel, _Criterion)}
 
 
 def _pack(batch: Mapping[str, Any], device: torch.device) -> PackedTargets:
@@ -183,7 +196,8 @@ def _given(match_indices: Indices, batch: Mapping[str, Any], device: torch.devic
     """Pairs that are known on the host."""
     queries = pad_sequence([queries for queries, _ in match_indices], batch_first=True)
     labels, boxes, counted = _objects([rows for _, rows in match_indices], batch, device)
-    return _Pairs(_to(queries, device), counted, labels, boxes, sum(len(queries) for queries, _ in match_indices))
+    number = sum(len(queries) for queries, _ in match_indices)
+    return _Pairs(_to(queries, device), counted, labels, boxes, number, max(number, 1))
 
 
 def _objects(rows: Sequence[Tensor], batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,9 +16,11 @@ class SavedAsTheirs:
 
     Attributes:
         theirs: the class of Ultralytics.
+        unsaved: names of attributes and submodules that it does not have, and that pickles leave out.
     """
 
     theirs: ClassVar[type]
+    unsaved: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def __class__(self) -> type:
@@ -27,8 +29,12 @@ class SavedAsTheirs:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        function, (_, *arguments), *state = reduced
-        return function, (self.theirs, *arguments), *state
+        function, (_, *arguments), state, *rest = reduced
+        return function, (self.theirs, *arguments), self._saved(state), *rest
+
+    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        modules = {name: module for name, module in state["_modules"].items() if name not in self.unsaved}
+        return {name: value for name, value in state.items() if name not in self.unsaved} | {"_modules": modules}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         cls = type(self)
