@@ -36,7 +36,7 @@ $(VENV)/.rfdetr: $(VENV)/.venv
 # of versions that need work.
 test-newest: $(VENV)/.test
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --disable-pip-version-check --quiet --upgrade torch torchvision 'rfdetr[train]' transformers accelerate pytest \
+	$(NEWEST)/bin/pip install --disable-pip-version-check --quiet --upgrade torch torchvision 'rfdetr[train]' transformers accelerate ultralytics pytest \
 		hypothesis scipy
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest -m "not slow" --durations=15 tests/ops tests/integrations
 

@@ -234,6 +234,8 @@ TITLES = {
     "rfdetr_criterion": "RF-DETR Nano, criterion with backward, with integrations.rfdetr.accelerate and without",
     "rfdetr_step": "RF-DETR Nano, training step with integrations.rfdetr.accelerate, one group at a time, and without",
     "rfdetr_step_memory": "Peak memory of a training step of RF-DETR Nano with 13 groups, here one group at a time",
+    "ultralytics_criterion": "Ultralytics' RT-DETR-L, criterion with backward, with its accelerate and without",
+    "ultralytics_step": "Ultralytics' RT-DETR-L, training step, with its accelerate and without",
     "mask_loss_memory": "Peak memory of Mask2Former's matching and loss, with backward, K groups",
     "mask2former_step_memory": "Peak memory of a training step of Mask2Former R50 with K groups",
 }
@@ -251,6 +253,8 @@ X_LABELS = {
     "rfdetr_criterion": "images",
     "rfdetr_step": "images",
     "rfdetr_step_memory": "images",
+    "ultralytics_criterion": "objects per image",
+    "ultralytics_step": "objects per image",
     "mask_loss_memory": "groups K",
     "mask2former_step_memory": "groups K",
 }

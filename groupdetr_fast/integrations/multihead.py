@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import ops
 
-__all__ = ["GroupedMultiheadAttention", "group_self_attention"]
+__all__ = ["GroupedMultiheadAttention", "attend_in_groups", "group_self_attention"]
 
 
 class GroupedMultiheadAttention(nn.MultiheadAttention):
@@ -79,22 +79,34 @@ class GroupedMultiheadAttention(nn.MultiheadAttention):
                 f"the queries must be whole groups of {self.queries_per_group}, got {length} in {list(query.shape)} "
                 f"({'[B, L, d]' if self.batch_first else '[L, B, d]'})"
             )
-        out = ops.grouped_attention(
-            self._heads(query, 0),
-            self._heads(key, 1),
-            self._heads(value, 2),
-            length // self.queries_per_group,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        out = self.out_proj(out.flatten(2))
-        return out if self.batch_first else out.transpose(0, 1), None
+        return attend_in_groups(self, query, key, value, length // self.queries_per_group), None
 
-    def _heads(self, inputs: Tensor, part: int) -> Tensor:
-        """The heads ``[B, L, H, D]`` of queries, keys or values, which are parts 0, 1 and 2 of the weights."""
-        rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        projected = F.linear(inputs if self.batch_first else inputs.transpose(0, 1), self.in_proj_weight[rows], bias)
-        return projected.unflatten(2, (self.num_heads, self.head_dim))
+
+def attend_in_groups(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
+    """The result of an attention module where every query sees its own group only.
+
+    Args:
+        module: whose parameters, dropout and order of dimensions are used.
+        query, key, value: ``[L, B, d]``, or ``[B, L, d]`` with ``batch_first``, of one shape.
+        groups: K, which divides L.
+    """
+    out = ops.grouped_attention(
+        _heads(module, query, 0),
+        _heads(module, key, 1),
+        _heads(module, value, 2),
+        groups,
+        dropout_p=module.dropout if module.training else 0.0,
+    )
+    out = module.out_proj(out.flatten(2))
+    return out if module.batch_first else out.transpose(0, 1)
+
+
+def _heads(module: nn.MultiheadAttention, inputs: Tensor, part: int) -> Tensor:
+    """The heads ``[B, L, H, D]`` of queries, keys or values, which are parts 0, 1 and 2 of the weights."""
+    rows = slice(part * module.embed_dim, (part + 1) * module.embed_dim)
+    bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+    projected = F.linear(inputs if module.batch_first else inputs.transpose(0, 1), module.in_proj_weight[rows], bias)
+    return projected.unflatten(2, (module.num_heads, module.head_dim))
 
 
 def group_self_attention(decoder: nn.Module, queries_per_group: int, *, name: str = "self_attn") -> nn.Module:

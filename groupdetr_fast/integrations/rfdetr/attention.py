@@ -3,7 +3,7 @@
 from rfdetr.models.ops.modules import MSDeformAttn
 from torch import Tensor, nn
 
-from ..kernels import DEVICES, attend, has_kernel
+from ..kernels import DEVICES, attend_as, has_kernel
 
 __all__ = ["DEVICES", "exchange", "is_exchanged", "put_back"]
 
@@ -49,23 +49,5 @@ class _MSDeformAttn(MSDeformAttn):
                 input_padding_mask,
                 input_spatial_shapes_hw=input_spatial_shapes_hw,
             )
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0)
-        samples = (self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, *samples, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
-        places = reference_points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
-        if places.shape[-1] == 2:
-            sizes = input_spatial_shapes.flip(-1)  # [levels, 2], width and height
-            locations = places + offsets / sizes[:, None]
-        else:
-            center, size = places.split(2, dim=-1)
-            locations = center + offsets / self.n_points * size * 0.5
-        out = attend(
-            value.unflatten(-1, (self.n_heads, -1)),
-            input_spatial_shapes_hw,
-            locations,
-            weights.unflatten(-1, samples),
-        )
-        return self.output_proj(out)
+        shapes, sizes = input_spatial_shapes_hw, input_spatial_shapes
+        return attend_as(self, query, reference_points, input_flatten, shapes, input_padding_mask, sizes)

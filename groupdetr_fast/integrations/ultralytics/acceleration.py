@@ -1,0 +1,100 @@
+"""This package's kernels in Ultralytics' RT-DETR, exchanged in place and put back."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+from ultralytics import RTDETR, __version__
+
+from ..kernels import can_serve, serves_everywhere
+from . import attention, criterion
+from .exchange import SavedAsTheirs, set_class
+
+__all__ = ["TESTED", "accelerate", "restore"]
+
+TESTED = ((8, 4), (8, 4))  # the first and the last minor version of ultralytics that the tests ran with
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Let Ultralytics' RT-DETR train and predict with this package's kernels, in place.
+
+    Exchanged are its deformable attention, and its criterion together with the matching, which are computed for all
+    layers and images at once, of the denoising queries too. Losses and gradients stay the same but for rounding. So do
+    the keys of the model's state dict, and what it can be used for: training, validation, prediction, export,
+    ``copy.deepcopy``; pickles and checkpoints have Ultralytics' own classes, and load without this package. Its own
+    code still computes what this package does not: criteria with other options than RT-DETR's, attention on a device
+    without a kernel, traces and exports. Subclasses of its attention, criterion or model are left alone.
+
+    Calling this again changes nothing.
+
+    Args:
+        model: an ``RTDETR``, whose ``train`` then takes :class:`AcceleratedTrainer` for its trainer; an
+            ``RTDETRDetectionModel``; or any module that has parts of these in it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if ``model`` is no module, or an ``RTDETR`` of an exported file.
+        ValueError: if there is nothing to exchange.
+
+    Warns:
+        UserWarning: if the version of ultralytics is none that this was tested with, or no kernel is installed; the
+            model is unchanged then.
+    """
+    modules = _modules_of(model)
+    serves_losses = serves_everywhere("linear_assignment")
+    if not can_serve("ultralytics", __version__, TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
+        return model
+    exchanged = False
+    for module in modules:
+        if attention.DEVICES:
+            exchanged |= attention.exchange(module)
+        if serves_losses:
+            exchanged |= criterion.exchange(module)
+    if not exchanged:
+        raise ValueError(f"{type(model).__name__} has neither Ultralytics' deformable attention nor its RT-DETR")
+    if type(model) is RTDETR:
+        set_class(model, _RTDETR)
+        model.predictor = None  # which has a copy of the model as it was
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate` in place; a model that was not accelerated stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if ``model`` is none that :func:`accelerate` takes.
+    """
+    for module in _modules_of(model):
+        attention.put_back(module)
+        criterion.put_back(module)
+    if type(model) is _RTDETR:
+        set_class(model, RTDETR)
+        model.predictor = None
+    return model
+
+
+def _modules_of(model: Any) -> list[nn.Module]:
+    """Every module in which parts may be exchanged."""
+    module = model.model if isinstance(model, RTDETR) else model
+    if not isinstance(module, nn.Module):
+        what = f"an RTDETR of {module}" if isinstance(model, RTDETR) else type(model).__name__
+        raise TypeError(f"model must be an RTDETR of a .pt or .yaml file, or a module, got {what}")
+    return list(module.modules())
+
+
+class _RTDETR(SavedAsTheirs, RTDETR):
+    theirs = RTDETR
+
+    def train(self, trainer: type | None = None, **kwargs: Any) -> Any:
+        """Their own, with the trainer of this package unless another is given."""
+        from .training import AcceleratedTrainer
+
+        metrics = super().train(trainer or AcceleratedTrainer, **kwargs)
+        accelerate(self.model)  # which Ultralytics has read from the best checkpoint
+        return metrics

@@ -1,0 +1,136 @@
+"""Ultralytics' trainer of RT-DETR with K groups of queries.
+
+K is in the class of the trainer, since that is all that Ultralytics carries along: it makes the trainer itself, and
+the processes of DDP make theirs from its class. Such a class is made where it is asked for, and found by its name.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from ..kernels import is_tested
+from . import acceleration
+from .groups import add_groups, has_groups, heads_of_others
+from .training import AcceleratedTrainer
+
+__all__ = ["group_trainer"]
+
+_PREFIX = "GroupTrainer"
+_NOISE = 0.1  # of new groups beside a trained one
+_KEPT = "groups_of_last.pt"  # beside last.pt; Ultralytics takes every last*.pt for a checkpoint
+_UNTRIED = ("compile", "distill_model")
+
+
+def group_trainer(num_groups: int) -> type[AcceleratedTrainer]:
+    """The trainer of Ultralytics' RT-DETR with K groups of queries (Group DETR, section 3.2) and these kernels.
+
+    For ``RTDETR("rtdetr-l.pt").train(data=..., trainer=group_trainer(5))``, on one device or several. Every group
+    has an encoder output projection and heads of its own (and learned contents, where the model has them), which pick
+    its queries, as in LW-DETR; the decoder is shared, and its self-attention stays inside groups. Each group is matched
+    on its own, and losses are averaged over groups. Denoising queries belong to group 0, as in the base model.
+
+    Validation and what is saved have group 0 alone, in Ultralytics' own classes. The other groups lie beside
+    ``last.pt`` until the training ends; to resume, pass the same trainer with ``resume=True``. Groups begin near group
+    0 where that comes from a checkpoint, and else with projections of their own.
+
+    Args:
+        num_groups: K, at least 1; with 1 it trains as :class:`AcceleratedTrainer` does.
+
+    Returns:
+        The class. A trainer of it raises ValueError with another version of ultralytics than was tested, for
+        ``compile``, ``distill_model`` and ``quantize=8``, which were not tried, and where the groups of the checkpoint
+        to resume from are not found.
+
+    Raises:
+        ValueError: if ``num_groups`` is no positive integer.
+    """
+    if type(num_groups) is not int or num_groups < 1:
+        raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
+    return _class_of(num_groups)
+
+
+def __getattr__(name: str) -> Any:
+    """``GroupTrainer5`` is ``group_trainer(5)``, for whoever unpickles it."""
+    number = name.removeprefix(_PREFIX)
+    if number != name and number.isdecimal() and not number.startswith("0"):
+        return _class_of(int(number))
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+@functools.cache
+def _class_of(num_groups: int) -> type[AcceleratedTrainer]:
+    name = f"{_PREFIX}{num_groups}"
+    return type(name, (_GroupTrainer,), {"num_groups": num_groups, "__module__": __name__, "__qualname__": name})
+
+
+class _GroupTrainer(AcceleratedTrainer):
+    """Their own trainer, whose models have K groups, and which keeps the groups that its checkpoints leave out."""
+
+    num_groups: ClassVar[int]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.num_groups > 1 and not is_tested(acceleration.__version__, acceleration.TESTED):
+            raise ValueError(f"groups of queries were not tested with ultralytics {acceleration.__version__}: use 8.4")
+        used = [name for name in _UNTRIED if getattr(self.args, name, None)]
+        used += ["quantize"] if getattr(self.args, "quantize", None) == 8 else []
+        if used and self.num_groups > 1:
+            raise ValueError(f"{used[0]} was not tried with groups of queries: leave one of them out")
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}  # by epoch
+
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
+        model = super().get_model(cfg, weights, verbose)
+        add_groups(model, self.num_groups, noise=None if weights is None else _NOISE)
+        return model
+
+    def setup_model(self) -> Any:
+        """Their own; in a process of DDP the model may be a pickled one, whose other groups were left out."""
+        checkpoint = super().setup_model()
+        if self.num_groups > 1 and not has_groups(self.model):
+            add_groups(self.model, self.num_groups, noise=_NOISE)
+        return checkpoint
+
+    def save_model(self) -> Any:
+        """Their own, after the other groups: whenever there is a checkpoint, there are its groups."""
+        if self.num_groups > 1:
+            heads = {name: value.cpu() for name, value in heads_of_others(self.ema.ema).state_dict().items()}
+            last = list(self._kept.items())[-1:]  # whose checkpoint is still there if this process ends here
+            self._kept = {**dict(last), self.epoch: {name: value.clone() for name, value in heads.items()}}
+            unfinished = self.wdir / f"{_KEPT}.part"
+            torch.save({"num_groups": self.num_groups, "epochs": self._kept}, unfinished)
+            os.replace(unfinished, self.wdir / _KEPT)
+        return super().save_model()
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        """Their own, after the other groups of that checkpoint: to resume, and after losses that were not finite."""
+        if self.num_groups > 1:
+            heads_of_others(unwrap_model(self.model)).load_state_dict(self._groups_of(ckpt["epoch"]))
+        super()._load_checkpoint_state(ckpt)
+
+    def _groups_of(self, epoch: int) -> dict[str, torch.Tensor]:
+        folders = (self.wdir, Path(self.args.model).parent)
+        found = [folder / _KEPT for folder in folders if (folder / _KEPT).exists()]
+        if not found:
+            raise ValueError(f"{folders[-1] / _KEPT}, with the groups that {self.args.model} leaves out, is missing")
+        kept = torch.load(found[0], map_location="cpu", weights_only=True)
+        if kept["num_groups"] != self.num_groups:
+            raise ValueError(
+                f"the training was started with {kept['num_groups']} groups: pass group_trainer({kept['num_groups']})"
+            )
+        if epoch not in kept["epochs"]:
+            epochs = " and ".join(str(each + 1) for each in kept["epochs"])
+            raise ValueError(f"{found[0]} has the groups of epoch {epochs}, not of {epoch + 1}: resume from last.pt")
+        return kept["epochs"][epoch]
+
+    def final_eval(self) -> Any:
+        """Their own, after which the checkpoints have no state to go on from, and need no groups."""
+        result = super().final_eval()
+        if RANK in (-1, 0):
+            (self.wdir / _KEPT).unlink(missing_ok=True)
+        return result

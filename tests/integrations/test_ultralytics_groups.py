@@ -1,0 +1,359 @@
+"""Groups of queries in the training of Ultralytics' RT-DETR."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_ultralytics import (
+    COUNTS,
+    QUERIES,
+    assert_same_step,
+    batch_of,
+    folder_of,
+    model_of,
+    options_of,
+    step,
+    train,
+)
+from torch import nn
+from ultralytics import RTDETR
+from ultralytics.nn.modules.head import RTDETRDecoder
+from ultralytics.nn.tasks import RTDETRDetectionModel, torch_safe_load
+from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+from ultralytics.utils.patches import torch_load
+
+from groupdetr_fast.integrations.ultralytics import (
+    AcceleratedTrainer,
+    accelerate,
+    acceleration,
+    group_trainer,
+    group_training,
+)
+from groupdetr_fast.integrations.ultralytics.groups import add_groups, has_groups, heads_of_others, remove_groups
+
+K = 3
+
+
+@pytest.fixture(autouse=True)
+def _any_version(monkeypatch):
+    """The tests say whether another version works, too."""
+    monkeypatch.setattr(acceleration, "__version__", "8.4.190")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return folder_of(tmp_path)
+
+
+def grouped(noise=None, **options):
+    model = model_of(**options)
+    torch.manual_seed(5)
+    add_groups(model, K, noise=noise)
+    return accelerate(model)
+
+
+def predict(model, batch):
+    """What a model in training predicts for a batch, with denoising queries."""
+    torch.manual_seed(3)
+    targets = {
+        "cls": batch["cls"].long().view(-1),
+        "bboxes": batch["bboxes"],
+        "batch_idx": batch["batch_idx"].long(),
+        "gt_groups": batch["batch_idx"].long().bincount(minlength=len(batch["img"])).tolist(),
+    }
+    return model.predict(batch["img"], batch=targets), targets
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)], ids=str)
+def test_groups_do_not_see_each_other(counts, learnt):
+    """Group 0 and the denoising queries predict as in the base model, and so does each other group by its heads."""
+    model, base = (build(learnt=learnt) for build in (grouped, model_of))
+    batch = batch_of(counts)
+    found, expected = (predict(each, batch)[0] for each in (model, base))
+    first = expected[0].shape[2]
+    assert found[0].shape[2] == first + (K - 1) * QUERIES
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours[:, :, :first], theirs, rtol=1e-5, atol=1e-5)
+    for group in range(1, K):
+        alone = copy.deepcopy(base)
+        for name, heads in heads_of_others(model)[group - 1].items():
+            alone.model[-1]._modules[name] = copy.deepcopy(heads)
+        expected = predict(alone, batch)[0]
+        for ours, theirs in zip(found[:2], expected[:2], strict=True):
+            rows = slice(first + (group - 1) * QUERIES, first + group * QUERIES)
+            torch.testing.assert_close(ours[:, :, rows], theirs[:, :, -QUERIES:], rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(found[2:4], expected[2:4], strict=True):
+            torch.testing.assert_close(ours[:, group * QUERIES : (group + 1) * QUERIES], theirs)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_losses_are_means_over_groups(counts):
+    """Of Ultralytics' own criterion for each group alone."""
+    model, batch = grouped(), batch_of(counts)
+    (boxes, logits, first_boxes, first_logits, denoising), targets = predict(model, batch)
+    length = denoising["dn_num_split"][0] if denoising else 0
+    theirs = model_of().init_criterion()
+    expected = []
+    for group in range(K):
+        rows = slice(group * QUERIES, (group + 1) * QUERIES)
+        layers = [
+            torch.cat((first[None, :, rows], every[:, :, length:][:, :, rows]))
+            for first, every in ((first_boxes, boxes), (first_logits, logits))
+        ]
+        of_denoising = {"dn_bboxes": boxes[:, :, :length], "dn_scores": logits[:, :, :length], "dn_meta": denoising}
+        expected.append(theirs(layers, targets, **(of_denoising if denoising else {})))
+    total = sum(sum(losses.values()) for losses in expected) / K
+    torch.manual_seed(3)
+    loss, shown = model(batch)
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
+    for name, key in (("giou_loss", "loss_giou"), ("cls_loss", "loss_class"), ("l1_loss", "loss_bbox")):
+        torch.testing.assert_close(shown[name], sum(losses[key] for losses in expected).detach() / K)
+
+
+def test_every_group_learns_on_its_own():
+    model = grouped()
+    _, gradients = step(model, batch_of((3, 1)))
+    names = [f"model.4.other_groups.{group}.enc_output.0.weight" for group in range(K - 1)]
+    assert all(gradients[name].abs().max() > 0 for name in names)
+    assert not torch.allclose(*(gradients[name] for name in names))
+
+
+def test_one_group_is_the_base_model():
+    model, batch = model_of(), batch_of((3, 1))
+    add_groups(model, 1)
+    assert type(model) is RTDETRDetectionModel
+    assert_same_step(step(accelerate(model), batch), step(model_of(), batch), 1e-5)
+
+
+def test_half_precision_of_autocast():
+    def loss_of(model, enabled):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return model(batch_of((3, 1)))[0]
+
+    found = loss_of(grouped(), True)
+    found.backward()
+    torch.testing.assert_close(found, loss_of(grouped(), False), rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)], ids=str)
+def test_ddp_finds_every_parameter_used(counts, tmp_path):
+    """As Ultralytics wraps the model, but for unused parameters, which it would take; of one process."""
+    expected = step(grouped(), batch_of(counts))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(grouped(), find_unused_parameters=False)
+        losses, gradients = step(model, batch_of(counts))
+    finally:
+        dist.destroy_process_group()
+    gradients = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
+    assert_same_step((losses, gradients), expected, 1e-6)
+    assert len(gradients) == len(list(grouped().parameters()))
+
+
+def test_evaluation_is_that_of_the_first_group():
+    model, base, batch = grouped().eval(), model_of().eval(), batch_of((3, 1))
+    with torch.no_grad():
+        found, expected = model(batch["img"]), base(batch["img"])
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.loss(batch, found), base.loss(batch, expected), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_near_a_trained_one():
+    model = grouped(noise=0.1)
+    own, others = model.model[-1].enc_score_head.weight, heads_of_others(model)
+    for heads in others:
+        difference = (heads["enc_score_head"].weight - own).std() / own.std()
+        assert 0.05 < difference < 0.2
+    assert not torch.equal(others[0]["enc_score_head"].weight, others[1]["enc_score_head"].weight)
+
+
+def test_pickles_have_the_first_group_in_their_classes():
+    model = grouped()
+    step(model, batch_of((3, 1)))
+    data = pickle.dumps(model)
+    assert b"groupdetr_fast" not in data
+    again, base = pickle.loads(data), model_of()
+    assert list(again.state_dict()) == list(base.state_dict())
+    assert {type(part) for part in again.modules()} - {type(again.criterion)} >= {type(part) for part in base.modules()}
+    assert "num_groups" not in vars(again.model[-1].decoder.layers[0].self_attn)
+    twin = copy.deepcopy(model)
+    assert has_groups(twin)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert len(list(model.state_dict())) > len(list(again.state_dict()))
+
+
+def test_removing_groups():
+    model, base = grouped(), model_of()
+    remove_groups(model)
+    remove_groups(model)
+    for ours, theirs in zip(model.modules(), accelerate(base).modules(), strict=True):
+        assert ours.__class__ is theirs.__class__
+        assert set(vars(ours)) - {"criterion"} == set(vars(theirs))
+    assert_same_step(step(model, batch_of((3, 1))), step(base, batch_of((3, 1))), 1e-5)
+
+
+def test_a_checkpoint_of_one_group_leaves_the_others():
+    model = grouped()
+    others = {name: value.clone() for name, value in heads_of_others(model).state_dict().items()}
+    state = {name: torch.zeros_like(value) for name, value in model_of().state_dict().items()}
+    model.load_state_dict(state)
+    assert not model.model[-1].enc_score_head.weight.any()
+    torch.testing.assert_close(dict(heads_of_others(model).state_dict()), others)
+
+
+def test_classes_of_trainers():
+    trainer = group_trainer(5)
+    assert trainer is group_trainer(5)
+    assert issubclass(trainer, AcceleratedTrainer)
+    assert trainer.num_groups == 5
+    assert pickle.loads(pickle.dumps(trainer)) is trainer
+    for wrong in (0, -1, 2.0, "3", True):
+        with pytest.raises(ValueError, match="num_groups must be an integer of at least 1, got"):
+            group_trainer(wrong)
+    assert group_training.GroupTrainer7 is group_trainer(7)
+    for name in ("GroupTrainer", "GroupTrainer0", "GroupTrainer07", "GroupTrainerX"):
+        with pytest.raises(AttributeError, match=f"has no attribute {name}$"):
+            getattr(group_training, name)
+
+
+def test_training(folder):
+    losses, detector = train(folder, "run", trainer=group_trainer(K))
+    assert len(losses) == 2
+    trainer = detector.trainer
+    assert has_groups(trainer.model)
+    assert has_groups(trainer.ema.ema)
+    assert type(detector.model) is RTDETRDetectionModel
+    weights = folder / "runs" / "run" / "weights"
+    assert sorted(path.name for path in weights.iterdir()) == ["best.pt", "last.pt"]
+    for name in ("best", "last"):
+        checkpoint, _ = torch_safe_load(weights / f"{name}.pt", safe_only=True)
+        assert list(checkpoint["model"].state_dict()) == list(RTDETR(folder / "rtdetr-tiny.yaml").model.state_dict())
+        assert type(checkpoint["model"].model[-1]) is RTDETRDecoder
+
+
+def test_training_with_one_group(folder):
+    expected, _ = train(folder, "accelerated", trainer=AcceleratedTrainer)
+    found, _ = train(folder, "grouped", trainer=group_trainer(1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_from_a_checkpoint_groups_begin_near_the_first(folder):
+    RTDETR(folder / "rtdetr-tiny.yaml").save(folder / "pretrained.pt")
+    kept = []
+    detector = RTDETR(folder / "pretrained.pt")
+    detector.add_callback("on_train_start", lambda trainer: kept.append(copy.deepcopy(trainer.model)))
+    detector.train(**options_of(folder, "run"), epochs=1, trainer=group_trainer(K))
+    (model,) = kept
+    own, other = model.model[-1].enc_output[0].weight, heads_of_others(model)[0]["enc_output"][0].weight
+    assert 0 < (other - own).abs().max() < 0.6 * own.abs().max()
+
+
+def stop_after_first_epoch(folder, name, trainer):
+    """As if the process had ended there."""
+
+    def stop(trainer):
+        trainer.stop = trainer.epoch == 0
+        trainer.final_eval = lambda: None
+
+    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
+    detector.add_callback("on_fit_epoch_end", stop)
+    detector.train(**options_of(folder, name), epochs=3, trainer=trainer)
+    return detector.trainer
+
+
+def test_resuming(folder):
+    """The groups that the checkpoint leaves out come from the file beside it."""
+    stopped = stop_after_first_epoch(folder, "run", group_trainer(K))
+    last = folder / "runs" / "run" / "weights" / "last.pt"
+    assert list(torch_load(last, map_location="cpu")["ema"].state_dict()) == list(model_of().state_dict())
+    kept = []
+
+    def keep(trainer):
+        kept.extend(copy.deepcopy(each) for each in (trainer.model, trainer.ema.ema))
+
+    detector = RTDETR(last)
+    detector.add_callback("on_train_start", keep)
+    detector.train(resume=True, trainer=group_trainer(K))
+    assert detector.trainer.start_epoch == 1
+    expected = heads_of_others(stopped.ema.ema).state_dict()
+    for model in kept:
+        torch.testing.assert_close(dict(heads_of_others(model).state_dict()), dict(expected))
+    assert not (last.parent / "groups_of_last.pt").exists()
+
+
+def test_what_cannot_be_resumed(folder):
+    stop_after_first_epoch(folder, "run", group_trainer(K))
+    weights = folder / "runs" / "run" / "weights"
+    with pytest.raises(ValueError, match=r"the training was started with 3 groups: pass group_trainer\(3\)"):
+        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(2))
+    kept = torch.load(weights / "groups_of_last.pt")
+    torch.save({**kept, "epochs": {7: kept["epochs"][0]}}, weights / "groups_of_last.pt")
+    with pytest.raises(ValueError, match=r"has the groups of epoch 8, not of 1: resume from last.pt"):
+        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(K))
+    (weights / "groups_of_last.pt").unlink()
+    with pytest.raises(ValueError, match=r"groups_of_last.pt, with the groups that .*last.pt leaves out, is missing"):
+        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(K))
+
+
+def test_losses_that_are_not_finite(folder):
+    """Ultralytics goes back to last.pt then, and this to the groups of it."""
+    poisoned, kept = [], []
+
+    def poison(trainer):
+        if trainer.epoch == 1 and not poisoned:
+            poisoned.append({n: v.clone() for n, v in heads_of_others(trainer.ema.ema).state_dict().items()})
+            with torch.no_grad():
+                heads_of_others(trainer.model)[0]["enc_output"][0].weight.fill_(torch.nan)
+        elif trainer.epoch == 1:
+            kept.append({n: v.clone() for n, v in heads_of_others(trainer.model).state_dict().items()})
+
+    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
+    detector.add_callback("on_train_epoch_start", poison)
+    detector.train(**options_of(folder, "run"), epochs=2, trainer=group_trainer(K))
+    assert len(kept) == 1
+    torch.testing.assert_close(kept[0], poisoned[0])
+
+
+def test_what_processes_of_ddp_start_from(folder):
+    """A pickle of the class, which is found by its name, and a model of one group."""
+    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml"), "epochs": 1}
+    trainer = group_trainer(K)(overrides=overrides)
+    trainer.model = trainer.get_model(cfg=str(folder / "rtdetr-tiny.yaml"), verbose=False)
+    script = generate_ddp_file(trainer)
+    try:
+        state = torch_load(script.replace(".py", ".pt"), map_location="cpu")
+    finally:
+        ddp_cleanup(trainer, script)
+    assert state["trainer"] is group_trainer(K)
+    assert type(state["model"]) is RTDETRDetectionModel
+    again = state["trainer"](overrides=state["args"])
+    again.model = state["model"]
+    again.setup_model()
+    assert len(heads_of_others(again.model)) == K - 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("compile", True), ("distill_model", "rtdetr-x.pt"), ("quantize", 8)])
+def test_what_was_not_tried_is_refused(folder, option, value):
+    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml"), option: value}
+    with pytest.raises(ValueError, match=f"{option} was not tried with groups of queries: leave one of them out"):
+        group_trainer(K)(overrides=overrides)
+
+
+def test_other_versions_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(acceleration, "__version__", "8.5.0")
+    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml")}
+    with pytest.raises(ValueError, match=r"groups of queries were not tested with ultralytics 8.5.0: use 8.4"):
+        group_trainer(K)(overrides=overrides)
+
+
+def test_subclasses_are_refused():
+    model = model_of()
+    model.model[-1].__class__ = type("OtherHead", (RTDETRDecoder,), {})
+    with pytest.raises(TypeError, match="groups need a RTDETRDecoder itself, got a OtherHead"):
+        add_groups(model, 2)
+    with pytest.raises(ValueError, match="num_groups must be at least 1, got 0"):
+        add_groups(model_of(), 0)
