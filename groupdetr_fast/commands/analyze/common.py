@@ -50,12 +50,18 @@ class Analysis:
     command: tyro.conf.Suppress[str] = ""
 
     def training(self) -> CocoTrainingConfig:
-        """The training that the runs vary; composes the digits on first use, if there is no other data."""
+        """The training that the runs vary; composes the digits on first use, if there is no other data.
+
+        Raises:
+            ValueError: for settings that do not fit together; no digits are composed for these.
+        """
+        training = self._of_flags()
+        return training if self.data.given else replace(training, data=with_digits(self.data))
+
+    def _of_flags(self) -> CocoTrainingConfig:
+        """The same with the data of the flags, perhaps none."""
         return CocoTrainingConfig(
-            data=self.data if self.data.given else with_digits(self.data),
-            model=self.model,
-            augmentation=self.augmentation,
-            optimization=self.optimization,
+            data=self.data, model=self.model, augmentation=self.augmentation, optimization=self.optimization
         )
 
     def write(
@@ -149,10 +155,10 @@ class Sweep(Analysis):
         if not 0 <= self.nms_threshold <= 1:
             raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 
-    def training(self) -> CocoTrainingConfig:
+    def _of_flags(self) -> CocoTrainingConfig:
         """See :class:`Analysis`."""
         own = ("evaluate_every", "checkpoint_minutes", "top_k")
-        return replace(super().training(), **{name: getattr(self, name) for name in own})
+        return replace(super()._of_flags(), **{name: getattr(self, name) for name in own})
 
     def resolved_jobs(self) -> int:
         """``jobs``, or what None stands for on this machine."""
