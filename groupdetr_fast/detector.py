@@ -77,6 +77,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         checkpoint: str | Path,
         *,
         model: str | None = None,
+        accelerate_kernels: bool = True,
         device: torch.device | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -90,6 +91,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             checkpoint: file or folder of this package, such as that of a run, of an original repository or of
                 transformers; or the id of a repository on the Hugging Face Hub that has one (``user/name``).
             model: name of the detector, for checkpoints that do not say it.
+            accelerate_kernels: let a model of transformers compute with the kernels of this package.
             device: where to; by default a GPU if there is one.
             revision, token, cache_dir, local_files_only: of the repository on the Hub, see ``snapshot_download``.
             **settings: sizes of the detector, for checkpoints that do not say them.
@@ -108,7 +110,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
                 local_files_only=local_files_only,
             )
         detector = cls.__new__(cls)
-        detector._load(path, model, device, settings)
+        detector._load(path, model, device, {"accelerate_kernels": accelerate_kernels, **settings})
         return detector
 
     def _load(
@@ -120,7 +122,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         config = {**asdict(self.model.config), **({} if header.transformers else {"backbone_weights": None})}
         self._header = replace(header, model_config=config)
         self.checkpoint = path
-        sizes = ModelConfig.of_checkpoint(self._header, load=path)
+        accelerate_kernels = settings.get("accelerate_kernels", ModelConfig.accelerate_kernels)
+        sizes = ModelConfig.of_checkpoint(self._header, load=path, accelerate_kernels=accelerate_kernels)
         augmentation = settings_of(self.model).augmentation
         self._run = replace(CocoTrainingConfig(), model=sizes, augmentation=augmentation)
 
@@ -152,11 +155,12 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         """
         run, settings = self._training(recipe, settings)
         folder = Path(output) if output is not None else _new_folder(RUNS / "train")
-        results = train(run.with_settings(**_of_data(data), output=folder, **settings))
+        run = run.with_settings(**_of_data(data), output=folder, **settings)
+        results = train(run)
         best = folder / "checkpoints" / BEST
         trained = best if best.exists() else latest_checkpoint(folder)
         if trained is not None:
-            self._load(trained, None, None, {})
+            self._load(trained, None, None, {"accelerate_kernels": run.model.accelerate_kernels})
         return results
 
     def find_rate(
@@ -263,7 +267,13 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             ValueError: as ``gd.load_model``.
         """
         if self.checkpoint is not None:
-            loaded = load_model(self.checkpoint, model=self._run.model.model, num_groups=self._num_groups, device="cpu")
+            loaded = load_model(
+                self.checkpoint,
+                model=self._run.model.model,
+                num_groups=self._num_groups,
+                accelerate_kernels=self._run.model.accelerate_kernels,
+                device="cpu",
+            )
             return loaded.train()
         return self._run.model.build_untrained().train()
 

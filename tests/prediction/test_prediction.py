@@ -13,6 +13,7 @@ from small_sizes import SIZES
 from torch.utils.data import DataLoader
 
 import groupdetr_fast as gd
+from groupdetr_fast import cli
 from groupdetr_fast.data import (
     AugmentationConfig,
     CocoDataset,
@@ -216,6 +217,19 @@ def test_devices_that_are_not_there_are_refused_in_one_sentence(checkpoint, devi
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*: give cpu") as error:
         gd.load_model(checkpoint, device=device)
     assert "\n" not in str(error.value)
+
+
+def test_detectors_of_this_package_have_no_other_code_than_its_kernels(checkpoint, tmp_path):
+    message = "accelerate_kernels is for models of transformers: leave it out for conditional_detr_r50"
+    with pytest.raises(ValueError, match=message):
+        gd.load_model(checkpoint, accelerate_kernels=False)
+    with pytest.raises(ValueError, match=message):
+        CocoTrainingConfig().with_settings(accelerate_kernels=False)
+    image = tmp_path / "black.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for command in (["predict", str(checkpoint), str(image)], ["eval", str(checkpoint), "--data-path", str(tmp_path)]):
+        with pytest.raises(SystemExit, match=message):
+            cli.main([*command, "--no-accelerate-kernels", "--output", str(tmp_path / "out")])
 
 
 def test_the_arguments_by_name_are_those_that_are_checked():
