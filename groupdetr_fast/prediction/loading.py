@@ -8,6 +8,7 @@ import torch
 
 from ..models import load_checkpoint
 from ..models.checkpoints import CheckpointHeader, build_detector, read_header
+from ..models.checkpoints.read import read_checkpoint
 from ..models.detector import Detector
 from ..transformers_detector.families import (
     FAMILIES,
@@ -46,6 +47,7 @@ def describe_model(checkpoint: str | Path, model: str | None = None) -> Checkpoi
     if model and model != header.model:
         header = replace(header, model=model, model_config={})
     if header.model is None:
+        read_checkpoint(checkpoint)  # which says so where there are no weights at all
         raise ValueError(
             f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
         )
@@ -113,7 +115,8 @@ def _find_device(device: torch.device | str | None) -> torch.device | str:
     """The device, or that which None stands for, once it is known that tensors can lie on it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors there hold no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for devices of some kinds
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ValueError(

@@ -113,7 +113,15 @@ class CocoTrainingConfig:
                 "class_weights balanced and repeat_factor_threshold each make up for rare classes, and together twice: "
                 "give one of them"
             )
-        for name in ("checkpoint_minutes", "keep_checkpoints", "early_stopping", "early_stopping_delta"):
+        for name in (
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "keep_checkpoints",
+            "early_stopping",
+            "early_stopping_delta",
+            "max_skipped_steps",
+            "pictures",
+        ):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from groupdetr_fast import cli
+from groupdetr_fast.analysis import cost
 from groupdetr_fast.analysis.run import RunResults
 from groupdetr_fast.commands import analyze
 from groupdetr_fast.data import DigitsConfig, digits_dataset
@@ -58,6 +60,13 @@ def test_what_cannot_be_is_refused_before_digits_are_composed(arguments, message
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         cli.main(["analyze", *arguments.split(), "--output", str(tmp_path / "analysis")])
     assert not (tmp_path / "analysis").exists()
+
+
+def test_what_the_process_of_a_measurement_says_has_one_beginning(tmp_path, monkeypatch):
+    said = subprocess.CompletedProcess([], 1, stderr="WARNING a: b\nerror: the data have a fault\n")
+    monkeypatch.setattr(cost.subprocess, "run", lambda *arguments, **options: said)
+    with pytest.raises(SystemExit, match=r"^error: the data have a fault$"):
+        cli.main(["analyze", "cost", "--coco-path", "c", "--groups", "1", "--output", str(tmp_path)])
 
 
 @pytest.fixture

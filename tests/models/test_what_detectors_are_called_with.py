@@ -32,3 +32,18 @@ def model():
 def test_what_does_not_fit_is_refused(images, masks, targets, error, message, model):
     with pytest.raises(error, match=message):
         model(images, masks, targets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_groups": 2.0}, TypeError, "num_groups must be an integer, got 2.0"),
+        ({"num_classes": "3"}, TypeError, "num_classes must be an integer, got '3'"),
+        ({"d_model": None}, TypeError, "d_model must be an integer, got None"),
+        ({"class_loss": float("nan")}, ValueError, "class_loss must not be negative and must be finite, got nan"),
+        ({"giou_cost": -1.0}, ValueError, "giou_cost must not be negative and must be finite, got -1.0"),
+    ],
+)
+def test_settings_that_no_detector_has_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        gd.build_model("conditional_detr_r50", **{"num_classes": 3, "num_groups": 2, **SIZES, **settings})

@@ -49,6 +49,10 @@ class Analysis:
     output: Path = Path("runs/analysis")
     command: tyro.conf.Suppress[str] = ""
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be positive, got {self.threads}")
+
     def training(self) -> CocoTrainingConfig:
         """The training that the runs vary; composes the digits on first use, if there is no other data.
 
@@ -96,6 +100,7 @@ class OverSteps(Analysis):
     batches: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         for name in ("every", "batches"):
@@ -150,6 +155,7 @@ class Sweep(Analysis):
     top_k: int = CocoTrainingConfig.top_k
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         if not 0 <= self.nms_threshold <= 1:
