@@ -21,6 +21,7 @@ from .prediction import describe_model, load_model, predict, predict_video, sett
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
 from .runs.find_rate import find_rate
+from .runs.kept_files import begun_with
 from .runs.recipes import launched_recipe
 from .runs.train import train
 from .training.checkpoint import BEST, latest_checkpoint, write_weights
@@ -137,7 +138,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     ) -> dict[str, Any]:
         """Train, and take the weights of the best epoch.
 
-        A detector that has weights starts from them, with a new class head where the number of classes differs.
+        A detector that has weights starts from them, with a new class head where the number of classes differs. With
+        ``resume=True`` it goes on with the run in ``output`` instead, whatever its own weights are.
 
         Args:
             data: folder in COCO's layout, that of Roboflow's COCO export, or YOLO's; or name the files by
@@ -151,10 +153,13 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             What ``results.json`` in the folder of the run holds.
 
         Raises:
-            ValueError: for an unknown setting, and as ``runs.train.train``.
+            ValueError: for an unknown setting, for ``resume`` without ``output``, and as ``runs.train.train``.
         """
-        run, settings = self._training(recipe, settings)
+        if settings.get("resume") and output is None:
+            raise ValueError("resume goes on with the run in output: give output, the folder of that run")
         folder = Path(output) if output is not None else _new_folder(RUNS / "train")
+        begun = begun_with(folder) if settings.get("resume") and self.checkpoint is not None else None
+        run, settings = self._training(recipe, settings) if begun is None else (begun, settings)
         run = run.with_settings(**_of_data(data), output=folder, **settings)
         results = train(run)
         best = folder / "checkpoints" / BEST
@@ -285,6 +290,10 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights of one group and their header, for ``save_pretrained`` and ``push_to_hub``."""
         model = self._require_weights("save")
+        if Path(save_directory).resolve().parent.name == "checkpoints":
+            raise ValueError(
+                f"{save_directory} is a checkpoint of a run, with all groups: save this one group elsewhere"
+            )
         assert self._header is not None
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         write_weights(Path(save_directory) / "model.safetensors", weights, self._header.to_json())
