@@ -63,7 +63,7 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
             print(sentence, file=sys.stderr)
         sys.exit(EXIT_WRONG_COMMAND_LINE)
     except (OSError, ValueError) as error:
-        sentence = f"error: {shown(str(error), LONGEST_MESSAGE)}"
+        sentence = f"error: {shown(_in_words(error), LONGEST_MESSAGE)}"
         sys.exit(EXIT_FAILED if first_says(sentence) else sentence)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -72,6 +72,13 @@ def run(parse: Callable[[], Callable[[], None]]) -> None:
         if not first_says(str(stopped)):
             print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+
+
+def _in_words(error: OSError | ValueError) -> str:
+    """What is wrong, where the system's words say less than they could: of files where there should be folders."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"there can be no folder {error.filename}: that, or what it is to be in, is a file"
+    return str(error)
 
 
 def _warn_of_own_images_alone() -> None:

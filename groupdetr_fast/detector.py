@@ -22,6 +22,7 @@ from .prediction import describe_model, load_model, predict, predict_video, sett
 from .runs.config import CocoTrainingConfig, ModelConfig
 from .runs.evaluate import evaluate_checkpoint
 from .runs.find_rate import find_rate
+from .runs.kept_files import begun_with
 from .runs.recipes import launched_recipe
 from .runs.train import train
 from .training.checkpoint import write_weights
@@ -78,6 +79,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         checkpoint: str | Path,
         *,
         model: str | None = None,
+        accelerate_kernels: bool = True,
         device: torch.device | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -91,6 +93,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             checkpoint: file or folder of this package, such as that of a run, of an original repository or of
                 transformers; or the id of a repository on the Hugging Face Hub that has one (``user/name``).
             model: name of the detector, for checkpoints without it.
+            accelerate_kernels: let a model of transformers compute with the kernels of this package.
             device: where to; by default a GPU if there is one.
             revision, token, cache_dir, local_files_only: of the repository on the Hub, see ``snapshot_download``.
             **settings: sizes of the detector, for checkpoints without them.
@@ -109,7 +112,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
                 local_files_only=local_files_only,
             )
         detector = cls.__new__(cls)
-        detector._load(path, model, device, settings)
+        detector._load(path, model, device, {"accelerate_kernels": accelerate_kernels, **settings})
         return detector
 
     def _load(
@@ -121,7 +124,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         config = {**asdict(self.model.config), **({} if header.transformers else {"backbone_weights": None})}
         self._header = replace(header, model_config=config)
         self.checkpoint = path
-        sizes = ModelConfig.of_checkpoint(self._header, load=path)
+        accelerate_kernels = settings.get("accelerate_kernels", ModelConfig.accelerate_kernels)
+        sizes = ModelConfig.of_checkpoint(self._header, load=path, accelerate_kernels=accelerate_kernels)
         augmentation = settings_of(self.model).augmentation
         self._run = replace(CocoTrainingConfig(), model=sizes, augmentation=augmentation)
 
@@ -135,7 +139,8 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     ) -> dict[str, Any]:
         """Train, and take the weights of the best epoch.
 
-        A detector that has weights starts from them, with a new class head where the number of classes differs.
+        A detector that has weights starts from them, with a new class head where the number of classes differs. With
+        ``resume=True`` it goes on with the run in ``output`` instead, whatever its own weights are.
 
         Args:
             data: folder in COCO's layout, that of Roboflow's COCO export, or YOLO's; or name the files by
@@ -149,11 +154,17 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             What ``results.json`` in the folder of the run holds.
 
         Raises:
-            ValueError: for an unknown setting, and as ``runs.train.train``.
+            ValueError: for an unknown setting, for ``resume`` without ``output``, and as ``runs.train.train``.
         """
+        if settings.get("resume") and output is None:
+            raise ValueError("resume goes on with the run in output: give output, the folder of that run")
         places = _places(data, output, "train")
-        results = train(self._training(recipe, **places, **settings))
-        self._load(find_weights(places["output"] / "checkpoints"), None, None, {})
+        begun = begun_with(places["output"]) if settings.get("resume") and self.checkpoint is not None else None
+        changed = {**places, **settings}
+        run = self._training(recipe, **changed) if begun is None else begun.with_settings(**changed)
+        results = train(run)
+        kernels = {"accelerate_kernels": run.model.accelerate_kernels}
+        self._load(find_weights(places["output"] / "checkpoints"), None, None, kernels)
         return results
 
     def find_rate(
@@ -259,7 +270,13 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             ValueError: as ``gd.load_model``.
         """
         if self.checkpoint is not None:
-            loaded = load_model(self.checkpoint, model=self._run.model.model, num_groups=self._num_groups, device="cpu")
+            loaded = load_model(
+                self.checkpoint,
+                model=self._run.model.model,
+                num_groups=self._num_groups,
+                accelerate_kernels=self._run.model.accelerate_kernels,
+                device="cpu",
+            )
             return loaded.train()
         return self._run.model.build_untrained().train()
 
@@ -271,6 +288,10 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights of one group and their header, for ``save_pretrained`` and ``push_to_hub``."""
         model = self._require_weights("save")
+        if Path(save_directory).resolve().parent.name == "checkpoints":
+            raise ValueError(
+                f"{save_directory} is a checkpoint of a run, with all groups: save this one group elsewhere"
+            )
         assert self._header is not None
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         write_weights(Path(save_directory) / "model.safetensors", weights, self._header.to_json())

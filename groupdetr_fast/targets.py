@@ -51,8 +51,11 @@ class PackedTargets:
             ValueError: if the list is empty, a key is missing or a shape or device does not fit, and on the CPU for a
                 negative label, or a box that is not finite, not in [0, 1] or of negative size; the message names the
                 image by its index, and the row.
-            TypeError: if ``labels`` are not integers, ``boxes`` not floating point or ``masks`` not bool.
+            TypeError: if ``labels`` are not integers, ``boxes`` not floating point or ``masks`` not bool, if one of
+                these is no tensor, or ``targets`` are one dictionary.
         """
+        if isinstance(targets, Mapping):
+            raise TypeError("targets must be a list with one dictionary for each image, got a dictionary")
         if len(targets) == 0:
             raise ValueError("targets must hold at least one image")
         for index, target in enumerate(targets):
@@ -206,6 +209,9 @@ def _check(index: int, target: Mapping[str, Tensor], first: Mapping[str, Tensor]
         if key not in target:
             hint = ': give what is in "class_labels" under that name' if f"class_{key}" in target else ""
             raise ValueError(f'targets[{index}] lacks the key "{key}"{hint}')
+    for key in ("labels", "boxes", "masks"):
+        if key in target and not isinstance(target[key], Tensor):
+            raise TypeError(f"targets[{index}]: {key} must be a tensor, got a {type(target[key]).__name__}")
     labels, boxes = target["labels"], target["boxes"]
     if labels.dim() != 1:
         raise ValueError(f"targets[{index}]: labels must have shape [T], got {list(labels.shape)}")

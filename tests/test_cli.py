@@ -35,6 +35,16 @@ def test_faults_are_one_sentence(arguments, message, tmp_path):
         cli.main([argument.format(tmp=tmp_path) for argument in arguments])
 
 
+def test_a_file_where_there_should_be_a_folder_is_named(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.touch()
+    for output in (file, file / "run"):
+        with pytest.raises(
+            SystemExit, match=f"error: there can be no folder {output}: that, or what it is to be in, is a"
+        ):
+            cli.main(["train", "--coco-path", "c", "--output", str(output)])
+
+
 def test_the_module_runs_as_the_command():
     command = [sys.executable, "-m", "groupdetr_fast", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -64,6 +64,25 @@ def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
     assert found["class_names"] == expected["class_names"]
 
 
+def test_one_group_does_not_replace_a_checkpoint_of_a_run(trained):
+    detector, _, folder = trained
+    with pytest.raises(
+        ValueError, match="best is a checkpoint of a run, with all groups: save this one group elsewhere"
+    ):
+        detector.save_pretrained(folder / "checkpoints" / "best")
+    assert read_header(folder).model_config["num_groups"] == 3
+
+
+def test_a_detector_goes_on_with_the_run_that_it_was_trained_in(digits, tmp_path):
+    detector = gd.Detector(num_groups=2, **SIZES)
+    settings = {**digits, **AUGMENTATION, "workers": 0, "pictures": 0, "report": False}
+    for epochs, resume in ((1, False), (2, True)):
+        results = detector.train(**settings, epochs=epochs, resume=resume, output=tmp_path / "run")
+        assert [row["epoch"] for row in results["epochs"]] == list(range(1, epochs + 1))
+    with pytest.raises(ValueError, match="resume goes on with the run in output: give output"):
+        detector.train(**settings, resume=True)
+
+
 def test_frames_of_a_video(trained, tmp_path):
     pytest.importorskip("av", reason="PyAV (extra video) is not installed")
     detector, *_ = trained

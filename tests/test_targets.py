@@ -112,6 +112,10 @@ GOOD = {"labels": LABELS, "boxes": BOXES}
             TypeError,
             r"targets\[0\]: masks must be bool, got torch.float32",
         ),
+        ([{"labels": [3, 1], "boxes": BOXES}], TypeError, r"targets\[0\]: labels must be a tensor, got a list"),
+        ([{"labels": LABELS, "boxes": BOXES.numpy()}], TypeError, "boxes must be a tensor, got a ndarray"),
+        ([{**GOOD, "masks": None}], TypeError, "masks must be a tensor, got a NoneType"),
+        (GOOD, TypeError, "targets must be a list with one dictionary for each image, got a dictionary"),
     ],
 )
 def test_wrong_targets_are_refused(targets, error, message):

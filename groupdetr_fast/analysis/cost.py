@@ -60,7 +60,8 @@ def measure_cost(settings: CostSettings, folder: Path, *, threads: int) -> dict[
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise CostError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise CostError(last.removeprefix("error: "))
     return read_json(folder / COST)
 
 

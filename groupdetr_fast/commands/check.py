@@ -47,6 +47,12 @@ class CheckCommand(DataPaths):
     workers: int = field(default_factory=usable_cores)
     limit: int = 20
 
+    def __post_init__(self) -> None:
+        for name, least in {"num_queries": 1, "workers": 1, "limit": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
     def __call__(self) -> None:
         findings = self.findings()
         for part in findings:

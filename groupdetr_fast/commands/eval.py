@@ -35,6 +35,7 @@ class EvalCommand:
         workers: processes that load images, per process; None for what the machine has cores for.
         precision: "no" for float32, or the type of mixed precision; None for that of accelerate launch, or else "no".
         tf32: round the factors of float32 products to TF32 on GPUs that have it.
+        accelerate_kernels: let a model of transformers compute with the kernels of this package.
         top_k: detections per image.
         output: folder for ``metrics.json``, ``detections.json`` and ``predictions.png``.
         pictures: images in ``predictions.png``; 0 for no picture.
@@ -53,6 +54,7 @@ class EvalCommand:
     workers: int | None = DataConfig.workers
     precision: Literal["no", "bf16", "fp16"] | None = OptimizationConfig.precision
     tf32: bool = OptimizationConfig.tf32
+    accelerate_kernels: bool = ModelConfig.accelerate_kernels
     top_k: int = CocoTrainingConfig.top_k
     output: Path = Path("runs/eval")
     pictures: int = CocoTrainingConfig.pictures
@@ -83,7 +85,12 @@ class EvalCommand:
                 labels=self.labels or header.labels,
                 workers=self.workers,
             ).evaluated_on(self.split),
-            model=ModelConfig.of_checkpoint(header, load=checkpoint, num_groups=1),  # one group is enough
+            model=ModelConfig.of_checkpoint(
+                header,
+                load=checkpoint,
+                num_groups=1,  # one is enough
+                accelerate_kernels=self.accelerate_kernels,
+            ),
             augmentation=InferenceSettings.from_header(header).with_sizes(**self.input.given()).augmentation,
             optimization=OptimizationConfig(batch_size=self.batch_size, precision=self.precision, tf32=self.tf32),
             output=self.output,

@@ -10,13 +10,14 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..training.last_words import first_says
 
@@ -28,6 +29,24 @@ FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 _ONE = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 _MANY = {int: "whole numbers", float: "numbers", str: "texts", Path: "paths"}
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _fixed_number_of_values(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Of two numbers or None the flag takes two: tyro would let it take all that follow, a checkpoint too."""
+    values = _of_fixed_length(kind.type)
+    if values is None or values == kind.type:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(values, kind.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(  # None is a default alone
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
 
 
 class WrongCommandLine(Exception):
@@ -53,7 +72,9 @@ def parse(
     """
     values: dict[str, Any] = {} if default is None else {"default": default}
     with _said_once(), _refused_in_words(kind, arguments, prog):
-        return tyro.cli(kind, args=arguments, prog=prog, description=description, config=FLAGS, **values)
+        return tyro.cli(
+            kind, args=arguments, prog=prog, description=description, config=FLAGS, registry=_REGISTRY, **values
+        )
 
 
 def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
@@ -63,7 +84,9 @@ def read_flags(kind: type[T], arguments: Sequence[str]) -> T:
         WrongCommandLine: as :func:`parse`.
     """
     with _said_once(), _refused_in_words(kind, arguments, "groupdetr"):
-        found, _ = tyro.cli(kind, args=arguments, config=FLAGS, return_unknown_args=True, add_help=False)
+        found, _ = tyro.cli(
+            kind, args=arguments, config=FLAGS, registry=_REGISTRY, return_unknown_args=True, add_help=False
+        )
         return found
 
 
@@ -137,6 +160,8 @@ def _surplus(token: str, flags: Mapping[str, Any], arguments: Sequence[str], pro
     """What to say of something that has no place in a command line."""
     if token.startswith("-") and not _is_number(token):
         flag = _flag_of(token)
+        if flag == "--version":
+            return "--version stands alone, without a command: groupdetr --version"
         if flag in flags:
             return f"{flag} follows --, behind which nothing is a flag"
         return f"there is no flag {flag}: {_meant(flag, flags)}{prog} --help lists all"
@@ -188,18 +213,27 @@ def _values(arguments: Sequence[str], flag: str) -> list[str]:
 
 def _most(kind: Any) -> int | None:
     """How many values a flag takes; None if it takes all up to the next flag, whether they fit or not."""
+    if (values := _of_fixed_length(kind)) is not None:
+        return len(get_args(values))
     origin, inner = get_origin(kind), get_args(kind)
-    if origin is tuple and Ellipsis not in inner:
-        return len(inner)
     if origin is tuple or any(get_origin(each) is tuple for each in inner):
         return None
     return 0 if kind is bool else 1
+
+
+def _of_fixed_length(kind: Any) -> Any:
+    """The tuple of a known number of values that a flag takes, perhaps beside None; None if it takes something else."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = [each for each in options if each is not NoneType]
+    is_fixed = len(kinds) == 1 and get_origin(kinds[0]) is tuple and Ellipsis not in get_args(kinds[0])
+    return kinds[0] if is_fixed else None
 
 
 def _takes(kind: Any) -> str:
     """What a flag takes, in words."""
     if kind is bool:
         return "no value"
+    kind = _of_fixed_length(kind) or kind
     *others, last = sorted(_alternatives(kind), key=lambda word: word == "None")
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -54,12 +54,13 @@ class TrainCommand(CocoTrainingConfig):
 
 @dataclass(frozen=True)
 class _Origin:
-    """The flags that say where the defaults of the other flags come from; ``model`` is empty if it is not given."""
+    """The flags that say where the defaults of the other flags come from; ``model`` is empty if it is not given, and
+    ``output`` None, for that of the configuration."""
 
     recipe: str | None = None
     config: Path | None = None
     model: str = ""
-    output: Path = CocoTrainingConfig.output
+    output: Path | None = None
     resume: bool = False
 
 
@@ -100,5 +101,6 @@ def _chosen(arguments: Sequence[str], config: CocoTrainingConfig) -> tuple[str |
     elif origin.recipe is not None:
         config = launched_recipe(origin.recipe)
     if origin.model:
-        config = config.with_model(origin.model, described_checkpoint(origin.output) if origin.resume else None)
+        folder = origin.output or config.output
+        config = config.with_model(origin.model, described_checkpoint(folder) if origin.resume else None)
     return origin.recipe, config

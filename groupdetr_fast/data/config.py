@@ -143,6 +143,8 @@ class DataConfig(DataPaths):
             raise ValueError(
                 f"workers load images on the host: leave workers out with cache_on device, got {self.workers}"
             )
+        if self.max_unreadable_images < 0:
+            raise ValueError(f"max_unreadable_images must not be negative, got {self.max_unreadable_images}")
         if not 0 <= self.repeat_factor_threshold <= 1:
             raise ValueError(f"repeat_factor_threshold must be a share in [0, 1], got {self.repeat_factor_threshold}")
 

@@ -58,11 +58,13 @@ def find_yolo(folder: str | Path) -> Path | None:
     """The ``data.yaml`` of a folder in YOLO's layout, or of its own path; None for other layouts.
 
     Raises:
-        DataError: if the folder does not exist.
+        DataError: if the folder does not exist, or is another file.
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix in (".yaml", ".yml"):
         return folder
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: give the folder of the data set, or its data.yaml")
     if not folder.is_dir():
         raise DataError(f"data folder {folder} does not exist")
     if (folder / "annotations").is_dir():

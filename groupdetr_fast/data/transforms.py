@@ -1,5 +1,6 @@
 """The augmentation of DETR and Group DETR (section 4.1), from torchvision.transforms.v2."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class AugmentationConfig:
 
     Raises:
         ValueError: for an empty list, a size below 8 pixels, limits that are not ascending, a probability outside
-            [0, 1], a scale or a standard deviation that is not positive, or ``transforms`` without file and function.
+            [0, 1], a scale or a standard deviation that is not positive, a mean or a deviation that is not finite, or
+            ``transforms`` without file and function.
     """
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -94,8 +96,10 @@ class AugmentationConfig:
             split_name(self.transforms)  # which checks it
         if self.copy_paste_prefer_small and not self.copy_paste:
             raise ValueError("copy_paste_prefer_small chooses what copy_paste pastes: give copy_paste a probability")
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std must be positive, got {self.image_std}")
+        if not all(0 < each < math.inf for each in self.image_std):
+            raise ValueError(f"image_std must be positive and finite, got {self.image_std}")
+        if not all(map(math.isfinite, self.image_mean)):
+            raise ValueError(f"image_mean must be finite, got {self.image_mean}")
 
 
 def train_transforms(config: AugmentationConfig | None = None, own: OwnTransforms | None = None) -> v2.Transform:

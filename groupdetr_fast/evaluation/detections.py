@@ -47,6 +47,11 @@ class ImageDetections:
         corners = prediction["boxes"].detach().cpu().double().numpy()
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
         scores = prediction["scores"].detach().cpu().double().numpy()
+        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+            raise ValueError(
+                f"image {image_id}: the detector gives scores or boxes that are not finite: look at its weights, which "
+                "too high a learning rate spoils, and at image_mean and image_std"
+            )
         if "masks" not in prediction:
             return cls(categories.numpy(), scores, boxes)
         masks = prediction["masks"]
@@ -113,7 +118,7 @@ def to_coco_results(
         category_ids: category id of each label; None where labels are category ids.
 
     Raises:
-        ValueError: if the lengths differ or ``category_ids`` has no entry for a label.
+        ValueError: if the lengths differ, ``category_ids`` has no entry for a label, or a score or a box is not finite.
     """
     check_lengths(image_ids, predictions)
     return [

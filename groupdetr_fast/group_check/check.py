@@ -68,6 +68,8 @@ def check_groups(
         raise ValueError(f"batch_size must be at least 2, so that one image may see another, got {batch_size}")
     if num_groups is not None and num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if image_size is not None and min(image_size) < 1:
+        raise ValueError(f"image_size must be a height and a width from 1 on, got {tuple(image_size)}")
     subject = find_subject(model, inputs, loss, batch_size=batch_size, image_size=image_size)
     try:
         with quiet(subject.model) as modes:

@@ -1,6 +1,8 @@
 """Settings that models share. A model's own configuration extends these and adds its own."""
 
+import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import ClassVar, Literal
 
 __all__ = ["BaseConfig", "DenoisingConfig", "DetectorConfig"]
@@ -41,7 +43,11 @@ class BaseConfig:
     frozen_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward"):
+        sizes = ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward")
+        for name in (*sizes, "d_model", "encoder_layers"):
+            if isinstance(getattr(self, name), float | str | NoneType):
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.encoder_layers < 0:
@@ -73,6 +79,12 @@ class DetectorConfig(BaseConfig):
     giou_loss: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("class_cost", "l1_cost", "giou_cost", "class_loss", "l1_loss", "giou_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from ..targets import PackedTargets, check_packed
 from .config import BaseConfig
 from .output import DetectorOutput, SegmentationOutput
 
-__all__ = ["QUERY_PARAMETERS", "Detector", "group_rows", "in_eval_mode"]
+__all__ = ["QUERY_PARAMETERS", "Detector", "check_batch", "group_rows", "in_eval_mode"]
 
 # Starts of names of learned queries.
 QUERY_PARAMETERS = ("query_embed.", "query_feat.", "refpoint_embed.", "tgt_embed.")
@@ -60,14 +60,14 @@ class Detector(nn.Module):
             The predictions of every decoder layer.
 
         Raises:
-            ValueError: if a number of groups is out of range, or denoising queries would be of unknown classes.
-            TypeError: if ``targets`` are not packed.
+            ValueError: if a number of groups is out of range, a shape does not fit, or denoising queries would be of
+                unknown classes.
+            TypeError: if ``targets`` are not packed, images are not floating point, or masks not bool.
         """
+        check_batch(images, masks, targets)
         groups, first = self._choose_groups(num_groups, inference_group)
         if not self.training and num_groups is None:
             targets = None
-        if targets is not None:
-            check_packed(targets)
         return self.decode(self.encode(images, masks), groups, first, targets)
 
     def encode(self, images: Tensor, masks: Tensor | None) -> Any:
@@ -135,6 +135,33 @@ class Detector(nn.Module):
         if not 0 <= inference_group < total:
             raise ValueError(f"inference_group must be in [0, {total}), got {inference_group}")
         return QueryGroups(num_groups, self.config.num_queries), inference_group if num_groups == 1 else 0
+
+
+def check_batch(images: Tensor, masks: Tensor | None, targets: PackedTargets | None) -> None:
+    """Check what a detector is called with: masks of another size or meaning would hide other pixels in silence.
+
+    Args:
+        images, masks, targets: as in :meth:`Detector.forward`.
+
+    Raises:
+        ValueError: for a shape that does not fit.
+        TypeError: if ``targets`` are not packed, images are not floating point, or masks not bool.
+    """
+    if targets is not None:
+        check_packed(targets)
+    if torch.compiler.is_compiling():  # sizes are symbols there, of which comparisons would make new constraints
+        return
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape [B, 3, H, W], got {list(images.shape)}")
+    if not images.dtype.is_floating_point:
+        raise TypeError(f"images must be floating point, normalised as the backbone expects, got {images.dtype}")
+    batch, _, height, width = images.shape
+    if masks is not None and masks.dtype != torch.bool:
+        raise TypeError(f"masks must be bool, True on padding, got {masks.dtype}")
+    if masks is not None and masks.shape != (batch, height, width):
+        raise ValueError(f"masks must have shape {[batch, height, width]}, as images have, got {list(masks.shape)}")
+    if targets is not None and targets.batch_size != batch:
+        raise ValueError(f"images are {batch}, but targets are of {targets.batch_size}")
 
 
 def group_rows(weight: Tensor, groups: QueryGroups, first: int) -> Tensor:

@@ -81,8 +81,9 @@ def export_program(
 
     Raises:
         TypeError: if the model predicts no boxes.
-        ValueError: if the model does not have that group, or its backbone needs an ``image_size``: networks that pad as
-            TensorFlow does, such as timm's ``tf_efficientnet``, pad by amounts that follow from the size.
+        ValueError: for a size below 1, if the model does not have that group, or its backbone needs an ``image_size``:
+            networks that pad as TensorFlow does, such as timm's ``tf_efficientnet``, pad by amounts that follow from
+            the size.
     """
     return _trace(model, image_size, masks, _Inference(model, inference_group))
 
@@ -90,6 +91,8 @@ def export_program(
 def _trace(
     model: Detector, image_size: tuple[int, int] | None, masks: bool, graph: _Inference
 ) -> torch.export.ExportedProgram:
+    if image_size is not None and min(image_size) < 1:
+        raise ValueError(f"image_size must be a height and a width from 1 on, got {tuple(image_size)}")
     if model.config.predicts_masks:
         raise TypeError(f"expected a detector of boxes, got {type(model).__name__}")
     if image_size is None and any(type(module).__name__.endswith("Same") for module in model.modules()):

@@ -37,6 +37,7 @@ def model_config(name: str, **overrides: Any) -> BaseConfig:
     """The configuration of a named model, with some settings replaced.
 
     Raises:
+        TypeError: for a size that is no integer.
         ValueError: for an unknown name, an unknown setting or a value that a setting cannot have.
     """
     _, config_type, settings = _lookup(name)
@@ -60,7 +61,7 @@ def build_model(name: str, *, num_classes: int, num_groups: int, **overrides: An
         The model, whose ``config`` attribute holds every setting.
 
     Raises:
-        ValueError: as :func:`model_config`, and for a backbone that does not exist.
+        TypeError, ValueError: as :func:`model_config`; ValueError also for a backbone that does not exist.
     """
     model_type, _, _ = _lookup(name)
     return model_type(model_config(name, num_classes=num_classes, num_groups=num_groups, **overrides))

@@ -88,10 +88,13 @@ class Predictor:
         workers: as of :func:`predict`.
 
     Raises:
+        TypeError: if the model is no module.
         ValueError: for a class that there is not, a threshold that no score can have, and a negative ``workers``.
     """
 
     def __init__(self, model: nn.Module, options: Options, *, workers: int | None = None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a detector, as gd.load_model(path) gives it, got a {type(model).__name__}")
         if workers is not None and workers < 0:
             raise ValueError(f"workers must not be negative, got {workers}")
         self.model, self.options = model, options

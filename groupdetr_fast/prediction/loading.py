@@ -8,8 +8,16 @@ import torch
 
 from ..models import load_checkpoint
 from ..models.checkpoints import CheckpointHeader, build_detector, read_header
+from ..models.checkpoints.read import read_checkpoint
 from ..models.detector import Detector
-from ..transformers_detector.families import FAMILIES, PREFIX, model_type_in, of_transformers, require_transformers
+from ..transformers_detector.families import (
+    FAMILIES,
+    PREFIX,
+    check_accelerate_kernels,
+    model_type_in,
+    of_transformers,
+    require_transformers,
+)
 from .settings import InferenceSettings
 
 if TYPE_CHECKING:
@@ -39,6 +47,7 @@ def describe_model(checkpoint: str | Path, model: str | None = None) -> Checkpoi
     if model and model != header.model:
         header = replace(header, model=model, model_config={})
     if header.model is None:
+        read_checkpoint(checkpoint)  # which says so where there are no weights at all
         raise ValueError(
             f"checkpoint {checkpoint} does not say which detector it is of: pass --model (model=... in Python)"
         )
@@ -57,6 +66,7 @@ def load_model(
     model: str | None = None,
     num_classes: int | None = None,
     num_groups: int = 1,
+    accelerate_kernels: bool = True,
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> "Detector | TransformersDetector":
@@ -69,6 +79,7 @@ def load_model(
         num_classes: the same, for the number of classes; by default that of the original model (91 with COCO's ids as
             labels, and 80 for Mask2Former).
         num_groups: groups of queries to keep; inference uses the first.
+        accelerate_kernels: let a model of transformers compute with the kernels of this package.
         device: None for a GPU if there is one.
         **settings: sizes of the detector, as in ``build_model``, for checkpoints of other sizes than the original ones
             that do not say so.
@@ -78,7 +89,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        ValueError: if the detector is not named, the checkpoint does not fit it, or the device is not there.
+        ValueError: if the detector is not named, the checkpoint does not fit it, the device is not there, or
+            ``accelerate_kernels`` is off for a detector of this package.
     """
     device = _find_device(device)
     header = describe_model(checkpoint, model)
@@ -90,8 +102,9 @@ def load_model(
         require_transformers()
         from ..transformers_detector.build import load_detector
 
-        detector, _ = load_detector(checkpoint, num_groups=num_groups)
+        detector, _ = load_detector(checkpoint, num_groups=num_groups, accelerate_kernels=accelerate_kernels)
     else:
+        check_accelerate_kernels(accelerate_kernels, header.model)
         detector = build_detector(header, num_groups=num_groups, **changes)
         load_checkpoint(detector, checkpoint)
     cast(Any, detector).inference_settings = InferenceSettings.from_header(header)
@@ -102,7 +115,8 @@ def _find_device(device: torch.device | str | None) -> torch.device | str:
     """The device, or that which None stands for, once it is known that tensors can lie on it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors there hold no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each for devices of some kinds
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ValueError(

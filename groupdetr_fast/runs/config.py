@@ -13,7 +13,7 @@ from ..models.postprocess import check_selection
 from ..models.registry import model_config
 from ..training.config import OptimizationConfig
 from ..training.tracking import TrackerName
-from ..transformers_detector.families import require_transformers
+from ..transformers_detector.families import check_accelerate_kernels, require_transformers
 from .config_file import to_plain, to_yaml
 from .model import ModelConfig
 
@@ -103,6 +103,7 @@ class CocoTrainingConfig:
             self._check_transformers()
         else:
             model_config(self.model.model)  # which knows what detectors there are
+            check_accelerate_kernels(self.model.accelerate_kernels, self.model.model)
         if self.optimization.cuda_graphs and self.model.predicts_masks:
             raise ValueError(f"cuda_graphs are for detectors of boxes: leave it out for {self.model.model}")
         if not 0 < self.class_weights_beta <= 1:
@@ -112,7 +113,15 @@ class CocoTrainingConfig:
                 "class_weights balanced and repeat_factor_threshold each make up for rare classes, and together twice: "
                 "give one of them"
             )
-        for name in ("checkpoint_minutes", "keep_checkpoints", "early_stopping", "early_stopping_delta"):
+        for name in (
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "keep_checkpoints",
+            "early_stopping",
+            "early_stopping_delta",
+            "max_skipped_steps",
+            "pictures",
+        ):
             if not getattr(self, name) >= 0:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -28,6 +28,7 @@ from ..training.engine import build_accelerator
 from ..training.faults import AGAIN, deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
+from .folder import holds_run
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
 
@@ -53,10 +54,16 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     Raises:
         DataError: for a fault in the data; the sentence names the file or the id.
         TrainingError: if a process that loads images or another one that evaluates dies.
-        ValueError: for settings that do not fit together, and if there are no weights to evaluate.
+        ValueError: for settings that do not fit together, if there are no weights to evaluate, and for an output folder
+            that holds a run, whose detections and page would be replaced.
     """
     if config.model.load is None:
         raise ValueError("there is nothing to evaluate but random weights: give load, a checkpoint")
+    if holds_run(config.output):
+        raise ValueError(
+            f"{config.output} holds a run, whose detections and page an evaluation would replace: give another output, "
+            f"such as {config.output / 'eval'}"
+        )
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization, config.output)
     dataset = evaluation_set(config)

@@ -11,8 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..training.processes import on_main_process
+from .kept_files import was_begun
 
-__all__ = ["clear", "reserved"]
+__all__ = ["clear", "holds_run", "reserved"]
 
 LOCK = ".training.lock"
 OF_A_RUN = (
@@ -42,7 +43,7 @@ def reserved(accelerator: Accelerator, folder: Path, *, resume: bool, overwrite:
 
     def reserve() -> None:
         lock.acquire()
-        if _holds_run(folder) and not (resume or overwrite):
+        if holds_run(folder) and not (resume or overwrite):
             raise ValueError(
                 f"{folder} holds a run: give resume to go on with it, overwrite to replace it, or another output"
             )
@@ -55,7 +56,9 @@ def reserved(accelerator: Accelerator, folder: Path, *, resume: bool, overwrite:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run has written into its folder; other files stay."""
+    """Remove what an earlier run has written into its folder; other files stay, and all of them where none was."""
+    if not (holds_run(folder) or was_begun(folder)):
+        return
     for name in OF_A_RUN:
         path = folder / name
         if path.is_dir():
@@ -64,7 +67,8 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _holds_run(folder: Path) -> bool:
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has results or a checkpoint of a run."""
     return (folder / "results.json").exists() or any((folder / "checkpoints").glob("epoch_*"))
 
 

@@ -1,6 +1,7 @@
 """What a run keeps so that it can be repeated: its configuration, and the files of one's own that this names."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from .class_weights import ClassWeights
 from .config import BALANCED, CocoTrainingConfig
 from .config_file import from_yaml
 
-__all__ = ["CONFIG_FILE", "begun_with", "keep_files", "with_kept_files"]
+__all__ = ["CONFIG_FILE", "begun_with", "keep_files", "was_begun", "with_kept_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,11 @@ def begun_with(folder: Path) -> CocoTrainingConfig | None:
     """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there."""
     path = folder / CONFIG_FILE
     return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether the folder has the configuration of a run, as :func:`keep_files` writes it."""
+    return _written_by_a_run(folder / CONFIG_FILE)
 
 
 def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
@@ -40,7 +46,8 @@ def with_kept_files(config: CocoTrainingConfig) -> CocoTrainingConfig:
 def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: ClassWeights | None) -> None:
     """Write the run's configuration, transforms and weights of classes into its folder.
 
-    Warns where a resumed run had other transforms or weights.
+    Warns where a resumed run had other transforms or weights. A configuration that somebody wrote by hand, with
+    comments, is not replaced: it gets another name.
     """
     texts = {
         TRANSFORMS_FILE: None if own is None else own.source,
@@ -55,4 +62,22 @@ def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: C
         if config.resume and path.exists() and path.read_text() != text:
             logger.warning("resuming with another content of %s than the run began with", path)
         write_whole(path, text)
+    _spare(config.output / CONFIG_FILE)
     write_whole(config.output / CONFIG_FILE, with_kept_files(config).as_yaml())
+
+
+def _spare(path: Path) -> None:
+    if not path.exists() or _written_by_a_run(path):
+        return
+    names = (path.with_name(f"{path.stem}_before{number}{path.suffix}") for number in ("", *range(2, 1000)))
+    kept = next(name for name in names if not name.exists())
+    os.replace(path, kept)
+    logger.warning("%s was not written by a run: it is called %s from now on", path, kept)
+
+
+def _written_by_a_run(path: Path) -> bool:
+    """Whether a configuration has the very text that a run would write, which nothing is lost with."""
+    try:
+        return from_yaml(CocoTrainingConfig, path).as_yaml() == path.read_text()
+    except (OSError, ValueError):
+        return False

@@ -1,5 +1,6 @@
 """Settings of a training: how it optimises, and how its loop runs."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -100,8 +101,8 @@ class OptimizationConfig:
             "groups_per_pass",
             "cuda_graphs",
         ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= (getattr(self, name) or 0) < math.inf:  # which also refuses what is not a number
+                raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
         if self.lr_drop is not None and not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
         if isinstance(self.freeze, str):

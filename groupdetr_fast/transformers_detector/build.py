@@ -42,7 +42,8 @@ def load_detector(
 
     Args:
         checkpoint: file or folder; or ``transformers:DIR_OR_ID``.
-        num_classes: C; a model with another number gets a new class head. None for the checkpoint's own.
+        num_classes: C; a model with another number gets a new class head, which the log says, and keeps everything
+            else. None for the checkpoint's own.
         num_groups: K; None for that of the checkpoint. 1, with which detectors are evaluated, leaves the groups of
             models that have some of their own.
         accelerate_kernels: see :class:`TransformersDetector`.
@@ -57,10 +58,12 @@ def load_detector(
         ValueError: as :func:`load_pretrained`, and if the header does not describe a model that can be built.
     """
     header = CheckpointHeader() if of_transformers(checkpoint) else read_header(checkpoint)
-    if header.transformers and num_classes in (None, header.model_config.get("num_classes")):
+    if header.transformers:
         detector = _build_from_header(header, num_groups, accelerate_kernels)
         if weights:
             _load_weights(detector, checkpoint)
+        if num_classes not in (None, detector.config.num_classes):
+            detector = _with_new_class_head(detector, header, num_classes, accelerate_kernels)
         return detector, int(header.model_config.get("num_groups", 1))
     name = str(checkpoint) if of_transformers(checkpoint) else f"{PREFIX}{find_weights(checkpoint)}"
     groups = None if num_groups == 1 else num_groups
@@ -99,7 +102,7 @@ def load_pretrained(
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{place_of(name)} lacks weights of its {type(model).__name__}, such as {missing[0]}")
     if settings.get("num_labels"):
-        logger.info("%s: a new class head for %d classes, in place of one for %d", name, num_classes, own)
+        _say_new_class_head(name, model.config.num_labels, own)
     elif report["mismatched_keys"]:
         raise ValueError(f"weights in {place_of(name)} do not have the shapes that its config.json says")
     groups = source.num_groups if num_groups is None else num_groups
@@ -110,11 +113,16 @@ def load_pretrained(
 
 
 def _build_from_header(
-    header: CheckpointHeader, num_groups: int | None, accelerate_kernels: bool
+    header: CheckpointHeader, num_groups: int | None, accelerate_kernels: bool, num_classes: int | None = None
 ) -> TransformersDetector:
-    """The detector that a checkpoint describes, with random weights. Models with groups of their own keep them."""
+    """The detector that a checkpoint describes, with random weights. Models with groups of their own keep them.
+
+    ``num_classes`` is None for those of the checkpoint.
+    """
     source = ModelSource.of_header(header)
     config = _configuration(source)
+    if num_classes is not None:
+        config.num_labels = num_classes
     with explained(source.name), _quiet():
         with torch.device("meta"):
             count = sum(weight.numel() for weight in AutoModelForObjectDetection.from_config(config).parameters())
@@ -137,6 +145,22 @@ def _load_weights(detector: TransformersDetector, checkpoint: str | Path) -> Non
         raise CheckpointMismatch(
             f"checkpoint {checkpoint} does not fit the model that it describes: {reason}"
         ) from None
+
+
+def _with_new_class_head(
+    trained: TransformersDetector, header: CheckpointHeader, num_classes: int, accelerate_kernels: bool
+) -> TransformersDetector:
+    """The detector with all weights of ``trained`` but those whose shapes follow the number of classes."""
+    detector = _build_from_header(header, trained.config.num_groups, accelerate_kernels, num_classes)
+    state = detector.state_dict()
+    kept = {name: weight for name, weight in trained.state_dict().items() if weight.shape == state[name].shape}
+    detector.load_state_dict(kept, strict=False)
+    _say_new_class_head(str(header.model), num_classes, trained.config.num_classes)
+    return detector
+
+
+def _say_new_class_head(name: str, now: int, before: int) -> None:
+    logger.info("%s: a new class head for %d classes, in place of one for %d", name, now, before)
 
 
 def _freeze_as_built(model: PreTrainedModel) -> None:

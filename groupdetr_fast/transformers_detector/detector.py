@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..groups import QueryGroups, rows_near_first_group
 from ..integrations.transformers import accelerate, add_groups
+from ..models.detector import check_batch
 from ..models.output import DetectorOutput
-from ..targets import PackedTargets, check_packed
+from ..targets import PackedTargets
 from .criterion import LossInputs, TransformersCriterion
 from .families import FAMILIES, size_multiple
 
@@ -143,15 +144,16 @@ class TransformersDetector(nn.Module):
 
         Raises:
             ValueError: for a number of groups or a group that the model does not have, for labels that are no classes
-                of the model, and for images with fewer places than the model chooses for its queries.
-            TypeError: if ``targets`` are not packed.
+                of the model, for a shape that does not fit, and for images with fewer places than the model chooses for
+                its queries.
+            TypeError: if ``targets`` are not packed, images are not floating point, or masks not bool.
         """
+        check_batch(images, masks, targets)
         self._check_groups(num_groups, inference_group)
         frame, padding = self._frame(images, masks)
         scale = None if self.family.uses_masks else _shares(padding)
         labels = None
         if self.training and targets is not None:
-            check_packed(targets)
             targets.check_labels(self.config.num_classes)
             labels = _labels(targets, scale)
         out = self._detect(

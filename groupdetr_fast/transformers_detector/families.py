@@ -12,6 +12,7 @@ __all__ = [
     "FAMILIES",
     "PREFIX",
     "Family",
+    "check_accelerate_kernels",
     "model_type_in",
     "of_transformers",
     "place_of",
@@ -47,6 +48,20 @@ def require_transformers() -> None:
     """
     if find_spec("transformers") is None:
         raise ValueError("models of transformers need it: pip install 'groupdetr_fast[train,transformers]'")
+
+
+def check_accelerate_kernels(accelerate_kernels: bool, model: object) -> None:
+    """Check that the kernels of this package are switched off for a model of transformers alone.
+
+    Args:
+        accelerate_kernels: whether the model computes with them.
+        model: its name.
+
+    Raises:
+        ValueError: if they are off for a detector of this package, which has no other code.
+    """
+    if not accelerate_kernels and not of_transformers(model):
+        raise ValueError(f"accelerate_kernels is for models of transformers: leave it out for {model}")
 
 
 @dataclass(frozen=True)

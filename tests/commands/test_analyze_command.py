@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from groupdetr_fast import cli
+from groupdetr_fast.analysis import cost
 from groupdetr_fast.analysis.run import RunResults
 from groupdetr_fast.commands import analyze
 from groupdetr_fast.data import DigitsConfig, digits_dataset
+from groupdetr_fast.runs import recipes
 from groupdetr_fast.runs.config import ModelConfig
 from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.training.config import OptimizationConfig
@@ -40,6 +43,30 @@ def test_a_detector_that_there_is_not_is_refused_before_any_run(flags, tmp_path)
     with pytest.raises(SystemExit, match="error: unknown model 'nonsense'"):
         cli.main(["analyze", "sweep-groups", *flags, "--model", "nonsense"])
     assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sweep-groups --model nonsense", "unknown model 'nonsense'"),
+        ("cost --model nonsense", "unknown model 'nonsense'"),
+        ("agreement --model nonsense", "unknown model 'nonsense'"),
+        ("distances --top-k 0", "top_k must be at least 1"),
+        ("group-ap --checkpoint nowhere.pth", "there is nothing at nowhere.pth"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_digits_are_composed(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipes, "digits_dataset", lambda **_: pytest.fail("digits are composed"))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        cli.main(["analyze", *arguments.split(), "--output", str(tmp_path / "analysis")])
+    assert not (tmp_path / "analysis").exists()
+
+
+def test_what_the_process_of_a_measurement_says_has_one_beginning(tmp_path, monkeypatch):
+    said = subprocess.CompletedProcess([], 1, stderr="WARNING a: b\nerror: the data have a fault\n")
+    monkeypatch.setattr(cost.subprocess, "run", lambda *arguments, **options: said)
+    with pytest.raises(SystemExit, match=r"^error: the data have a fault$"):
+        cli.main(["analyze", "cost", "--coco-path", "c", "--groups", "1", "--output", str(tmp_path)])
 
 
 @pytest.fixture

@@ -108,9 +108,9 @@ def test_an_unknown_flag_of_every_command_ends_in_one_sentence(command, capsys):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("export a.pth --output a.onnx --image-size 640", "--image-size takes 2 whole numbers or None, and got 640"),
-        ("export --output a --image-size 8 8 b", "--image-size takes 2 whole numbers or None, and got 8 8 b"),
-        ("export a.pth --output a.onnx --min-shape", "--min-shape takes 3 whole numbers or None, and got nothing"),
+        ("export a.pth --output a.onnx --image-size 640", "--image-size takes 2 whole numbers, and got 640"),
+        ("export --output a --image-size 8 b", "--image-size takes 2 whole numbers, and got 8 b"),
+        ("export a.pth --output a.onnx --min-shape", "--min-shape takes 3 whole numbers, and got nothing"),
         ("export a.pth", "give --output: groupdetr export --help says what that is"),
         ("export a.pth --masks=yes", "there is no place for yes behind --masks, which takes no value"),
         ("export a b --output c", "there is no place for b: groupdetr export --help lists what there is one for"),
@@ -151,10 +151,34 @@ def test_an_unknown_flag_of_every_command_ends_in_one_sentence(command, capsys):
         ("--version --json", "there is no place for --json behind --version, which stands alone"),
         ("--version x", "there is no place for x behind --version, which stands alone"),
         ("--version=3", "there is no place for 3 behind --version, which stands alone"),
+        *(
+            (f"{command} --version", "--version stands alone, without a command: groupdetr --version")
+            for command in ("train", "eval a.pth", "predict a.pth b.jpg", "recipes", "env", "analyze", "analyze cost")
+        ),
     ],
 )
 def test_what_the_sentence_says(line, expected, capsys):
     assert sentence(line.split(), capsys) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "predict --image-mean 0.5 0.4 0.3 a.pth b.jpg c.jpg",
+            {"checkpoint": Path("a.pth"), "images": ("b.jpg", "c.jpg")},
+        ),
+        ("predict a.pth --image-std 1 1 1 b.jpg", {"checkpoint": Path("a.pth"), "images": ("b.jpg",)}),
+        ("eval --image-mean 0 0 0 --image-std 1 1 1 a.pth", {"checkpoint": Path("a.pth")}),
+        ("export --output a.onnx --image-size 64 48 a.pth", {"checkpoint": Path("a.pth"), "image_size": (64, 48)}),
+        ("export --output a.engine --max-shape 1 8 8 a.pth", {"checkpoint": Path("a.pth")}),
+        ("check-groups --image-size 64 48 model", {"model": "model", "image_size": (64, 48)}),
+    ],
+)
+def test_a_flag_of_some_values_leaves_what_follows_them(line, expected):
+    command, *rest = line.split()
+    found = parsing.parse(COMMANDS[command], rest, prog="groupdetr")
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -190,6 +214,20 @@ def test_misspelt_commands_call_up_the_commands(line, said, capsys):
         ("analyze sweep-groups --groups 1 0", "groups must be numbers from 1 on, got 1, 0"),
         ("analyze assignment --groups", "groups must be numbers from 1 on, got none"),
         ("analyze cost --groups", "groups must be numbers from 1 on, got none"),
+        ("analyze cost --steps 0", "steps must be at least 1, got 0"),
+        ("analyze cost --warmup -1", "warmup must be at least 0, got -1"),
+        ("analyze agreement --threads 0", "threads must be positive, got 0"),
+        ("train --lr nan", "lr must not be negative and must be finite, got nan"),
+        ("train --clip-norm inf", "clip_norm must not be negative and must be finite, got inf"),
+        ("train --image-std 1 nan 1", "image_std must be positive and finite, got (1.0, nan, 1.0)"),
+        ("train --image-mean nan 0 0", "image_mean must be finite, got (nan, 0.0, 0.0)"),
+        ("train --pictures -1", "pictures must not be negative, got -1"),
+        ("train --checkpoint-every -1", "checkpoint_every must not be negative, got -1"),
+        ("train --max-skipped-steps -1", "max_skipped_steps must not be negative, got -1"),
+        ("train --max-unreadable-images -1", "max_unreadable_images must not be negative, got -1"),
+        ("check data --workers 0", "workers must be at least 1, got 0"),
+        ("check data --limit -1", "limit must be at least 0, got -1"),
+        ("check data --num-queries 0", "num_queries must be at least 1, got 0"),
     ],
 )
 def test_values_that_the_settings_refuse_end_as_those_that_are_found_later(line, message):

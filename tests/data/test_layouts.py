@@ -101,6 +101,9 @@ def test_what_is_missing_is_said(tmp_path, files, message):
         find_data(tmp_path, "val")
 
 
-def test_a_missing_folder_is_named():
+def test_a_missing_folder_is_named(tmp_path):
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(DataError, match=r"train.json is a file: give the folder of the data set, or its data.yaml"):
+        find_data(tmp_path / "train.json", "val")
     with pytest.raises(DataError, match="data folder nowhere does not exist"):
         find_data("nowhere", "val")

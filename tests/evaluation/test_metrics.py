@@ -305,6 +305,14 @@ def test_masks_that_are_none_are_refused_in_one_sentence(content, segmentation, 
     assert CocoEvaluator(content, "bbox").image_ids == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["scores", "boxes"])
+def test_detections_that_are_no_numbers_are_refused_in_words(name):
+    found = prediction((0, 0.9, [10, 10, 40, 50]))
+    found[name] = found[name] * float("nan")
+    with pytest.raises(ValueError, match="image 7: the detector gives scores or boxes that are not finite"):
+        to_coco_results([7], [found])
+
+
 def test_objects_without_a_mask_are_left_out(content):
     del content["annotations"][1]["segmentation"]
     content["annotations"][2]["segmentation"] = []

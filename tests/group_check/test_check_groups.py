@@ -284,6 +284,7 @@ def test_the_report_as_json():
         (no_model, {}, r"no_model must return a module, \(module, inputs\)"),
         (broken, {}, "broken builds no model: RuntimeError: no weights$"),
         (sound, {"batch_size": 1}, "batch_size must be at least 2"),
+        (sound, {"image_size": (64, 0)}, "image_size must be a height and a width from 1 on"),
         (sound, {"num_groups": 0}, "num_groups must be at least 1"),
         (sound, {"num_groups": 4}, "SmallDetector has no 4 groups"),
         (sound, {"image_size": (4, 4)}, "SmallDetector fails in evaluation mode on the check's batch"),

@@ -76,6 +76,8 @@ def test_what_cannot_be_exported_is_refused():
     model = small_detector("conditional_detr_r50", num_groups=2)
     with pytest.raises(ValueError, match=r"inference_group must be in \[0, 2\), got 2"):
         gd.export_program(model, inference_group=2)
+    with pytest.raises(ValueError, match=r"image_size must be a height and a width from 1 on, got \(0, 64\)"):
+        gd.export_program(model, (0, 64))
     masks = gd.build_model("mask2former_r50", num_classes=3, num_groups=1, d_model=32, num_heads=4, encoder_layers=1)
     with pytest.raises(TypeError, match="expected a detector of boxes, got Mask2Former"):
         gd.export_program(masks)

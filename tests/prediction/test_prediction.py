@@ -13,6 +13,7 @@ from small_sizes import SIZES
 from torch.utils.data import DataLoader
 
 import groupdetr_fast as gd
+from groupdetr_fast import cli
 from groupdetr_fast.data import (
     AugmentationConfig,
     CocoDataset,
@@ -170,6 +171,18 @@ def test_checkpoints_that_say_nothing_need_the_model_and_its_classes(tmp_path):
         gd.load_model(tmp_path / "a.pth", model="dab_detr_r50")
 
 
+def test_what_has_no_weights_is_not_asked_for_a_name(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read as a file of tensors: [^.]*\.$"):
+        gd.load_model(checkpoint.parents[1] / "config.yaml")
+    with pytest.raises(ValueError, match=r"has neither \*.safetensors nor pytorch_model\*.bin"):
+        gd.load_model(tmp_path)
+
+
+def test_a_path_is_no_model(checkpoint):
+    with pytest.raises(TypeError, match=r"model must be a detector, as gd.load_model\(path\) gives it, got a str"):
+        gd.predict(str(checkpoint), np.zeros((8, 8, 3), np.uint8))
+
+
 def test_a_checkpoint_builds_its_own_model(model, checkpoint):
     assert model.config.num_groups == 1
     assert (model.config.d_model, model.config.num_queries, model.config.num_classes) == (32, 5, 10)
@@ -211,11 +224,24 @@ def test_wrong_settings_are_refused(model, settings, message):
         gd.predict(model, np.zeros((48, 48, 3), np.uint8), **settings)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x", "meta"])
 def test_devices_that_are_not_there_are_refused_in_one_sentence(checkpoint, device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*: give cpu") as error:
         gd.load_model(checkpoint, device=device)
     assert "\n" not in str(error.value)
+
+
+def test_detectors_of_this_package_have_no_other_code_than_its_kernels(checkpoint, tmp_path):
+    message = "accelerate_kernels is for models of transformers: leave it out for conditional_detr_r50"
+    with pytest.raises(ValueError, match=message):
+        gd.load_model(checkpoint, accelerate_kernels=False)
+    with pytest.raises(ValueError, match=message):
+        CocoTrainingConfig().with_settings(accelerate_kernels=False)
+    image = tmp_path / "black.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for command in (["predict", str(checkpoint), str(image)], ["eval", str(checkpoint), "--data-path", str(tmp_path)]):
+        with pytest.raises(SystemExit, match=message):
+            cli.main([*command, "--no-accelerate-kernels", "--output", str(tmp_path / "out")])
 
 
 def test_the_arguments_by_name_are_those_that_are_checked():

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.folder import clear, reserved
+from groupdetr_fast.runs.kept_files import keep_files
 
 # Holds a folder until it is killed, and has a child that outlives it for a while, as a process that loads images may.
 HOLDER = """
@@ -55,6 +56,35 @@ def test_clearing_leaves_what_is_not_of_the_run(folder):
     clear(folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     reserve(folder)
+
+
+def test_nothing_is_removed_where_no_run_was(folder):
+    (folder / "results.json").unlink()
+    (folder / "checkpoints" / "epoch_0001" / "state.pt").rename(folder / "checkpoints" / "mine.pt")
+    (folder / "checkpoints" / "epoch_0001").rmdir()
+    clear(folder)
+    assert (folder / "checkpoints" / "mine.pt").exists()
+    assert (folder / "tensorboard" / "events").exists()
+    (folder / "config.yaml").write_text(CocoTrainingConfig().as_yaml())  # of a run that ended before its first epoch
+    clear(folder)
+    assert not (folder / "tensorboard").exists()
+
+
+def test_a_configuration_that_was_written_by_hand_is_not_lost(tmp_path, caplog):
+    config = CocoTrainingConfig(output=tmp_path)
+    mine = "# as in the paper\noptimization: {lr: 1e-4}\n"
+    for number in ("", "2"):
+        (tmp_path / "config.yaml").write_text(mine)
+        keep_files(config, None, None)
+        assert (tmp_path / f"config_before{number}.yaml").read_text().startswith(mine)
+        assert f"it is called {tmp_path / f'config_before{number}.yaml'} from now on" in caplog.text
+        keep_files(replace(config, top_k=7), None, None)  # what a run has written is replaced
+    assert sorted(path.name for path in tmp_path.glob("*.yaml")) == [
+        "config.yaml",
+        "config_before.yaml",
+        "config_before2.yaml",
+    ]
+    assert "top_k: 7\n" in (tmp_path / "config.yaml").read_text()
 
 
 def test_one_training_at_a_time_uses_a_folder_until_its_process_dies(tmp_path):

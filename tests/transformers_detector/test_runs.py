@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, LwDetr
 
 import groupdetr_fast as gd
 from groupdetr_fast import cli
+from groupdetr_fast.commands.eval import EvalCommand
 from groupdetr_fast.commands.train import training_defaults
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.models.checkpoints import CheckpointHeader
@@ -136,6 +137,31 @@ def test_the_largest_batch_of_a_run_that_is_resumed_needs_no_directory(saved, di
     assert len(json.loads((run / "results.json").read_text())["epochs"]) == 2
 
 
+def test_a_run_in_the_folder_of_a_configuration_is_resumed_without_the_directory(saved, digits, tmp_path, monkeypatch):
+    folder, run = saved("RTDetr", num_denoising=6), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"output: {run}\nreport: false\n")
+    command = [*flags(folder, digits, run), "--config", "mine.yaml"]
+    del command[command.index("--output") : command.index("--output") + 2]
+    cli.main(command)
+    shutil.rmtree(folder)
+    cli.main([*command, "--epochs", "2", "--resume"])
+    assert len(json.loads((run / "results.json").read_text())["epochs"]) == 2
+
+
+@pytest.mark.parametrize("accelerate_kernels", [True, False])
+def test_the_kernels_of_this_package_are_a_choice_wherever_a_model_is_loaded(accelerate_kernels, saved):
+    def is_accelerated(detector):
+        return any(type(each).__module__.startswith("groupdetr_fast.integrations") for each in detector.model.modules())
+
+    folder = saved("DeformableDetr")
+    choice = {"accelerate_kernels": accelerate_kernels}
+    detector = gd.Detector.from_pretrained(folder, device="cpu", **choice)
+    evaluated = EvalCommand(checkpoint=folder, data_path=folder, **choice).config().model.build_untrained()
+    for found in (detector.model, detector.in_training(), gd.load_model(folder, device="cpu", **choice), evaluated):
+        assert is_accelerated(found) == accelerate_kernels
+
+
 def test_defaults_are_those_of_the_model(saved):
     config = training_defaults(["--model", f"transformers:{saved('RTDetr')}"])
     augmentation = config.augmentation
@@ -197,10 +223,10 @@ def test_classes_of_a_checkpoint_are_replaced_if_asked(saved, digits, tmp_path, 
     assert (kept.config.num_classes, replaced.config.num_classes) == (DIGITS, 3)
     assert caplog.text.count(f"a new class head for 3 classes, in place of one for {DIGITS}") == 1
     trained, weights = (detector.state_dict() for detector in (kept, replaced))
+    assert "groupdetr_fast.other_groups" in trained  # the queries of the second group, which transformers does not load
     differing = {name for name in trained if not torch.equal(trained[name], weights[name])}
-    others = "groupdetr_fast.other_groups"  # which transformers does not load
-    assert differing - {others}
-    assert all("class_embed" in name for name in differing - {others})
+    assert differing
+    assert all("class_embed" in name for name in differing)
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,23 @@ class Analysis:
     output: Path = Path("runs/analysis")
     command: tyro.conf.Suppress[str] = ""
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be positive, got {self.threads}")
+
     def training(self) -> CocoTrainingConfig:
-        """The training that the runs vary; composes the digits on first use, if there is no other data."""
+        """The training that the runs vary; composes the digits on first use, if there is no other data.
+
+        Raises:
+            ValueError: for settings that do not fit together; no digits are composed for these.
+        """
+        training = self._of_flags()
+        return training if self.data.given else replace(training, data=with_digits(self.data))
+
+    def _of_flags(self) -> CocoTrainingConfig:
+        """The same with the data of the flags, perhaps none."""
         return CocoTrainingConfig(
-            data=self.data if self.data.given else with_digits(self.data),
-            model=self.model,
-            augmentation=self.augmentation,
-            optimization=self.optimization,
+            data=self.data, model=self.model, augmentation=self.augmentation, optimization=self.optimization
         )
 
     def write(
@@ -90,6 +100,7 @@ class OverSteps(Analysis):
     batches: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         for name in ("every", "batches"):
@@ -144,15 +155,16 @@ class Sweep(Analysis):
     top_k: int = CocoTrainingConfig.top_k
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         if not 0 <= self.nms_threshold <= 1:
             raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 
-    def training(self) -> CocoTrainingConfig:
+    def _of_flags(self) -> CocoTrainingConfig:
         """See :class:`Analysis`."""
         own = ("evaluate_every", "checkpoint_minutes", "top_k")
-        return replace(super().training(), **{name: getattr(self, name) for name in own})
+        return replace(super()._of_flags(), **{name: getattr(self, name) for name in own})
 
     def resolved_jobs(self) -> int:
         """``jobs``, or what None stands for on this machine."""

@@ -26,7 +26,11 @@ class CostCommand(Analysis):
     warmup: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_groups(self.groups)
+        for name, least in {"steps": 1, "warmup": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def __call__(self) -> None:
         training, rows = self.training(), []

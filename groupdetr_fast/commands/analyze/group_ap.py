@@ -1,11 +1,11 @@
 """The command ``groupdetr analyze group-ap``."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ...analysis import plots
 from ...analysis.experiments import average
 from ...analysis.inference import evaluate_groups
+from ...models.checkpoints import CheckpointHeader
 from ...prediction import InferenceSettings
 from ...runs.config import CocoTrainingConfig, ModelConfig
 from .common import OfCheckpoint, count_of, header_of
@@ -28,7 +28,8 @@ class GroupApCommand(OfCheckpoint):
                 for cell, _, results in self.make(self.own_cells(self.seed_range()))
             }
         else:
-            models = {str(checkpoint): (_as_trained(self.training(), checkpoint), checkpoint)}
+            header = header_of(checkpoint)  # first: the training may compose digits
+            models = {str(checkpoint): (_as_trained(self.training(), header), checkpoint)}
         rows = [
             {"model": name, "group": group, **{key: metrics[key] for key in ("AP", "AP50", "AP75")}}
             for name, (config, checkpoint) in models.items()
@@ -45,9 +46,8 @@ class GroupApCommand(OfCheckpoint):
         )
 
 
-def _as_trained(training: CocoTrainingConfig, checkpoint: Path) -> CocoTrainingConfig:
+def _as_trained(training: CocoTrainingConfig, header: CheckpointHeader) -> CocoTrainingConfig:
     """The training with the detector that a checkpoint is of, its labels, its sizes of images and its normalisation."""
-    header = header_of(checkpoint)
     model = ModelConfig.of_checkpoint(header)
     data = replace(training.data, labels=header.labels)
     augmentation = InferenceSettings.from_header(header).augmentation

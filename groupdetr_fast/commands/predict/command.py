@@ -53,6 +53,7 @@ class PredictCommand(Options):
         frame_format: detections in videos as json lines, a line for each frame, or as a COCO file.
         workers: threads that read images ahead; None for what the machine has cores for, at most 8.
         device: such as cpu or cuda:1; None for a GPU if there is one.
+        accelerate_kernels: let a model of transformers compute with the kernels of this package.
         contact_sheet: images in ``contact_sheet.png``, at most 200; 0 for none.
         annotated: whether to write each image, and each video, with its detections.
     """
@@ -70,6 +71,7 @@ class PredictCommand(Options):
     frame_format: FrameFormat = "jsonl"
     workers: int | None = None
     device: str | None = None
+    accelerate_kernels: bool = True
     contact_sheet: int = 24
     annotated: bool = True
     input: ImageFlags = field(default_factory=ImageFlags)
@@ -87,7 +89,12 @@ class PredictCommand(Options):
         self._spare(sources)
         if sources.videos:
             require_video()
-        model = load_model(checkpoint, device=self.device, **self.detector.given())
+        model = load_model(
+            checkpoint,
+            device=self.device,
+            accelerate_kernels=self.accelerate_kernels,
+            **self.detector.given(),
+        )
         options = replace(self, settings=self._settings(settings_of(model)))
         predictor = Predictor(model, options, workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []

@@ -85,9 +85,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the unpickler does
-        raise ValueError(
-            f"checkpoint {path} cannot be read as a file of tensors: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0].partition(" In PyTorch ")[0]  # behind which torch advises to trust the file
+        raise ValueError(f"checkpoint {path} cannot be read as a file of tensors: {reason}") from None
     return _from_object(content, str(path))
 
 

@@ -1,0 +1,49 @@
+"""What a detector is called with and cannot mean is refused in one sentence, before anything is computed."""
+
+import pytest
+import torch
+from small_sizes import SIZES
+
+import groupdetr_fast as gd
+
+IMAGES = torch.zeros(2, 3, 32, 48)
+ONE_IMAGE = gd.PackedTargets.from_list([{"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.4)}])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gd.build_model("dn_detr_r50", num_classes=3, num_groups=2, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "targets", "error", "message"),
+    [
+        (IMAGES[0], None, None, ValueError, r"images must have shape \[B, 3, H, W\], got \[3, 32, 48\]"),
+        (IMAGES[:, :1], None, None, ValueError, r"images must have shape \[B, 3, H, W\], got \[2, 1, 32, 48\]"),
+        (IMAGES.byte(), None, None, TypeError, "images must be floating point, .* got torch.uint8"),
+        (IMAGES, IMAGES[:, 0], None, TypeError, "masks must be bool, True on padding, got torch.float32"),
+        # which the resizing to the size of features would hide
+        (IMAGES, IMAGES[:, 0, ::2].bool(), None, ValueError, r"masks must have shape \[2, 32, 48\], .* \[2, 16, 48\]"),
+        (IMAGES, IMAGES[:1, 0].bool(), None, ValueError, r"masks must have shape \[2, 32, 48\], .* \[1, 32, 48\]"),
+        (IMAGES, None, ONE_IMAGE, ValueError, "images are 2, but targets are of 1"),
+        (IMAGES, None, [{}, {}], TypeError, "targets must be packed"),
+    ],
+)
+def test_what_does_not_fit_is_refused(images, masks, targets, error, message, model):
+    with pytest.raises(error, match=message):
+        model(images, masks, targets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_groups": 2.0}, TypeError, "num_groups must be an integer, got 2.0"),
+        ({"num_classes": "3"}, TypeError, "num_classes must be an integer, got '3'"),
+        ({"d_model": None}, TypeError, "d_model must be an integer, got None"),
+        ({"class_loss": float("nan")}, ValueError, "class_loss must not be negative and must be finite, got nan"),
+        ({"giou_cost": -1.0}, ValueError, "giou_cost must not be negative and must be finite, got -1.0"),
+    ],
+)
+def test_settings_that_no_detector_has_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        gd.build_model("conditional_detr_r50", **{"num_classes": 3, "num_groups": 2, **SIZES, **settings})
