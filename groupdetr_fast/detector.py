@@ -16,7 +16,6 @@ from .data.images import ImageLike
 from .engines import EngineSettings
 from .exporting import export_file
 from .models.checkpoints import CheckpointHeader
-from .models.checkpoints.read import find_weights
 from .models.detector import Detector as Model
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
@@ -25,7 +24,7 @@ from .runs.find_rate import find_rate
 from .runs.kept_files import begun_with
 from .runs.recipes import launched_recipe
 from .runs.train import train
-from .training.checkpoint import write_weights
+from .training.checkpoint import BEST, WEIGHTS, latest_checkpoint, write_weights
 from .training.rate_finder import RateSweep, SweepSettings
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         """Train, and take the weights of the best epoch.
 
         A detector that has weights starts from them, with a new class head where the number of classes differs. With
-        ``resume=True`` it goes on with the run in ``output`` instead, whatever its own weights are.
+        ``resume=True`` it goes on with the run in ``output`` instead, whatever its own weights and sizes are.
 
         Args:
             data: folder in COCO's layout, that of Roboflow's COCO export, or YOLO's; or name the files by
@@ -154,17 +153,22 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
             What ``results.json`` in the folder of the run holds.
 
         Raises:
-            ValueError: for an unknown setting, for ``resume`` without ``output``, and as ``runs.train.train``.
+            ValueError: for an unknown setting, for ``resume`` without ``output`` or with a ``recipe``, and as
+                ``runs.train.train``.
         """
         if settings.get("resume") and output is None:
             raise ValueError("resume goes on with the run in output: give output, the folder of that run")
         places = _places(data, output, "train")
-        begun = begun_with(places["output"]) if settings.get("resume") and self.checkpoint is not None else None
+        begun = begun_with(places["output"]) if settings.get("resume") else None
+        if begun is not None and recipe is not None:
+            raise ValueError(f"recipe {recipe} is for a new run; {places['output']} has a configuration of its own")
         changed = {**places, **settings}
         run = self._training(recipe, **changed) if begun is None else begun.with_settings(**changed)
         results = train(run)
-        kernels = {"accelerate_kernels": run.model.accelerate_kernels}
-        self._load(find_weights(places["output"] / "checkpoints"), None, None, kernels)
+        best = run.output / "checkpoints" / BEST
+        trained = best if best.exists() else latest_checkpoint(run.output)
+        if trained is not None:
+            self._load(trained, None, None, {"accelerate_kernels": run.model.accelerate_kernels})
         return results
 
     def find_rate(
@@ -285,16 +289,32 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         self._require_weights("move").to(device)
         return self
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
+        """Write the weights of one group, for :meth:`from_pretrained`.
+
+        Args:
+            save_directory: a folder, which is made if there is none.
+            options: as ``huggingface_hub.ModelHubMixin.save_pretrained`` has them.
+
+        Raises:
+            ValueError: if there are only random weights, or if the folder is a checkpoint of a run, whose groups would
+                be lost.
+        """
+        folder = Path(save_directory)
+        # Before anything else, as the mixin begins with removing a config.json.
+        place = folder.resolve()
+        of_a_run = place.parent.name == "checkpoints" and (place.name == BEST or place.name.startswith("epoch_"))
+        if of_a_run and (place / WEIGHTS).exists():
+            raise ValueError(f"{folder} is a checkpoint of a run, with all groups: save this one group elsewhere")
+        self._require_weights("save")
+        return super().save_pretrained(folder, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights of one group and their header, for ``save_pretrained`` and ``push_to_hub``."""
         model = self._require_weights("save")
-        if Path(save_directory).resolve().parent.name == "checkpoints":
-            raise ValueError(
-                f"{save_directory} is a checkpoint of a run, with all groups: save this one group elsewhere"
-            )
         assert self._header is not None
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        write_weights(Path(save_directory) / "model.safetensors", weights, self._header.to_json())
+        write_weights(Path(save_directory) / WEIGHTS, weights, self._header.to_json())
 
     def _require_weights(self, what: str) -> "Model | TransformersDetector":
         if self.model is None:

@@ -64,23 +64,40 @@ def test_what_is_saved_is_what_is_loaded(trained, tmp_path):
     assert found["class_names"] == expected["class_names"]
 
 
-def test_one_group_does_not_replace_a_checkpoint_of_a_run(trained):
+def test_one_group_does_not_replace_a_checkpoint_of_a_run(trained, tmp_path):
     detector, _, folder = trained
+    best = tmp_path / "run" / "checkpoints" / "best"
+    shutil.copytree(folder / "checkpoints" / "best", best)
+    (best / "config.json").write_text("{}")  # as a detector of transformers has it, and the hub's mixin removes it
+    before = {path.name: path.read_bytes() for path in best.iterdir()}
     with pytest.raises(
         ValueError, match="best is a checkpoint of a run, with all groups: save this one group elsewhere"
     ):
-        detector.save_pretrained(folder / "checkpoints" / "best")
-    assert read_header(folder).model_config["num_groups"] == 3
+        detector.save_pretrained(best)
+    assert {path.name: path.read_bytes() for path in best.iterdir()} == before
+    for _ in range(2):
+        detector.save_pretrained(tmp_path / "checkpoints" / "mine")
+    assert read_header(tmp_path / "checkpoints" / "mine").model_config["num_groups"] == 1
 
 
-def test_a_detector_goes_on_with_the_run_that_it_was_trained_in(digits, tmp_path):
+def test_a_detector_goes_on_with_a_run(digits, tmp_path):
     detector = gd.Detector(num_groups=2, **SIZES)
     settings = {**digits, **AUGMENTATION, "workers": 0, "pictures": 0, "report": False}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "mine.safetensors").touch()  # of the user's
     for epochs, resume in ((1, False), (2, True)):
         results = detector.train(**settings, epochs=epochs, resume=resume, output=tmp_path / "run")
         assert [row["epoch"] for row in results["epochs"]] == list(range(1, epochs + 1))
+        assert detector.checkpoint == tmp_path / "run" / "checkpoints" / "best"
+
+    other = gd.Detector()  # of other sizes, as after a crash
+    results = other.train(output=tmp_path / "run", resume=True, epochs=3)
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
+    assert other.model.config == detector.model.config
     with pytest.raises(ValueError, match="resume goes on with the run in output: give output"):
         detector.train(**settings, resume=True)
+    with pytest.raises(ValueError, match="recipe no_such_recipe is for a new run"):
+        detector.train(output=tmp_path / "run", resume=True, recipe="no_such_recipe")
 
 
 def test_frames_of_a_video(trained, tmp_path):

@@ -109,7 +109,11 @@ class CocoEvaluator:
 
         A number without any ground truth to count (no large objects, say) is -1, as in pycocotools; the AP of a
         category without ground truth is None.
+
+        Raises:
+            ValueError: if a score is not finite.
         """
+        self._detections.check_scores()
         return _evaluate(self._ground_truth, self._detections.by_image, self.iou_type)
 
 

@@ -47,11 +47,6 @@ class ImageDetections:
         corners = prediction["boxes"].detach().cpu().double().numpy()
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
         scores = prediction["scores"].detach().cpu().double().numpy()
-        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise ValueError(
-                f"image {image_id}: the detector gives scores or boxes that are not finite: look at its weights, which "
-                "too high a learning rate spoils, and at image_mean and image_std"
-            )
         if "masks" not in prediction:
             return cls(categories.numpy(), scores, boxes)
         masks = prediction["masks"]
@@ -99,6 +94,15 @@ class CollectedDetections:
             for image_id, detections in other.items():
                 self.by_image.setdefault(image_id, detections)
 
+    def check_scores(self) -> None:
+        """Raises ValueError for a score that is not finite, which has no place in an order."""
+        for image_id, detections in self.by_image.items():
+            if not np.isfinite(detections.scores).all():
+                raise ValueError(
+                    f"image {image_id}: the detector gives scores that are not finite: look at its weights, which too "
+                    "high a learning rate spoils, and at image_mean and image_std"
+                )
+
     def results(self) -> Iterator[list[dict[str, Any]]]:
         """COCO's result format, image by image, by ascending id."""
         for image_id in sorted(self.by_image):
@@ -118,7 +122,7 @@ def to_coco_results(
         category_ids: category id of each label; None where labels are category ids.
 
     Raises:
-        ValueError: if the lengths differ, ``category_ids`` has no entry for a label, or a score or a box is not finite.
+        ValueError: if the lengths differ or ``category_ids`` has no entry for a label.
     """
     check_lengths(image_ids, predictions)
     return [

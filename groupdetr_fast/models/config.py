@@ -1,7 +1,7 @@
 """Settings that models share. A model's own configuration extends these and adds its own."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import NoneType
 from typing import ClassVar, Literal
 
@@ -56,6 +56,9 @@ class BaseConfig:
             raise ValueError(f"d_model must be a multiple of 4 and of num_heads={self.num_heads}, got {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in (field.name for field in fields(self) if field.name.endswith(("_cost", "_loss"))):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,6 @@ class DetectorConfig(BaseConfig):
     giou_loss: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("class_cost", "l1_cost", "giou_cost", "class_loss", "l1_loss", "giou_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

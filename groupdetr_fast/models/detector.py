@@ -64,10 +64,10 @@ class Detector(nn.Module):
                 unknown classes.
             TypeError: if ``targets`` are not packed, images are not floating point, or masks not bool.
         """
-        check_batch(images, masks, targets)
         groups, first = self._choose_groups(num_groups, inference_group)
         if not self.training and num_groups is None:
             targets = None
+        check_batch(images, masks, targets)
         return self.decode(self.encode(images, masks), groups, first, targets)
 
     def encode(self, images: Tensor, masks: Tensor | None) -> Any:

@@ -148,7 +148,7 @@ class TransformersDetector(nn.Module):
                 its queries.
             TypeError: if ``targets`` are not packed, images are not floating point, or masks not bool.
         """
-        check_batch(images, masks, targets)
+        check_batch(images, masks, targets if self.training else None)
         self._check_groups(num_groups, inference_group)
         frame, padding = self._frame(images, masks)
         scale = None if self.family.uses_masks else _shares(padding)

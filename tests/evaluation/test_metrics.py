@@ -305,12 +305,24 @@ def test_masks_that_are_none_are_refused_in_one_sentence(content, segmentation, 
     assert CocoEvaluator(content, "bbox").image_ids == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["scores", "boxes"])
-def test_detections_that_are_no_numbers_are_refused_in_words(name):
+def test_scores_that_are_no_numbers_are_refused_in_words(content):
+    evaluator = CocoEvaluator(content, "bbox", category_ids=CATEGORY_IDS)
     found = prediction((0, 0.9, [10, 10, 40, 50]))
-    found[name] = found[name] * float("nan")
-    with pytest.raises(ValueError, match="image 7: the detector gives scores or boxes that are not finite"):
-        to_coco_results([7], [found])
+    evaluator.update([1], [{**found, "scores": found["scores"] * float("nan")}])
+    with pytest.raises(ValueError, match="image 1: the detector gives scores that are not finite"):
+        evaluator.summarize()
+
+
+def test_a_box_that_is_no_number_meets_no_object(content):
+    evaluator = CocoEvaluator(content, "bbox", category_ids=CATEGORY_IDS)
+    evaluator.update([1], [prediction((0, 0.9, [10, 10, 40, 50]))])
+    expected = evaluator.summarize()["AP"]
+    spoilt = prediction((0, 0.9, [10, 10, 40, 50]), (0, 0.1, [10, 10, 40, 50]))
+    spoilt["boxes"][1] *= float("nan")
+    evaluator = CocoEvaluator(content, "bbox", category_ids=CATEGORY_IDS)
+    evaluator.update([1], [spoilt])
+    assert evaluator.summarize()["AP"] == pytest.approx(expected)
+    assert expected > 0
 
 
 def test_objects_without_a_mask_are_left_out(content):

@@ -47,3 +47,18 @@ def test_what_does_not_fit_is_refused(images, masks, targets, error, message, mo
 def test_settings_that_no_detector_has_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         gd.build_model("conditional_detr_r50", **{"num_classes": 3, "num_groups": 2, **SIZES, **settings})
+
+
+@pytest.mark.parametrize("name", ["mask_cost", "dice_loss"])
+def test_weights_of_masks_are_finite(name):
+    with pytest.raises(ValueError, match=f"{name} must not be negative and must be finite, got inf"):
+        gd.build_model("mask2former_r50", num_classes=3, num_groups=2, **{name: float("inf")})
+
+
+def test_targets_are_not_looked_at_in_evaluation(model):
+    model.eval()
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = model(images, None), model(images, None, targets=[{"labels": "no tensors"}])
+    model.train()
+    torch.testing.assert_close(found.logits, expected.logits)
