@@ -57,7 +57,7 @@ class MultiheadProjections(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, content: Tensor, position: Tensor) -> Iterator[Tensor]:
+    def self_attention_heads(self, content: Tensor, position: Tensor) -> Iterator[Tensor]:
         """Queries, keys and values of self-attention, of which queries and keys carry the position.
 
         Args:
@@ -79,4 +79,5 @@ class SelfAttention(MultiheadProjections):
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """``x``, ``position`` ``[B, S, d]``, ``padding`` ``[B, S]`` -> ``[B, S, d]``."""
-        return self.out_proj(attend(*self.project(x, position), padding, self.dropout if self.training else 0.0))
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out_proj(attend(*self.self_attention_heads(x, position), padding, dropout_p))

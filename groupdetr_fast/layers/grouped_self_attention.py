@@ -19,5 +19,5 @@ class GroupedSelfAttention(MultiheadProjections):
     def forward(self, content: Tensor, position: Tensor, groups: QueryGroups) -> Tensor:
         """``content`` ``[B, L, d]``, ``position`` ``[B or 1, L, d]`` -> ``[B, L, d]``."""
         dropout_p = self.dropout if self.training else 0.0
-        out = ops.grouped_attention(*self.project(content, position), groups, dropout_p=dropout_p)
+        out = ops.grouped_attention(*self.self_attention_heads(content, position), groups, dropout_p=dropout_p)
         return self.out_proj(out.flatten(2))
