@@ -17,9 +17,10 @@ from ..transformers_detector.families import check_accelerate_kernels, require_t
 from .config_file import to_plain, to_yaml
 from .model import ModelConfig
 
-__all__ = ["BALANCED", "CocoTrainingConfig", "ModelConfig"]
+__all__ = ["BALANCED", "ROOMS", "CocoTrainingConfig", "ModelConfig"]
 
 BALANCED = "balanced"  # weights of classes from the data
+ROOMS = ("data", "model", "augmentation", "optimization")  # fields that hold settings of their own
 STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what it is: not in its configuration's file
 
 
@@ -131,7 +132,7 @@ class CocoTrainingConfig:
         Raises:
             ValueError: for a name that is no setting.
         """
-        rooms = {name: getattr(self, name) for name in ("data", "model", "augmentation", "optimization")}
+        rooms = {name: getattr(self, name) for name in ROOMS}
         owners = {each.name: room for room, config in rooms.items() for each in fields(config)}
         owners |= {each.name: "" for each in fields(CocoTrainingConfig) if each.name not in rooms}
         changes: dict[str, dict[str, Any]] = {name: {} for name in ("", *rooms)}

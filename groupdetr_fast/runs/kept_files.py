@@ -10,8 +10,8 @@ import yaml
 from ..data.own_transforms import OwnTransforms, split_name
 from ..files import write_whole
 from .class_weights import ClassWeights
-from .config import BALANCED, CocoTrainingConfig
-from .config_file import from_yaml
+from .config import BALANCED, ROOMS, CocoTrainingConfig
+from .config_file import from_yaml, has_layout, read_yaml
 
 __all__ = ["CONFIG_FILE", "begun_with", "keep_files", "was_begun", "with_kept_files"]
 
@@ -47,7 +47,7 @@ def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: C
     """Write the run's configuration, transforms and weights of classes into its folder.
 
     Warns where a resumed run had other transforms or weights. A configuration that somebody wrote by hand, with
-    comments, is not replaced: it gets another name.
+    comments, a layout of its own or a few settings alone, is not replaced: it gets another name.
     """
     texts = {
         TRANSFORMS_FILE: None if own is None else own.source,
@@ -76,8 +76,12 @@ def _spare(path: Path) -> None:
 
 
 def _written_by_a_run(path: Path) -> bool:
-    """Whether a configuration has the very text that a run would write, which nothing is lost with."""
+    """Whether a configuration has the settings that every run writes, laid out as runs do, with no comment to lose.
+
+    Values are not compared: runs of older versions lack some, and 0 may have been given for 0.0.
+    """
     try:
-        return from_yaml(CocoTrainingConfig, path).as_yaml() == path.read_text()
+        content = read_yaml(path)
+        return isinstance(content, dict) and content.keys() >= set(ROOMS) and has_layout(path.read_text())
     except (OSError, ValueError):
         return False

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.folder import clear, reserved
-from groupdetr_fast.runs.kept_files import keep_files
+from groupdetr_fast.runs.kept_files import keep_files, was_begun
 
 # Holds a folder until it is killed, and has a child that outlives it for a while, as a process that loads images may.
 HOLDER = """
@@ -85,6 +86,50 @@ def test_a_configuration_that_was_written_by_hand_is_not_lost(tmp_path, caplog):
         "config_before2.yaml",
     ]
     assert "top_k: 7\n" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_decay": 0, "flip": 0, "crop": 0, "clip_norm": 0, "dropout": 0, "checkpoint_minutes": 30},
+        {"lr_drop": (40,), "image_mean": [0, 0, 0], "short_sides": [480]},
+        {"output": Path("café: #1")},
+    ],
+    ids=["integers for floats", "lists for tuples", "a path that is quoted"],
+)
+def test_a_configuration_that_a_run_wrote_is_replaced_however_its_values_were_given(tmp_path, settings):
+    (tmp_path / "config.yaml").write_text(CocoTrainingConfig().with_settings(**settings).as_yaml())
+    assert was_begun(tmp_path)
+    keep_files(CocoTrainingConfig(output=tmp_path), None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_configuration_of_an_older_version_was_written_by_a_run(tmp_path):
+    lines = CocoTrainingConfig().as_yaml().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("report:", "  tf32:", "  freeze:"))] + ["gone: 3\n"]
+    assert len(older) == len(lines) - 2
+    (tmp_path / "config.yaml").write_text("".join(older))
+    assert was_begun(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        CocoTrainingConfig().as_yaml() + "# to do: more epochs\n",
+        CocoTrainingConfig().as_yaml().replace("seed: 42", "seed: 42  # as before"),
+        CocoTrainingConfig().as_yaml().replace("seed: 42", "\n  seed: 42"),
+        "optimization:\n  epochs: 3\n",
+        "12\n",
+        "",
+        "{",
+    ],
+    ids=["comment at the end", "comment in a line", "empty line", "few settings", "number", "empty", "no yaml"],
+)
+def test_what_somebody_wrote_is_no_configuration_of_a_run(tmp_path, mine):
+    (tmp_path / "config.yaml").write_text(mine)
+    assert not was_begun(tmp_path)
+    keep_files(CocoTrainingConfig(output=tmp_path), None, None)
+    assert (tmp_path / "config_before.yaml").read_text() == mine
 
 
 def test_one_training_at_a_time_uses_a_folder_until_its_process_dies(tmp_path):
