@@ -22,9 +22,18 @@ TRANSFORMS_FILE, CLASS_WEIGHTS_FILE = "transforms_used.py", "class_weights_used.
 
 
 def begun_with(folder: Path) -> CocoTrainingConfig | None:
-    """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there."""
+    """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: for a value that is not accepted, which one of an older version may have; the message says to edit
+            the file.
+    """
     path = folder / CONFIG_FILE
-    return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+    try:
+        return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}: edit this file, which the run was begun with, to go on with it") from None
 
 
 def was_begun(folder: Path) -> bool:
