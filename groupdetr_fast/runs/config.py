@@ -44,7 +44,8 @@ class CocoTrainingConfig:
         output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
         resume: continue from the newest checkpoint in ``output``.
         overwrite: replace the run that ``output`` holds; without ``resume`` or this, such a folder is refused.
-        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
+        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on. Where the command line has no
+            ``output``, results go to the folder ``eval`` in that of the configuration.
         evaluate_every: epochs between evaluations.
         early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
         early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
