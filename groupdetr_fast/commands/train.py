@@ -1,7 +1,7 @@
 """The command ``groupdetr train``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..runs.config import CocoTrainingConfig
@@ -55,13 +55,14 @@ class TrainCommand(CocoTrainingConfig):
 @dataclass(frozen=True)
 class _Origin:
     """The flags that say where the defaults of the other flags come from; ``model`` is empty if it is not given, and
-    ``output`` None, for that of the configuration."""
+    ``output`` None, for that of the configuration, or the folder ``eval`` in it for an evaluation."""
 
     recipe: str | None = None
     config: Path | None = None
     model: str = ""
     output: Path | None = None
     resume: bool = False
+    eval_only: bool = False
 
 
 def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | None = None) -> TrainCommand:
@@ -69,8 +70,9 @@ def training_defaults(arguments: Sequence[str], otherwise: CocoTrainingConfig | 
 
     Args:
         arguments: the command line, of which ``--recipe`` and ``--config`` are read; with a ``--model`` of
-            transformers, that model's sizes of images and number of groups are the defaults. If they ask for help,
-            nothing in them is refused.
+            transformers, that model's sizes of images and number of groups are the defaults, and with ``--eval-only``
+            that of ``--output`` is the folder ``eval`` in the configuration's. If they ask for help, nothing in them
+            is refused.
         otherwise: the defaults without them.
 
     Raises:
@@ -103,4 +105,6 @@ def _chosen(arguments: Sequence[str], config: CocoTrainingConfig) -> tuple[str |
     if origin.model:
         folder = origin.output or config.output
         config = config.with_model(origin.model, described_checkpoint(folder) if origin.resume else None)
+    if origin.eval_only:  # the folder itself may be that of the run whose weights are evaluated
+        config = replace(config, output=config.output / "eval")
     return origin.recipe, config

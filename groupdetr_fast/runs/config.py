@@ -17,9 +17,10 @@ from ..transformers_detector.families import check_accelerate_kernels, require_t
 from .config_file import to_plain, to_yaml
 from .model import ModelConfig
 
-__all__ = ["BALANCED", "CocoTrainingConfig", "ModelConfig"]
+__all__ = ["BALANCED", "ROOMS", "CocoTrainingConfig", "ModelConfig"]
 
 BALANCED = "balanced"  # weights of classes from the data
+ROOMS = ("data", "model", "augmentation", "optimization")  # fields that hold settings of their own
 STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what it is: not in its configuration's file
 
 
@@ -43,7 +44,8 @@ class CocoTrainingConfig:
         output: folder of the run: configuration, checkpoints, TensorBoard curves, ``results.json`` and pictures.
         resume: continue from the newest checkpoint in ``output``.
         overwrite: replace the run that ``output`` holds; without ``resume`` or this, such a folder is refused.
-        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on.
+        eval_only: evaluate the weights of ``load`` and stop; needs no data to train on. Where the command line has no
+            ``output``, results go to the folder ``eval`` in that of the configuration.
         evaluate_every: epochs between evaluations.
         early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
         early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
@@ -131,7 +133,7 @@ class CocoTrainingConfig:
         Raises:
             ValueError: for a name that is no setting.
         """
-        rooms = {name: getattr(self, name) for name in ("data", "model", "augmentation", "optimization")}
+        rooms = {name: getattr(self, name) for name in ROOMS}
         owners = {each.name: room for room, config in rooms.items() for each in fields(config)}
         owners |= {each.name: "" for each in fields(CocoTrainingConfig) if each.name not in rooms}
         changes: dict[str, dict[str, Any]] = {name: {} for name in ("", *rooms)}

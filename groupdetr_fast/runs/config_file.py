@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-__all__ = ["from_plain", "from_yaml", "read_yaml", "to_json", "to_plain", "to_yaml"]
+__all__ = ["from_plain", "from_yaml", "has_layout", "read_yaml", "to_json", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,15 @@ def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
     """
     values = {name: value for name, value in to_plain(config).items() if name not in omit}
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def has_layout(text: str) -> bool:
+    """Whether a yaml text is laid out as :func:`to_yaml` lays out its content, which leaves no comments.
+
+    Raises:
+        yaml.YAMLError: if it is not yaml.
+    """
+    return yaml.serialize(yaml.compose(text, Loader=_Loader), Dumper=_Dumper, allow_unicode=True) == text
 
 
 def from_yaml(kind: type[T], path: Path) -> T:

@@ -62,7 +62,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     if holds_run(config.output):
         raise ValueError(
             f"{config.output} holds a run, whose detections and page an evaluation would replace: give another output, "
-            f"such as {config.output / 'eval'}"
+            f"such as --output {config.output / 'eval'}"
         )
     config.output.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(config.optimization, config.output)

@@ -4,27 +4,31 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..files import read_json
 from ..training.processes import on_main_process
 from .kept_files import was_begun
 
 __all__ = ["clear", "holds_run", "reserved"]
 
 LOCK = ".training.lock"
-OF_A_RUN = (
-    "checkpoints",
-    "tensorboard",
-    "results.json",
+RESULTS = "results.json"
+KEYS_OF_RESULTS = {"optimization", "torch", "best_epoch", "epochs"}  # which every version has written
+CHECKPOINTS = "checkpoints/epoch_*"
+# What is removed of a run: folders, and files. Somebody may have more in `checkpoints` and `report`.
+FOLDERS_OF_A_RUN = ("tensorboard", CHECKPOINTS, "checkpoints/best", "checkpoints/.*.unfinished")
+FILES_OF_A_RUN = (
+    RESULTS,
     "detections.json",
     "predictions.png",
     "index.html",
     "class_thresholds.json",
-    "report",
+    "report/*.png",
     "trackers.json",
     "transforms_used.py",
     "class_weights_used.yaml",
@@ -36,8 +40,8 @@ def reserved(accelerator: Accelerator, folder: Path, *, resume: bool, overwrite:
     """Inside, no other training may use the folder. Every process must call this; the main one holds the lock.
 
     Raises:
-        ValueError: if another training uses the folder, or if it holds a run that is neither to be resumed nor to be
-            overwritten.
+        ValueError: if another training uses the folder, if it holds a run that is neither to be resumed nor to be
+            overwritten, or if it has a ``results.json`` of something else, which the training would replace.
     """
     lock = _Lock(folder / LOCK)
 
@@ -46,6 +50,11 @@ def reserved(accelerator: Accelerator, folder: Path, *, resume: bool, overwrite:
         if holds_run(folder) and not (resume or overwrite):
             raise ValueError(
                 f"{folder} holds a run: give resume to go on with it, overwrite to replace it, or another output"
+            )
+        if (folder / RESULTS).exists() and not _has_results(folder):
+            raise ValueError(
+                f"{folder / RESULTS} was not written by a run, and a training would replace it: give it another name, "
+                "or the training another output"
             )
 
     try:
@@ -59,17 +68,30 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run has written into its folder; other files stay, and all of them where none was."""
     if not (holds_run(folder) or was_begun(folder)):
         return
-    for name in OF_A_RUN:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
+    for path in _folders(folder, FOLDERS_OF_A_RUN):
+        if path.is_symlink():  # what it leads to stays
+            path.unlink()
         else:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path)
+    for path in [path for pattern in FILES_OF_A_RUN for path in folder.glob(pattern) if path.is_file()]:
+        path.unlink()
+    for path in _folders(folder, ("checkpoints", "report")):
+        if not (path.is_symlink() or any(path.iterdir())):
+            path.rmdir()
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has results or a checkpoint of a run."""
-    return (folder / "results.json").exists() or any((folder / "checkpoints").glob("epoch_*"))
+    """Whether a folder has results or a checkpoint of a run, and not just files of somebody else by these names."""
+    return _has_results(folder) or bool(_folders(folder, [CHECKPOINTS]))
+
+
+def _has_results(folder: Path) -> bool:
+    results = read_json(folder / RESULTS)
+    return isinstance(results, dict) and results.keys() >= KEYS_OF_RESULTS
+
+
+def _folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_dir()]
 
 
 class _Lock:

@@ -10,8 +10,8 @@ import yaml
 from ..data.own_transforms import OwnTransforms, split_name
 from ..files import write_whole
 from .class_weights import ClassWeights
-from .config import BALANCED, CocoTrainingConfig
-from .config_file import from_yaml
+from .config import BALANCED, ROOMS, CocoTrainingConfig
+from .config_file import from_yaml, has_layout, read_yaml
 
 __all__ = ["CONFIG_FILE", "begun_with", "keep_files", "was_begun", "with_kept_files"]
 
@@ -22,9 +22,18 @@ TRANSFORMS_FILE, CLASS_WEIGHTS_FILE = "transforms_used.py", "class_weights_used.
 
 
 def begun_with(folder: Path) -> CocoTrainingConfig | None:
-    """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there."""
+    """The configuration that the run in a folder was begun with, or resumed with last; None if it is not there.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: for a value that is not accepted, which one of an older version may have; the message says to edit
+            the file.
+    """
     path = folder / CONFIG_FILE
-    return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+    try:
+        return from_yaml(CocoTrainingConfig, path) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}: edit this file, which the run was begun with, to go on with it") from None
 
 
 def was_begun(folder: Path) -> bool:
@@ -47,7 +56,7 @@ def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: C
     """Write the run's configuration, transforms and weights of classes into its folder.
 
     Warns where a resumed run had other transforms or weights. A configuration that somebody wrote by hand, with
-    comments, is not replaced: it gets another name.
+    comments, a layout of its own or a few settings alone, is not replaced: it gets another name.
     """
     texts = {
         TRANSFORMS_FILE: None if own is None else own.source,
@@ -76,8 +85,12 @@ def _spare(path: Path) -> None:
 
 
 def _written_by_a_run(path: Path) -> bool:
-    """Whether a configuration has the very text that a run would write, which nothing is lost with."""
+    """Whether a configuration has the settings that every run writes, laid out as runs do, with no comment to lose.
+
+    Values are not compared: runs of older versions lack some, and 0 may have been given for 0.0.
+    """
     try:
-        return from_yaml(CocoTrainingConfig, path).as_yaml() == path.read_text()
+        content = read_yaml(path)
+        return isinstance(content, dict) and content.keys() >= set(ROOMS) and has_layout(path.read_text())
     except (OSError, ValueError):
         return False

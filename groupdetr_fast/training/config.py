@@ -37,7 +37,7 @@ class OptimizationConfig:
             encoder or ``*.bias``; the statistics of their batch norms stay as they are, too.
         weight_decay: of AdamW.
         decay_norms: whether weight decay acts on norms and embeddings too, as in DETR and not in Mask2Former.
-        clip_norm: largest norm of the gradient; 0 for no clipping.
+        clip_norm: largest norm of the gradient; 0 or inf for no clipping.
         batch_size: images per process and batch; or "auto", for the largest number that fits into the GPU's memory with
             a margin, which is found by trying, at the largest sizes that the data can have.
         accumulate: batches per optimiser step; with ``batch_size`` "auto" it follows from ``images_per_step``.
@@ -97,12 +97,13 @@ class OptimizationConfig:
             "backbone_lr",
             "query_lr",
             "weight_decay",
-            "clip_norm",
             "groups_per_pass",
             "cuda_graphs",
         ):
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
+        if not self.clip_norm >= 0:  # which also refuses what is not a number
+            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
         if self.lr_drop is not None and not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
         if isinstance(self.freeze, str):

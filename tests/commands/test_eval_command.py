@@ -48,6 +48,17 @@ def test_a_trained_checkpoint_is_evaluated_without_saying_its_sizes(tmp_path, ca
     expected = {f"{name} {ap:.3f}" for name, ap in metrics["per_category"].items() if ap is not None}
     assert set(by_category.split(", ")) == expected
 
+    own = [
+        "--config",
+        tmp_path / "run" / "config.yaml",
+        "--eval-only",
+        "--load",
+        tmp_path / "run" / "checkpoints" / "best",
+    ]
+    cli.main([str(argument) for argument in ["train", *own]])
+    assert table.findall(capsys.readouterr().out) == table.findall(trained)
+    assert (tmp_path / "run" / "eval" / "metrics.json").exists()
+
     parts = tmp_path / "parts"
     for part, images, annotations in (
         ("valid", digits.train_images, digits.train_annotations),

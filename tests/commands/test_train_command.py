@@ -55,6 +55,20 @@ def test_a_training_that_only_evaluates_is_an_evaluation(training, evaluations):
     assert training == []
 
 
+def test_an_evaluation_goes_beside_the_run_unless_its_folder_is_named(evaluations, tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(CocoTrainingConfig(output=tmp_path / "run").as_yaml())
+    evaluate = ["train", "--coco-path", "coco", "--load", "best", "--eval-only"]
+    cli.main([*evaluate])
+    cli.main([*evaluate, "--config", str(saved)])
+    cli.main([*evaluate, "--config", str(saved), "--output", "elsewhere"])
+    assert [config.output for config in evaluations] == [
+        Path("runs/coco/eval"),
+        tmp_path / "run" / "eval",
+        Path("elsewhere"),
+    ]
+
+
 def test_a_configuration_gives_defaults_and_flags_override_them(training, tmp_path):
     saved = RECIPES["group_mask2former_r50_12e"].config(processes=8)
     (tmp_path / "config.yaml").write_text(saved.as_yaml())

@@ -21,7 +21,7 @@ def test_evaluation_of_saved_weights_gives_the_same_numbers(config):
     metrics = evaluate_checkpoint(replace(config, data=data, model=model, output=config.output.parent / "eval"))
     assert metrics == results["epochs"][-1]["metrics"]
     written = (config.output / "detections.json").read_text()
-    with pytest.raises(ValueError, match=f"{config.output} holds a run, .*: give another output, such as .*run/eval"):
+    with pytest.raises(ValueError, match=f"{config.output} holds a run, .*: give .*, such as --output .*run/eval"):
         evaluate_checkpoint(replace(config, data=data, model=model, top_k=1))
     assert (config.output / "detections.json").read_text() == written
 

@@ -175,6 +175,17 @@ def test_settings_are_compared_even_where_no_header_can_be_read(config):
         train(config.with_settings(seed=1))
 
 
+def test_a_value_that_an_older_version_accepted_is_for_the_user_to_edit(config):
+    config = after_one_epoch(config)
+    kept = config.output / "config.yaml"
+    kept.write_text(kept.read_text().replace("top_k: ", "top_k: -"))
+    with pytest.raises(
+        ValueError, match=rf"^{kept}: .*top_k.*: edit this file, which the run was begun with, to go on with it$"
+    ):
+        train(config)
+    assert len(resumable_checkpoints(config.output)) > 0
+
+
 def with_other_classes(config, folder, change):
     """The run with data of as many classes, so that its weights would fit."""
     files = {}

@@ -1,5 +1,6 @@
 """A loop of one's own over the trainer's steps is the trainer's own loop."""
 
+import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -70,7 +71,7 @@ def test_norms_of_gradients_and_clipped_steps_are_counted(trainer_in):
         probe.state.optimizer.zero_grad()
     assert len(norms) > 2
     between = sum(sorted(norms)[:2]) / 2
-    for clip_norm, clipped in ((0.0, 0), (1e-6, len(norms)), (between, len(norms) - 1)):
+    for clip_norm, clipped in ((0.0, 0), (math.inf, 0), (1e-6, len(norms)), (between, len(norms) - 1)):
         trainer = trainer_in(f"{clip_norm}", clip_norm=clip_norm, lr=0.0, backbone_lr=0.0)
         trainer.state.model.train()
         for batches in trainer.steps():
