@@ -3,6 +3,7 @@
 Where there are kernels, which versions of the other package were tried, and the deformable attention that stands in.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ DEVICES = frozenset(
 )
 
 Shapes = Sequence[tuple[int, int]]
-Version = tuple[int, int]  # major and minor
+Version = tuple[int, ...]  # major, minor and, where it matters, the last number
 
 
 def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -93,9 +94,10 @@ def serves_everywhere(op: str) -> bool:
 
 
 def is_tested(version: str, tested: tuple[Version, Version]) -> bool:
-    """Whether a version such as "5.24.1" lies between the first and the last minor version that the tests ran with."""
-    major, minor = version.split(".")[:2]
-    return tested[0] <= (int(major), int(minor)) <= tested[1]
+    """Whether a version such as "5.24.1" lies between the first version and the last minor version of the tests."""
+    first, last = tested
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return first <= numbers and numbers[: len(last)] <= last
 
 
 def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
@@ -103,7 +105,7 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
 
     Args:
         package, version: of the model.
-        tested: the first and the last minor version that the tests ran with.
+        tested: the first version and the last minor version that the tests ran with.
         has_kernels: whether there is any compiled kernel for it.
 
     Returns:
@@ -111,7 +113,8 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
     """
     first, last = (".".join(map(str, each)) for each in tested)
     if not is_tested(version, tested):
-        versions = first if first == last else f"{first} to {last}"
+        of_last = ".*" if len(tested[0]) > len(tested[1]) else ""  # beside a first version of three numbers
+        versions = first if first == last else f"{first} to {last}{of_last}"
         reason = f"accelerate was tested with {package} {versions}, not {version}"
     elif not has_kernels:
         reason = "groupdetr_fast was installed without its compiled kernels"

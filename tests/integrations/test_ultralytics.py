@@ -292,11 +292,12 @@ def test_subclasses_are_left_alone():
     assert type(restore(model)) is OtherModel
 
 
-@pytest.mark.parametrize("version", ["8.3.9", "8.5.0", "9.0.0"])
+@pytest.mark.parametrize("version", ["8.3.900", "8.4.0", "8.4.189", "8.5.0", "9.0.0"])
 def test_other_versions_are_left_alone(version, monkeypatch):
     monkeypatch.setattr(acceleration, "__version__", version)
     model = model_of()
-    with pytest.warns(UserWarning, match=rf"tested with ultralytics 8.4, not {version}: the model is unchanged"):
+    match = rf"tested with ultralytics 8.4.190 to 8.4.\*, not {version}: the model is unchanged"
+    with pytest.warns(UserWarning, match=match):
         assert accelerate(model) is model
     assert not exchanged_of(model)
 

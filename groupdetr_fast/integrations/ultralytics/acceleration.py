@@ -9,9 +9,10 @@ from ..kernels import can_serve, serves_everywhere
 from . import attention, criterion
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["TESTED", "accelerate", "restore"]
+__all__ = ["NEEDED", "TESTED", "accelerate", "restore"]
 
-TESTED = ((8, 4), (8, 4))  # the first and the last minor version of ultralytics that the tests ran with
+TESTED = ((8, 4, 190), (8, 4))  # the first version and the last minor version of ultralytics that the tests ran with
+NEEDED = "ultralytics>=8.4.190,<8.5"
 
 Model = TypeVar("Model", bound=nn.Module)
 
