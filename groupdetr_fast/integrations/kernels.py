@@ -14,7 +14,17 @@ from torch import Tensor
 from .. import ops
 from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "is_tested", "serves_everywhere"]
+__all__ = [
+    "DEVICES",
+    "Shapes",
+    "attend",
+    "attend_as",
+    "can_serve",
+    "has_kernel",
+    "is_tested",
+    "serves",
+    "serves_everywhere",
+]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -23,6 +33,7 @@ DEVICES = frozenset(
     for device, kind in serving.kinds_of("ms_deform_attn", ask_gpu=False).items()
     if kind not in ("reference", "PyTorch")
 )
+_COMPILED = ("C++", "CUDA")
 
 Shapes = Sequence[tuple[int, int]]
 Version = tuple[int, ...]  # major, minor and, where it matters, the last number
@@ -86,11 +97,18 @@ def _is_served(index: int) -> bool:
     return serving.compiled_kernels_run_on(index)
 
 
+@torch.compiler.assume_constant_result  # the dispatcher answers, into which torch.compile does not see
+def serves(op: str, device: torch.device) -> bool:
+    """Whether an op has a compiled kernel that runs on a device."""
+    compiled = serving.kinds_of(op, ask_gpu=False).get(device.type) in _COMPILED
+    return compiled and (device.type != "cuda" or _is_served(device.index))
+
+
 def serves_everywhere(op: str) -> bool:
     """Whether an op has a compiled kernel on every kind of device that this machine has."""
     kinds = serving.kinds_of(op)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return all(kinds[device] in ("C++", "CUDA") for device in devices)
+    return all(kinds[device] in _COMPILED for device in devices)
 
 
 def is_tested(version: str, tested: tuple[Version, Version]) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_ultralytics import (
+    CLASSES,
     COUNTS,
     QUERIES,
     assert_same_step,
@@ -21,6 +22,7 @@ from tiny_ultralytics import (
 from torch import nn
 from ultralytics import RTDETR
 from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.tasks import RTDETRDetectionModel, torch_safe_load
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
@@ -30,8 +32,10 @@ from groupdetr_fast.integrations.ultralytics import (
     AcceleratedTrainer,
     accelerate,
     acceleration,
+    criterion,
     group_trainer,
     group_training,
+    restore,
 )
 from groupdetr_fast.integrations.ultralytics.groups import add_groups, has_groups, heads_of_others, remove_groups
 
@@ -115,6 +119,40 @@ def test_losses_are_means_over_groups(counts):
         torch.testing.assert_close(shown[name], sum(losses[key] for losses in expected).detach() / K)
 
 
+class OtherCriterion(RTDETRDetectionLoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RTDETRDetectionLoss(nc=CLASSES, use_vfl=True, use_uni_match=True),
+        lambda: RTDETRDetectionLoss(nc=CLASSES, use_vfl=False),
+        lambda: OtherCriterion(nc=CLASSES, use_vfl=True),
+    ],
+)
+def test_criteria_that_would_match_all_groups_as_one(build, monkeypatch):
+    monkeypatch.setattr(RTDETRDetectionModel, "init_criterion", lambda model: build())
+    with pytest.raises(ValueError, match="groups of queries need the criterion as Ultralytics' RT-DETR has it"):
+        step(grouped(), batch_of((3, 1)))
+    assert step(model_of(), batch_of((3, 1)))[0]["loss"] > 0
+
+
+def test_groups_are_matched_on_a_device_without_a_kernel(monkeypatch):
+    expected = step(grouped(), batch_of((3, 1)))
+    monkeypatch.setattr(criterion, "serves", lambda op, device: False)
+    assert_same_step(step(grouped(), batch_of((3, 1))), expected, 0)
+
+
+def test_a_model_with_groups_keeps_its_classes():
+    """Those of the base model would take all groups for one."""
+    model = grouped()
+    for part in (model, model.model[-1], model.model[-1].decoder.layers[0].self_attn):
+        with pytest.raises(TypeError, match="cannot take the class Sharded: remove its groups first"):
+            part.__class__ = type("Sharded", (part.__class__,), {})
+        assert type(copy.copy(part)) is type(part)
+
+
 def test_every_group_learns_on_its_own():
     model = grouped()
     _, gradients = step(model, batch_of((3, 1)))
@@ -196,6 +234,24 @@ def test_removing_groups():
         assert ours.__class__ is theirs.__class__
         assert set(vars(ours)) - {"criterion"} == set(vars(theirs))
     assert_same_step(step(model, batch_of((3, 1))), step(base, batch_of((3, 1))), 1e-5)
+
+
+def test_restoring_after_a_training_that_was_broken_off(folder):
+    RTDETR(folder / "rtdetr-tiny.yaml").save(folder / "pretrained.pt")
+    detector = RTDETR(folder / "pretrained.pt")
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    detector.add_callback("on_train_batch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detector.train(**options_of(folder, "run"), epochs=1, trainer=group_trainer(K))
+    assert has_groups(detector.model)
+    restore(detector)
+    untouched = model_of()
+    assert list(detector.model.state_dict()) == list(untouched.state_dict())
+    parts = zip(detector.model.modules(), untouched.modules(), strict=False)
+    assert all(type(ours) is type(theirs) for ours, theirs in parts)
 
 
 def test_a_checkpoint_of_one_group_leaves_the_others():

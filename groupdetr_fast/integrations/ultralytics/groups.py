@@ -15,7 +15,7 @@ from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.tasks import RTDETRDetectionModel
 
 from ..multihead import attend_in_groups
-from .criterion import DetectionModel
+from . import criterion as criteria
 from .exchange import SavedAsTheirs, set_class
 
 __all__ = ["HEADS", "OTHERS", "add_groups", "has_groups", "heads_of_others", "remove_groups"]
@@ -47,7 +47,7 @@ def add_groups(model: RTDETRDetectionModel, num_groups: int, *, noise: float | N
         return
     head = model.model[-1]
     attentions = [layer.self_attn for layer in head.decoder.layers]
-    for part, classes in ((model, (RTDETRDetectionModel, DetectionModel)), (head, (RTDETRDecoder,))):
+    for part, classes in ((model, (RTDETRDetectionModel, criteria.AcceleratedModel)), (head, (RTDETRDecoder,))):
         if type(part) not in classes:
             raise TypeError(f"groups need a {classes[0].__name__} itself, got a {type(part).__name__}")
     if any(type(attention) is not nn.MultiheadAttention for attention in attentions):
@@ -101,9 +101,18 @@ def _heads_of_a_group(head: RTDETRDecoder, noise: float | None) -> nn.ModuleDict
     return heads
 
 
-class _GroupedModel(DetectionModel):
+class _Grouped(SavedAsTheirs):
+    """Cannot go on as a module without groups."""
+
+    def take_class(self, cls: type) -> None:
+        raise TypeError(f"a model with groups of queries cannot take the class {cls.__name__}: remove its groups first")
+
+
+class _GroupedModel(_Grouped, criteria.AcceleratedModel):
     def init_criterion(self) -> nn.Module:
         criterion = super().init_criterion()
+        if not criteria.is_exchanged(criterion):
+            raise ValueError(criteria.NOT_IN_GROUPS)
         criterion.num_groups = len(heads_of_others(self)) + 1
         return criterion.train(self.training)  # which tells how many groups there are
 
@@ -113,7 +122,7 @@ class _GroupedModel(DetectionModel):
         return super().load_state_dict({**others, **state_dict}, *args, **kwargs)
 
 
-class _GroupedHead(SavedAsTheirs, RTDETRDecoder):
+class _GroupedHead(_Grouped, RTDETRDecoder):
     theirs = RTDETRDecoder
     unsaved = frozenset({OTHERS})
 
@@ -131,13 +140,14 @@ class _GroupedHead(SavedAsTheirs, RTDETRDecoder):
         parts = [super()._get_decoder_input(feats, shapes, dn_embed, dn_bbox)]
         if self.training:
             for heads in getattr(self, OTHERS):
-                view = copy.copy(self)  # of Ultralytics' class, as a pickle would be
+                view = copy.copy(self)
+                set_class(view, RTDETRDecoder)
                 view._modules = self._modules | dict(heads.items())
                 parts.append(view._get_decoder_input(feats, shapes))
         return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
 
 
-class _GroupedAttention(SavedAsTheirs, nn.MultiheadAttention):
+class _GroupedAttention(_Grouped, nn.MultiheadAttention):
     """Denoising queries and group 0 attend as in the base model, to each other by its mask; the others follow them."""
 
     theirs = nn.MultiheadAttention
