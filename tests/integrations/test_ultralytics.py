@@ -358,6 +358,12 @@ def test_other_versions_are_left_alone(version, monkeypatch):
     assert not exchanged_of(model)
 
 
+@pytest.mark.parametrize("version", ["8.4.190", "8.4.191", "8.4.1000"])
+def test_later_versions_of_the_tested_minor_one_are_accelerated(version, monkeypatch):
+    monkeypatch.setattr(acceleration, "__version__", version)
+    assert exchanged_of(accelerate(model_of()))
+
+
 def test_without_kernels_the_model_is_left_alone(monkeypatch):
     references = {"cpu": "reference", "cuda": "reference"}
     monkeypatch.setattr(ops.serving, "kinds_of", lambda op: references)
