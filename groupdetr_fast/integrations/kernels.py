@@ -3,6 +3,7 @@
 Where there are kernels, which versions of the other package were tried, and the deformable attention that stands in.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,17 @@ from torch import Tensor
 from .. import ops
 from ..ops import serving
 
-__all__ = ["DEVICES", "Shapes", "attend", "attend_as", "can_serve", "has_kernel", "is_tested", "serves_everywhere"]
+__all__ = [
+    "DEVICES",
+    "Shapes",
+    "attend",
+    "attend_as",
+    "can_serve",
+    "has_kernel",
+    "is_tested",
+    "serves",
+    "serves_everywhere",
+]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -22,9 +33,10 @@ DEVICES = frozenset(
     for device, kind in serving.kinds_of("ms_deform_attn", ask_gpu=False).items()
     if kind not in ("reference", "PyTorch")
 )
+_COMPILED = ("C++", "CUDA")
 
 Shapes = Sequence[tuple[int, int]]
-Version = tuple[int, int]  # major and minor
+Version = tuple[int, ...]  # major, minor and, where it matters, the last number
 
 
 def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -85,17 +97,25 @@ def _is_served(index: int) -> bool:
     return serving.compiled_kernels_run_on(index)
 
 
+@torch.compiler.assume_constant_result  # the dispatcher answers, into which torch.compile does not see
+def serves(op: str, device: torch.device) -> bool:
+    """Whether an op has a compiled kernel that runs on a device."""
+    compiled = serving.kinds_of(op, ask_gpu=False).get(device.type) in _COMPILED
+    return compiled and (device.type != "cuda" or _is_served(device.index))
+
+
 def serves_everywhere(op: str) -> bool:
     """Whether an op has a compiled kernel on every kind of device that this machine has."""
     kinds = serving.kinds_of(op)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return all(kinds[device] in ("C++", "CUDA") for device in devices)
+    return all(kinds[device] in _COMPILED for device in devices)
 
 
 def is_tested(version: str, tested: tuple[Version, Version]) -> bool:
-    """Whether a version such as "5.24.1" lies between the first and the last minor version that the tests ran with."""
-    major, minor = version.split(".")[:2]
-    return tested[0] <= (int(major), int(minor)) <= tested[1]
+    """Whether a version such as "5.24.1" lies between the first version and the last minor version of the tests."""
+    first, last = tested
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return first <= numbers and numbers[: len(last)] <= last
 
 
 def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
@@ -103,7 +123,7 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
 
     Args:
         package, version: of the model.
-        tested: the first and the last minor version that the tests ran with.
+        tested: the first version and the last minor version that the tests ran with.
         has_kernels: whether there is any compiled kernel for it.
 
     Returns:
@@ -111,7 +131,8 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
     """
     first, last = (".".join(map(str, each)) for each in tested)
     if not is_tested(version, tested):
-        versions = first if first == last else f"{first} to {last}"
+        of_last = ".*" if len(tested[0]) > len(tested[1]) else ""  # beside a first version of three numbers
+        versions = first if first == last else f"{first} to {last}{of_last}"
         reason = f"accelerate was tested with {package} {versions}, not {version}"
     elif not has_kernels:
         reason = "groupdetr_fast was installed without its compiled kernels"

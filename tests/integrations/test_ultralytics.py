@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_ultralytics import (
     CLASSES,
     COUNTS,
@@ -20,6 +21,8 @@ from tiny_ultralytics import (
     step,
     train,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from ultralytics import RTDETR
 from ultralytics.engine.model import Model
 from ultralytics.models.rtdetr.train import RTDETRTrainer
@@ -31,6 +34,7 @@ from ultralytics.utils.loss import VarifocalLoss
 from ultralytics.utils.patches import torch_load
 
 from groupdetr_fast import ops
+from groupdetr_fast.integrations import kernels
 from groupdetr_fast.integrations.ultralytics import AcceleratedTrainer, accelerate, acceleration, attention, restore
 from groupdetr_fast.integrations.ultralytics import criterion as criteria
 
@@ -205,6 +209,28 @@ def test_options_that_are_left_to_them(build):
     torch.testing.assert_close(losses_and_gradients(ours, outputs, targets), expected, rtol=0, atol=0)
 
 
+def test_a_device_without_a_kernel_is_left_to_them(monkeypatch):
+    """Where the op would run its reference."""
+    asked = []
+    monkeypatch.setattr(criteria, "serves", lambda op, device: asked.append((op, device.type)))
+    outputs, targets = outputs_of((3, 1))
+    expected = losses_and_gradients(criterion_of(), outputs, targets)
+    ours = criterion_of()
+    assert criteria.exchange(ours)
+    torch.testing.assert_close(losses_and_gradients(ours, outputs, targets), expected, rtol=0, atol=0)
+    assert set(asked) == {("linear_assignment", "cpu")}
+
+
+def test_which_devices_have_a_kernel():
+    assert kernels.serves("linear_assignment", torch.device("cpu"))
+    assert not any(kernels.serves("linear_assignment", torch.device(name)) for name in ("mps", "xpu", "meta"))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + kernels.serves("linear_assignment", x.device), backend="eager", fullgraph=True
+    )
+    assert compiled(torch.zeros(1)).item() == 1
+
+
 def test_a_label_beyond_the_classes_is_named():
     outputs, targets = outputs_of((3, 1))
     targets["cls"][3] = CLASSES
@@ -261,6 +287,36 @@ def test_restore_gives_back_the_model():
         assert set(vars(ours)) == set(vars(theirs))
 
 
+def test_shallow_copies_stay_accelerated():
+    for model in accelerate(model_of()).modules():
+        twin = copy.copy(model)
+        assert type(twin) is type(model)
+        assert vars(twin) == vars(model)
+
+
+def test_a_module_that_is_given_another_class():
+    """As torch's fully_shard does, which makes a subclass of what it sees."""
+    model = accelerate(model_of())
+    attended = model.model[-1].decoder.layers[0].cross_attn
+    for module in (model, attended):
+        cls = type("Sharded", (module.__class__,), {})
+        module.__class__ = cls
+        assert type(module) is cls
+    model.model[-1].decoder.layers[1].cross_attn.__class__ = MSDeformAttn
+    assert len(exchanged_of(model)) == 1
+    assert_same_step(step(model, batch_of((3, 1))), step(model_of(), batch_of((3, 1))), 1e-5)
+
+
+def test_fully_shard(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(accelerate(model_of()), mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(model, RTDETRDetectionModel)
+        assert not criteria.is_exchanged(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_copies_stay_accelerated():
     model, batch = accelerate(model_of()), batch_of((3, 1))
     expected = step(model, batch)
@@ -292,13 +348,20 @@ def test_subclasses_are_left_alone():
     assert type(restore(model)) is OtherModel
 
 
-@pytest.mark.parametrize("version", ["8.3.9", "8.5.0", "9.0.0"])
+@pytest.mark.parametrize("version", ["8.3.900", "8.4.0", "8.4.189", "8.5.0", "9.0.0"])
 def test_other_versions_are_left_alone(version, monkeypatch):
     monkeypatch.setattr(acceleration, "__version__", version)
     model = model_of()
-    with pytest.warns(UserWarning, match=rf"tested with ultralytics 8.4, not {version}: the model is unchanged"):
+    match = rf"tested with ultralytics 8.4.190 to 8.4.\*, not {version}: the model is unchanged"
+    with pytest.warns(UserWarning, match=match):
         assert accelerate(model) is model
     assert not exchanged_of(model)
+
+
+@pytest.mark.parametrize("version", ["8.4.190", "8.4.191", "8.4.1000"])
+def test_later_versions_of_the_tested_minor_one_are_accelerated(version, monkeypatch):
+    monkeypatch.setattr(acceleration, "__version__", version)
+    assert exchanged_of(accelerate(model_of()))
 
 
 def test_without_kernels_the_model_is_left_alone(monkeypatch):

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 from tiny_ultralytics import (
+    CLASSES,
     COUNTS,
     QUERIES,
     assert_same_step,
@@ -19,6 +21,8 @@ from tiny_ultralytics import (
 )
 from torch import nn
 from ultralytics import RTDETR
+from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.tasks import RTDETRDetectionModel, torch_safe_load
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
@@ -28,8 +32,10 @@ from groupdetr_fast.integrations.ultralytics import (
     AcceleratedTrainer,
     accelerate,
     acceleration,
+    criterion,
     group_trainer,
     group_training,
+    restore,
 )
 from groupdetr_fast.integrations.ultralytics.groups import add_groups, has_groups, heads_of_others, remove_groups
 
@@ -111,6 +117,40 @@ def test_losses_are_means_over_groups(counts):
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
     for name, key in (("giou_loss", "loss_giou"), ("cls_loss", "loss_class"), ("l1_loss", "loss_bbox")):
         torch.testing.assert_close(shown[name], sum(losses[key] for losses in expected).detach() / K)
+
+
+class OtherCriterion(RTDETRDetectionLoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RTDETRDetectionLoss(nc=CLASSES, use_vfl=True, use_uni_match=True),
+        lambda: RTDETRDetectionLoss(nc=CLASSES, use_vfl=False),
+        lambda: OtherCriterion(nc=CLASSES, use_vfl=True),
+    ],
+)
+def test_criteria_that_would_match_all_groups_as_one(build, monkeypatch):
+    monkeypatch.setattr(RTDETRDetectionModel, "init_criterion", lambda model: build())
+    with pytest.raises(ValueError, match="groups of queries need the criterion as Ultralytics' RT-DETR has it"):
+        step(grouped(), batch_of((3, 1)))
+    assert step(model_of(), batch_of((3, 1)))[0]["loss"] > 0
+
+
+def test_groups_are_matched_on_a_device_without_a_kernel(monkeypatch):
+    expected = step(grouped(), batch_of((3, 1)))
+    monkeypatch.setattr(criterion, "serves", lambda op, device: False)
+    assert_same_step(step(grouped(), batch_of((3, 1))), expected, 0)
+
+
+def test_a_model_with_groups_keeps_its_classes():
+    """Those of the base model would take all groups for one."""
+    model = grouped()
+    for part in (model, model.model[-1], model.model[-1].decoder.layers[0].self_attn):
+        with pytest.raises(TypeError, match="cannot take the class Sharded: remove its groups first"):
+            part.__class__ = type("Sharded", (part.__class__,), {})
+        assert type(copy.copy(part)) is type(part)
 
 
 def test_every_group_learns_on_its_own():
@@ -196,6 +236,24 @@ def test_removing_groups():
     assert_same_step(step(model, batch_of((3, 1))), step(base, batch_of((3, 1))), 1e-5)
 
 
+def test_restoring_after_a_training_that_was_broken_off(folder):
+    RTDETR(folder / "rtdetr-tiny.yaml").save(folder / "pretrained.pt")
+    detector = RTDETR(folder / "pretrained.pt")
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    detector.add_callback("on_train_batch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detector.train(**options_of(folder, "run"), epochs=1, trainer=group_trainer(K))
+    assert has_groups(detector.model)
+    restore(detector)
+    untouched = model_of()
+    assert list(detector.model.state_dict()) == list(untouched.state_dict())
+    parts = zip(detector.model.modules(), untouched.modules(), strict=False)
+    assert all(type(ours) is type(theirs) for ours, theirs in parts)
+
+
 def test_a_checkpoint_of_one_group_leaves_the_others():
     model = grouped()
     others = {name: value.clone() for name, value in heads_of_others(model).state_dict().items()}
@@ -252,17 +310,38 @@ def test_from_a_checkpoint_groups_begin_near_the_first(folder):
     assert 0 < (other - own).abs().max() < 0.6 * own.abs().max()
 
 
-def stop_after_first_epoch(folder, name, trainer):
-    """As if the process had ended there."""
+def stop_after(epoch, detector, **options):
+    """As if the process had ended there; the trainer."""
 
     def stop(trainer):
-        trainer.stop = trainer.epoch == 0
+        trainer.stop = trainer.epoch == epoch
         trainer.final_eval = lambda: None
 
-    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
     detector.add_callback("on_fit_epoch_end", stop)
-    detector.train(**options_of(folder, name), epochs=3, trainer=trainer)
+    detector.train(**options)
     return detector.trainer
+
+
+def stop_after_first_epoch(folder, name, trainer, **options):
+    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
+    return stop_after(0, detector, **options_of(folder, name), epochs=4, trainer=trainer, **options)
+
+
+def heads_in(model):
+    return {name: value.clone() for name, value in heads_of_others(model).state_dict().items()}
+
+
+def resume(last, num_groups=K):
+    """The trainer of one more epoch, and the other groups that it began with."""
+    begun = []
+    detector = RTDETR(last)
+    detector.add_callback("on_train_start", lambda trainer: begun.append(heads_in(trainer.model)))
+    epoch = torch_load(last, map_location="cpu")["epoch"] + 1
+    return stop_after(epoch, detector, resume=True, trainer=group_trainer(num_groups)), begun[0]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resuming(folder):
@@ -285,18 +364,119 @@ def test_resuming(folder):
     assert not (last.parent / "groups_of_last.pt").exists()
 
 
+def test_resuming_from_a_copy(folder):
+    """Its own groups are those beside it, though the run has gone on since, or another one has taken its name."""
+    expected = heads_in(stop_after_first_epoch(folder, "run", group_trainer(K)).ema.ema)
+    weights, copied = folder / "runs" / "run" / "weights", folder / "copied"
+    shutil.copytree(weights, copied)
+    resume(weights / "last.pt")
+    resume(weights / "last.pt")
+    _, begun = resume(copied / "last.pt")
+    torch.testing.assert_close(begun, expected, rtol=0, atol=0)
+    stop_after_first_epoch(folder, "run", group_trainer(K), exist_ok=True, seed=7)
+    _, begun = resume(copied / "last.pt")
+    torch.testing.assert_close(begun, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_process_that_ends_while_it_saves(folder, copied, monkeypatch):
+    """The groups of the checkpoint that is still there are still there."""
+    expected = heads_in(stop_after_first_epoch(folder, "run", group_trainer(K)).ema.ema)
+    last = folder / "runs" / "run" / "weights" / "last.pt"
+    source = last
+    if copied:
+        shutil.copytree(last.parent, folder / "copied")
+        source = folder / "copied" / "last.pt"
+        expected = heads_in(resume(last)[0].ema.ema)
+
+    def killed(trainer):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RTDETRTrainer, "save_model", killed)
+        with pytest.raises(OSError, match="killed"):
+            resume(source)
+    _, begun = resume(last)
+    torch.testing.assert_close(begun, expected, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_was_not_saved(folder, monkeypatch):
+    """Ultralytics leaves out some epochs, and the groups of last.pt stay."""
+    expected = heads_in(stop_after_first_epoch(folder, "run", group_trainer(K)).ema.ema)
+    last = folder / "runs" / "run" / "weights" / "last.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr(RTDETRTrainer, "save_model", lambda trainer: False)
+        detector = RTDETR(last)
+        assert stop_after(2, detector, resume=True, trainer=group_trainer(K)).epoch == 2
+    _, begun = resume(last)
+    torch.testing.assert_close(begun, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("also_model", [False, True])
+def test_averages_that_are_not_finite(folder, also_model):
+    """What Ultralytics puts in their place is in the file, too; and zeros where the model's are not finite either."""
+
+    def poison(trainer):
+        heads = [trainer.ema.ema.model[-1], heads_of_others(trainer.ema.ema)[0]]
+        heads += [heads_of_others(trainer.model)[0]] if also_model else []
+        with torch.no_grad():
+            for each in heads:
+                dict(each.named_modules())["enc_score_head"].weight[0, 0] = torch.nan
+
+    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
+    detector.add_callback("on_train_epoch_end", poison)
+    options = {"epochs": 4, "val": False, "trainer": group_trainer(K)}
+    stopped = stop_after(0, detector, **options_of(folder, "run"), **options)
+    expected = {name: value.nan_to_num() for name, value in heads_in(stopped.ema.ema).items()}
+    assert also_model or all(value.isfinite().all() for value in heads_in(stopped.ema.ema).values())
+    _, begun = resume(folder / "runs" / "run" / "weights" / "last.pt")
+    torch.testing.assert_close(begun, expected, rtol=0, atol=0)
+
+
+def test_a_folder_that_was_removed(folder):
+    detector = RTDETR(str(folder / "rtdetr-tiny.yaml"))
+    detector.add_callback("on_train_epoch_end", lambda trainer: shutil.rmtree(trainer.wdir))
+    stop_after(0, detector, **options_of(folder, "run"), epochs=4, trainer=group_trainer(K))
+    names = [path.name for path in (folder / "runs" / "run" / "weights").iterdir()]
+    assert sorted(names) == ["best.pt", "groups_of_last.pt", "last.pt"]
+
+
 def test_what_cannot_be_resumed(folder):
+    """It is refused before anything is written."""
     stop_after_first_epoch(folder, "run", group_trainer(K))
     weights = folder / "runs" / "run" / "weights"
-    with pytest.raises(ValueError, match=r"the training was started with 3 groups: pass group_trainer\(3\)"):
-        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(2))
-    kept = torch.load(weights / "groups_of_last.pt")
-    torch.save({**kept, "epochs": {7: kept["epochs"][0]}}, weights / "groups_of_last.pt")
-    with pytest.raises(ValueError, match=r"has the groups of epoch 8, not of 1: resume from last.pt"):
-        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(K))
+
+    def refused(match, trainer=None):
+        before = contents(folder / "runs")
+        with pytest.raises(ValueError, match=match):
+            RTDETR(weights / "last.pt").train(resume=True, workers=1, trainer=trainer or group_trainer(K))
+        assert contents(folder / "runs") == before
+
+    for trainer in (group_trainer(2), group_trainer(1), AcceleratedTrainer):
+        refused(r"the training was started with 3 groups: pass group_trainer\(3\)", trainer)
+    (kept,) = torch.load(weights / "groups_of_last.pt")
+    torch.save([{**kept, "epoch": 7}], weights / "groups_of_last.pt")
+    refused("has the groups of epoch 8, not of 1: resume from last.pt")
+    torch.save([{**kept, "checkpoint": "another"}], weights / "groups_of_last.pt")
+    refused(r"has the groups of another checkpoint than .*last.pt: both must be from the same training")
     (weights / "groups_of_last.pt").unlink()
-    with pytest.raises(ValueError, match=r"groups_of_last.pt, with the groups that .*last.pt leaves out, is missing"):
-        RTDETR(weights / "last.pt").train(resume=True, trainer=group_trainer(K))
+    refused(r"groups_of_last.pt, with the groups that .*last.pt leaves out, is missing")
+
+
+def test_a_training_without_groups_resumes_beside_a_file_of_groups(folder):
+    """Which an earlier training of that name has left."""
+    stop_after_first_epoch(folder, "run", group_trainer(K))
+    stop_after_first_epoch(folder, "run", AcceleratedTrainer, exist_ok=True, seed=7)
+    detector = RTDETR(folder / "runs" / "run" / "weights" / "last.pt")
+    detector.train(resume=True, trainer=AcceleratedTrainer)
+    assert detector.trainer.start_epoch == 1
+
+
+def test_a_training_that_has_ended_is_not_resumed(folder):
+    train(folder, "run", trainer=group_trainer(K))
+    last = folder / "runs" / "run" / "weights" / "last.pt"
+    with pytest.raises(AssertionError, match="is finished, nothing to resume"):
+        RTDETR(last).train(resume=str(last), trainer=group_trainer(K))
 
 
 def test_losses_that_are_not_finite(folder):
@@ -318,11 +498,13 @@ def test_losses_that_are_not_finite(folder):
     torch.testing.assert_close(kept[0], poisoned[0])
 
 
-def test_what_processes_of_ddp_start_from(folder):
-    """A pickle of the class, which is found by its name, and a model of one group."""
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_what_processes_of_ddp_start_from(folder, pretrained):
+    """A pickle of the class, which is found by its name, and a model of one group, beside which groups begin anew."""
     overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml"), "epochs": 1}
-    trainer = group_trainer(K)(overrides=overrides)
-    trainer.model = trainer.get_model(cfg=str(folder / "rtdetr-tiny.yaml"), verbose=False)
+    trainer = group_trainer(K)(overrides={**overrides, "pretrained": pretrained})
+    weights = model_of() if pretrained else None
+    trainer.model = trainer.get_model(cfg=str(folder / "rtdetr-tiny.yaml"), weights=weights, verbose=False)
     script = generate_ddp_file(trainer)
     try:
         state = torch_load(script.replace(".py", ".pt"), map_location="cpu")
@@ -333,21 +515,30 @@ def test_what_processes_of_ddp_start_from(folder):
     again = state["trainer"](overrides=state["args"])
     again.model = state["model"]
     again.setup_model()
-    assert len(heads_of_others(again.model)) == K - 1
+    for model in (trainer.model, again.model):
+        own, others = model.model[-1].enc_output[0].weight, heads_of_others(model)
+        assert len(others) == K - 1
+        for heads in others:
+            difference = (heads["enc_output"][0].weight - own).std() / own.std()
+            assert (0.05 < difference < 0.2) if pretrained else difference > 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("compile", True), ("distill_model", "rtdetr-x.pt"), ("quantize", 8)])
 def test_what_was_not_tried_is_refused(folder, option, value):
-    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml"), option: value}
+    """Before anything is written."""
+    train(folder, "run", trainer=AcceleratedTrainer)
+    before = contents(folder / "runs")
+    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml"), "exist_ok": True}
     with pytest.raises(ValueError, match=f"{option} was not tried with groups of queries: leave one of them out"):
-        group_trainer(K)(overrides=overrides)
+        group_trainer(K)(overrides={**overrides, option: value})
+    assert contents(folder / "runs") == before
 
 
-def test_other_versions_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(acceleration, "__version__", "8.5.0")
-    overrides = {**options_of(folder, "run"), "model": str(folder / "rtdetr-tiny.yaml")}
-    with pytest.raises(ValueError, match=r"groups of queries were not tested with ultralytics 8.5.0: use 8.4"):
-        group_trainer(K)(overrides=overrides)
+@pytest.mark.parametrize("version", ["8.4.0", "8.4.189", "8.5.0"])
+def test_other_versions_are_refused(version, monkeypatch):
+    monkeypatch.setattr(acceleration, "__version__", version)
+    with pytest.raises(ValueError, match=f"not tested with ultralytics {version}: use ultralytics>=8.4.190,<8.5"):
+        group_trainer(K)
 
 
 def test_subclasses_are_refused():

@@ -9,6 +9,6 @@ try:
     from .group_training import group_trainer
     from .training import AcceleratedTrainer
 except ImportError as error:
-    raise ImportError(f"{__name__} needs ultralytics 8.4 ({error})") from error
+    raise ImportError(f"{__name__} needs ultralytics>=8.4.190,<8.5 ({error})") from error
 
 __all__ = ["AcceleratedTrainer", "accelerate", "group_trainer", "restore"]

@@ -6,12 +6,13 @@ from torch import nn
 from ultralytics import RTDETR, __version__
 
 from ..kernels import can_serve, serves_everywhere
-from . import attention, criterion
+from . import attention, criterion, groups
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["TESTED", "accelerate", "restore"]
+__all__ = ["NEEDED", "TESTED", "accelerate", "restore"]
 
-TESTED = ((8, 4), (8, 4))  # the first and the last minor version of ultralytics that the tests ran with
+TESTED = ((8, 4, 190), (8, 4))  # the first version and the last minor version of ultralytics that the tests ran with
+NEEDED = "ultralytics>=8.4.190,<8.5"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,9 +23,11 @@ def accelerate(model: Model) -> Model:
     Exchanged are its deformable attention, and its criterion together with the matching, which are computed for all
     layers and images at once, of the denoising queries too. Losses and gradients stay the same but for rounding. So do
     the keys of the model's state dict, and what it can be used for: training, validation, prediction, export,
-    ``copy.deepcopy``; pickles and checkpoints have Ultralytics' own classes, and load without this package. Its own
-    code still computes what this package does not: criteria with other options than RT-DETR's, attention on a device
-    without a kernel, traces and exports. Subclasses of its attention, criterion or model are left alone.
+    ``copy``; pickles and checkpoints have Ultralytics' own classes, and load without this package. Its own code still
+    computes what this package does not: criteria with other options than RT-DETR's, attention and criteria on a device
+    without a kernel, traces and exports. Subclasses of its attention, criterion or model are left alone. A module that
+    is given another class computes as that class does; torch's ``fully_shard`` gives those that it shards a subclass of
+    Ultralytics'.
 
     Calling this again changes nothing.
 
@@ -64,6 +67,8 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Undo :func:`accelerate` in place; a model that was not accelerated stays as it is.
 
+    Where a training with :func:`group_trainer` was broken off, the model still has its groups: it keeps the first.
+
     Returns:
         The same model.
 
@@ -71,6 +76,8 @@ def restore(model: Model) -> Model:
         TypeError: if ``model`` is none that :func:`accelerate` takes.
     """
     for module in _modules_of(model):
+        if groups.has_groups(module):
+            groups.remove_groups(module)
         attention.put_back(module)
         criterion.put_back(module)
     if type(model) is _RTDETR:

@@ -17,11 +17,16 @@ from ...groups import QueryGroups
 from ...losses.matcher import GroupMatcher
 from ...ops import NO_OBJECT
 from ...targets import PackedTargets, tensor_on
+from ..kernels import serves
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["DetectionModel", "exchange", "is_exchanged", "put_back"]
+__all__ = ["AcceleratedModel", "exchange", "is_exchanged", "put_back"]
 
 _ADDED_AREA = 1e-7  # which Ultralytics adds to the union and to the hull of two boxes before it divides by them
+NOT_IN_GROUPS = (
+    "groups of queries need the criterion as Ultralytics' RT-DETR has it, with use_vfl, aux_loss, no use_uni_match, and"
+    " no subclass or hook in it: this one would match all groups as one, so leave it as it is or train with one group"
+)
 _KINDS = ("class", "bbox", "giou")
 
 Indices = Sequence[tuple[Tensor, Tensor]]  # of each image: rows of queries, rows of all objects of the batch
@@ -44,7 +49,7 @@ def is_exchanged(module: nn.Module) -> bool:
     return type(module) in _OURS.values()
 
 
-class DetectionModel(SavedAsTheirs, RTDETRDetectionModel):
+class AcceleratedModel(SavedAsTheirs, RTDETRDetectionModel):
     """Makes its criterion with the first loss."""
 
     theirs = RTDETRDetectionModel
@@ -101,8 +106,15 @@ class _Layers(DETRLoss):
             batch: ``cls`` ``[T]`` and ``bboxes`` ``[T, 4]`` of all images, and ``gt_groups``, how many each has.
             postfix: of the names.
             match_indices: pairs that are known, of denoising queries; None: they are matched.
+
+        Raises:
+            ValueError: if there are several groups, and Ultralytics' own code would have to match them.
         """
-        if not self._is_as_rtdetr_has_it():
+        several = self.training and self.num_groups > 1
+        is_ours = self._is_as_rtdetr_has_it()
+        if several and not is_ours:
+            raise ValueError(NOT_IN_GROUPS)
+        if not several and not (is_ours and serves("linear_assignment", pred_bboxes.device)):
             return super().forward(pred_bboxes, pred_scores, batch, postfix=postfix, match_indices=match_indices)
         self.device = pred_bboxes.device  # which Ultralytics reads
         boxes = pred_bboxes.to(torch.promote_types(pred_bboxes.dtype, torch.float32))
@@ -181,7 +193,7 @@ class _Criterion(SavedAsTheirs, RTDETRDetectionLoss, _Layers):
     theirs = RTDETRDetectionLoss
 
 
-_OURS = {cls.theirs: cls for cls in (DetectionModel, _Criterion)}
+_OURS = {cls.theirs: cls for cls in (AcceleratedModel, _Criterion)}
 
 
 def _pack(batch: Mapping[str, Any], device: torch.device) -> PackedTargets:

@@ -1,7 +1,7 @@
 """How classes of Ultralytics' modules are exchanged, so that what is saved still has Ultralytics' own."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -12,7 +12,7 @@ class SavedAsTheirs:
     """Mixin before a class of Ultralytics, whose subclasses stand in for it: they are pickled as that class.
 
     Ultralytics pickles whole models into its checkpoints, which must load where this package is not installed. Copies
-    by ``copy.deepcopy``, as the averaged weights are, stay what they are.
+    by ``copy``, as the averaged weights are, stay what they are.
 
     Attributes:
         theirs: the class of Ultralytics.
@@ -27,6 +27,14 @@ class SavedAsTheirs:
         """The class of Ultralytics: pickle refuses an object whose class is not the one that it writes."""
         return self.theirs
 
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        self.take_class(cls)
+
+    def take_class(self, cls: type) -> None:
+        """What an assignment to ``__class__`` does; that of Ultralytics' own class gives its code back."""
+        set_class(cast(nn.Module, self), cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         function, (_, *arguments), state, *rest = reduced
@@ -35,6 +43,11 @@ class SavedAsTheirs:
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
         modules = {name: module for name, module in state["_modules"].items() if name not in self.unsaved}
         return {name: value for name, value in state.items() if name not in self.unsaved} | {"_modules": modules}
+
+    def __copy__(self) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         cls = type(self)

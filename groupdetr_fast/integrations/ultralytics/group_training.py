@@ -5,17 +5,15 @@ the processes of DDP make theirs from its class. Such a class is made where it i
 """
 
 import functools
-import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import nn
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..kernels import is_tested
-from . import acceleration
+from . import acceleration, kept_groups
 from .groups import add_groups, has_groups, heads_of_others
 from .training import AcceleratedTrainer
 
@@ -23,7 +21,6 @@ __all__ = ["group_trainer"]
 
 _PREFIX = "GroupTrainer"
 _NOISE = 0.1  # of new groups beside a trained one
-_KEPT = "groups_of_last.pt"  # beside last.pt; Ultralytics takes every last*.pt for a checkpoint
 _UNTRIED = ("compile", "distill_model")
 
 
@@ -43,15 +40,19 @@ def group_trainer(num_groups: int) -> type[AcceleratedTrainer]:
         num_groups: K, at least 1; with 1 it trains as :class:`AcceleratedTrainer` does.
 
     Returns:
-        The class. A trainer of it raises ValueError with another version of ultralytics than was tested, for
-        ``compile``, ``distill_model`` and ``quantize=8``, which were not tried, and where the groups of the checkpoint
-        to resume from are not found.
+        The class. A trainer of it raises ValueError, before it writes anything, for ``compile``, ``distill_model`` and
+        ``quantize=8``, which were not tried, and where the groups of the checkpoint to resume from are not found.
 
     Raises:
-        ValueError: if ``num_groups`` is no positive integer.
+        ValueError: if ``num_groups`` is no positive integer, or the version of ultralytics is none that this was
+            tested with.
     """
     if type(num_groups) is not int or num_groups < 1:
         raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
+    if num_groups > 1 and not is_tested(acceleration.__version__, acceleration.TESTED):
+        raise ValueError(
+            f"groups of queries were not tested with ultralytics {acceleration.__version__}: use {acceleration.NEEDED}"
+        )
     return _class_of(num_groups)
 
 
@@ -72,17 +73,19 @@ def _class_of(num_groups: int) -> type[AcceleratedTrainer]:
 class _GroupTrainer(AcceleratedTrainer):
     """Their own trainer, whose models have K groups, and which keeps the groups that its checkpoints leave out."""
 
-    num_groups: ClassVar[int]
-
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.num_groups > 1 and not is_tested(acceleration.__version__, acceleration.TESTED):
-            raise ValueError(f"groups of queries were not tested with ultralytics {acceleration.__version__}: use 8.4")
+        self._started = False
+        # In the file beside last.pt while theirs is written: the groups of the one that is there, and of the new one.
+        self._kept = kept_groups.read(self.wdir) if self.num_groups > 1 else []
+
+    def check_resume(self, overrides: Any) -> None:
+        """Their own, and whether the options were tried with groups; before anything is written."""
+        super().check_resume(overrides)
         used = [name for name in _UNTRIED if getattr(self.args, name, None)]
         used += ["quantize"] if getattr(self.args, "quantize", None) == 8 else []
         if used and self.num_groups > 1:
             raise ValueError(f"{used[0]} was not tried with groups of queries: leave one of them out")
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}  # by epoch
 
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
         model = super().get_model(cfg, weights, verbose)
@@ -93,44 +96,41 @@ class _GroupTrainer(AcceleratedTrainer):
         """Their own; in a process of DDP the model may be a pickled one, whose other groups were left out."""
         checkpoint = super().setup_model()
         if self.num_groups > 1 and not has_groups(self.model):
-            add_groups(self.model, self.num_groups, noise=_NOISE)
+            add_groups(self.model, self.num_groups, noise=None if self.args.pretrained is False else _NOISE)
         return checkpoint
 
     def save_model(self) -> Any:
         """Their own, after the other groups: whenever there is a checkpoint, there are its groups."""
-        if self.num_groups > 1:
-            heads = {name: value.cpu() for name, value in heads_of_others(self.ema.ema).state_dict().items()}
-            last = list(self._kept.items())[-1:]  # whose checkpoint is still there if this process ends here
-            self._kept = {**dict(last), self.epoch: {name: value.clone() for name, value in heads.items()}}
-            unfinished = self.wdir / f"{_KEPT}.part"
-            torch.save({"num_groups": self.num_groups, "epochs": self._kept}, unfinished)
-            os.replace(unfinished, self.wdir / _KEPT)
-        return super().save_model()
+        if self.num_groups == 1:
+            return super().save_model()
+        before = kept_groups.of_model(self.ema.ema, self.epoch)
+        kept_groups.write(self.wdir, [*self._kept, before])
+        saved = super().save_model()
+        if saved is False:  # last.pt is the one that was there
+            kept_groups.write(self.wdir, self._kept)
+            return saved
+        groups = kept_groups.of_model(self.ema.ema, self.epoch)
+        if not kept_groups.are_same(groups, before):  # Ultralytics has exchanged averages that were not finite
+            kept_groups.write(self.wdir, [*self._kept, groups])
+        self._kept = [groups]
+        return saved
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Their own, after which states come from this trainer's ``last.pt``."""
+        super().resume_training(ckpt)
+        self._started = True
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         """Their own, after the other groups of that checkpoint: to resume, and after losses that were not finite."""
         if self.num_groups > 1:
-            heads_of_others(unwrap_model(self.model)).load_state_dict(self._groups_of(ckpt["epoch"]))
+            path = self.last if self._started else Path(self.args.model)
+            others = heads_of_others(unwrap_model(self.model))
+            others.load_state_dict(kept_groups.heads_of(path, ckpt, self.num_groups))
         super()._load_checkpoint_state(ckpt)
-
-    def _groups_of(self, epoch: int) -> dict[str, torch.Tensor]:
-        folders = (self.wdir, Path(self.args.model).parent)
-        found = [folder / _KEPT for folder in folders if (folder / _KEPT).exists()]
-        if not found:
-            raise ValueError(f"{folders[-1] / _KEPT}, with the groups that {self.args.model} leaves out, is missing")
-        kept = torch.load(found[0], map_location="cpu", weights_only=True)
-        if kept["num_groups"] != self.num_groups:
-            raise ValueError(
-                f"the training was started with {kept['num_groups']} groups: pass group_trainer({kept['num_groups']})"
-            )
-        if epoch not in kept["epochs"]:
-            epochs = " and ".join(str(each + 1) for each in kept["epochs"])
-            raise ValueError(f"{found[0]} has the groups of epoch {epochs}, not of {epoch + 1}: resume from last.pt")
-        return kept["epochs"][epoch]
 
     def final_eval(self) -> Any:
         """Their own, after which the checkpoints have no state to go on from, and need no groups."""
         result = super().final_eval()
         if RANK in (-1, 0):
-            (self.wdir / _KEPT).unlink(missing_ok=True)
+            (self.wdir / kept_groups.KEPT).unlink(missing_ok=True)
         return result

@@ -15,13 +15,13 @@ from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.tasks import RTDETRDetectionModel
 
 from ..multihead import attend_in_groups
-from .criterion import DetectionModel
+from . import criterion as criteria
 from .exchange import SavedAsTheirs, set_class
 
-__all__ = ["add_groups", "has_groups", "heads_of_others", "remove_groups"]
+__all__ = ["HEADS", "OTHERS", "add_groups", "has_groups", "heads_of_others", "remove_groups"]
 
-_OTHERS = "other_groups"  # name of the module that holds the heads of all groups but the first
-_HEADS = ("enc_output", "enc_score_head", "enc_bbox_head", "tgt_embed")  # the last with learnt_init_query alone
+OTHERS = "other_groups"  # name of the module that holds the heads of all groups but the first
+HEADS = ("enc_output", "enc_score_head", "enc_bbox_head", "tgt_embed")  # the last with learnt_init_query alone
 
 
 def add_groups(model: RTDETRDetectionModel, num_groups: int, *, noise: float | None = None) -> None:
@@ -47,12 +47,12 @@ def add_groups(model: RTDETRDetectionModel, num_groups: int, *, noise: float | N
         return
     head = model.model[-1]
     attentions = [layer.self_attn for layer in head.decoder.layers]
-    for part, classes in ((model, (RTDETRDetectionModel, DetectionModel)), (head, (RTDETRDecoder,))):
+    for part, classes in ((model, (RTDETRDetectionModel, criteria.AcceleratedModel)), (head, (RTDETRDecoder,))):
         if type(part) not in classes:
             raise TypeError(f"groups need a {classes[0].__name__} itself, got a {type(part).__name__}")
     if any(type(attention) is not nn.MultiheadAttention for attention in attentions):
         raise TypeError("groups need the decoder's self-attention to be a torch.nn.MultiheadAttention itself")
-    setattr(head, _OTHERS, nn.ModuleList(_heads_of_a_group(head, noise) for _ in range(num_groups - 1)))
+    setattr(head, OTHERS, nn.ModuleList(_heads_of_a_group(head, noise) for _ in range(num_groups - 1)))
     set_class(model, _GroupedModel)
     set_class(head, _GroupedHead)
     for attention in attentions:
@@ -69,7 +69,7 @@ def remove_groups(model: RTDETRDetectionModel) -> None:
     head = model.model[-1]
     set_class(model, RTDETRDetectionModel)
     set_class(head, RTDETRDecoder)
-    delattr(head, _OTHERS)
+    delattr(head, OTHERS)
     for layer in head.decoder.layers:
         set_class(layer.self_attn, nn.MultiheadAttention)
         del layer.self_attn.num_groups
@@ -83,11 +83,11 @@ def has_groups(model: nn.Module) -> bool:
 
 def heads_of_others(model: nn.Module) -> nn.ModuleList:
     """The heads of all groups but the first."""
-    return getattr(model.model[-1], _OTHERS)
+    return getattr(model.model[-1], OTHERS)
 
 
 def _heads_of_a_group(head: RTDETRDecoder, noise: float | None) -> nn.ModuleDict:
-    heads = nn.ModuleDict({name: copy.deepcopy(getattr(head, name)) for name in _HEADS if hasattr(head, name)})
+    heads = nn.ModuleDict({name: copy.deepcopy(getattr(head, name)) for name in HEADS if hasattr(head, name)})
     with torch.no_grad():
         if noise is None:
             heads["enc_output"][0].reset_parameters()
@@ -101,21 +101,30 @@ def _heads_of_a_group(head: RTDETRDecoder, noise: float | None) -> nn.ModuleDict
     return heads
 
 
-class _GroupedModel(DetectionModel):
+class _Grouped(SavedAsTheirs):
+    """Cannot go on as a module without groups."""
+
+    def take_class(self, cls: type) -> None:
+        raise TypeError(f"a model with groups of queries cannot take the class {cls.__name__}: remove its groups first")
+
+
+class _GroupedModel(_Grouped, criteria.AcceleratedModel):
     def init_criterion(self) -> nn.Module:
         criterion = super().init_criterion()
+        if not criteria.is_exchanged(criterion):
+            raise ValueError(criteria.NOT_IN_GROUPS)
         criterion.num_groups = len(heads_of_others(self)) + 1
         return criterion.train(self.training)  # which tells how many groups there are
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Their own; a checkpoint, which has one group, leaves the others as they are."""
-        others = {name: value for name, value in self.state_dict().items() if f".{_OTHERS}." in name}
+        others = {name: value for name, value in self.state_dict().items() if f".{OTHERS}." in name}
         return super().load_state_dict({**others, **state_dict}, *args, **kwargs)
 
 
-class _GroupedHead(SavedAsTheirs, RTDETRDecoder):
+class _GroupedHead(_Grouped, RTDETRDecoder):
     theirs = RTDETRDecoder
-    unsaved = frozenset({_OTHERS})
+    unsaved = frozenset({OTHERS})
 
     def forward(self, x: list[Tensor], batch: Mapping[str, Any] | None = None) -> Any:
         out = super().forward(x, batch)
@@ -130,14 +139,15 @@ class _GroupedHead(SavedAsTheirs, RTDETRDecoder):
         """Contents, reference boxes, and boxes and logits of the encoder, of one group after the other."""
         parts = [super()._get_decoder_input(feats, shapes, dn_embed, dn_bbox)]
         if self.training:
-            for heads in getattr(self, _OTHERS):
-                view = copy.copy(self)  # of Ultralytics' class, as a pickle would be
+            for heads in getattr(self, OTHERS):
+                view = copy.copy(self)
+                set_class(view, RTDETRDecoder)
                 view._modules = self._modules | dict(heads.items())
                 parts.append(view._get_decoder_input(feats, shapes))
         return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
 
 
-class _GroupedAttention(SavedAsTheirs, nn.MultiheadAttention):
+class _GroupedAttention(_Grouped, nn.MultiheadAttention):
     """Denoising queries and group 0 attend as in the base model, to each other by its mask; the others follow them."""
 
     theirs = nn.MultiheadAttention

@@ -1,9 +1,12 @@
 """Ultralytics' trainer of RT-DETR with this package's kernels."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.nn.tasks import load_checkpoint
 
+from . import kept_groups
 from .acceleration import accelerate
 
 __all__ = ["AcceleratedTrainer"]
@@ -13,8 +16,22 @@ class AcceleratedTrainer(RTDETRTrainer):
     """Ultralytics' ``RTDETRTrainer`` whose model computes with this package's kernels; see :func:`accelerate`.
 
     For ``RTDETR("rtdetr-l.yaml").train(data=..., trainer=AcceleratedTrainer)``, on one device or several, and to
-    resume. What it writes has Ultralytics' own classes.
+    resume. What it writes has Ultralytics' own classes. A trainer that is to resume a training of
+    :func:`group_trainer` raises ValueError.
     """
+
+    num_groups: ClassVar[int] = 1
+
+    def check_resume(self, overrides: Any) -> None:
+        """Their own, and whether the groups of the checkpoint are there; before anything is written."""
+        super().check_resume(overrides)
+        if not self.resume:
+            return
+        path = Path(self.args.model)
+        if self.num_groups > 1 or (path.parent / kept_groups.KEPT).exists():
+            _, checkpoint = load_checkpoint(path)
+            if checkpoint.get("ema") is not None:  # else that training has ended, which Ultralytics says
+                kept_groups.heads_of(path, checkpoint, self.num_groups)
 
     def setup_model(self) -> Any:
         """Their own, after which the model is accelerated, wherever it comes from: in DDP it is a pickled one."""
