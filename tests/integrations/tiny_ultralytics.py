@@ -1,17 +1,14 @@
 """A tiny RT-DETR of Ultralytics with random weights, batches for it, and a data set on disk.
 
-What imports this is skipped where Ultralytics is not installed.
+test_ultralytics.py runs what imports this, and skips where Ultralytics is not installed.
 """
 
 import os
 import tempfile
 
-import pytest
-
 # Before Ultralytics is imported: its settings go to a folder of the tests', and nothing is asked of the network.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="groupdetr_fast-ultralytics-"))
 os.environ.setdefault("YOLO_OFFLINE", "true")
-pytest.importorskip("ultralytics", reason="ultralytics is not installed")
 
 import torch
 from PIL import Image
