@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
 
 from ..files import read_json, write_json
 
@@ -105,5 +105,4 @@ def _make(name: str, run: Path, identities: dict[str, str]) -> GeneralTracker:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return decode_image(str(path), ImageReadMode.RGB).permute(1, 2, 0).numpy()
