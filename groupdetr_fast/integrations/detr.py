@@ -19,9 +19,8 @@ from ..groups import QueryGroups
 from ..losses.matcher import GroupMatcher, Matching
 from ..targets import PackedTargets
 
-__all__ = ["HungarianMatcher", "SetCriterion"]
+__all__ = ["HungarianMatcher", "SetCriterion", "sum_counted"]
 
-_NO_OBJECT = -1  # of ops.sigmoid_focal_loss: the class of a query without a target
 _GAMMA = 2.0  # of the focal loss; fixed in the whole family
 _LEAST_QUALITY = 0.01  # lower bound of the IoU-aware target; LW-DETR, models/lwdetr.py
 _LOSSES = ("labels", "boxes", "cardinality")
@@ -199,8 +198,8 @@ class SetCriterion(nn.Module):
             found["loss_ce"] = self._class_loss(logits, labels, packed, matching, iou) / num_boxes
         if "boxes" in self.losses:
             giou = aligned_generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-            found["loss_bbox"] = _sum((predicted - expected).abs().sum(-1), matching.matched) / num_boxes
-            found["loss_giou"] = _sum(1 - giou, matching.matched) / num_boxes
+            found["loss_bbox"] = sum_counted((predicted - expected).abs().sum(-1), matching.matched) / num_boxes
+            found["loss_giou"] = sum_counted(1 - giou, matching.matched) / num_boxes
         if "cardinality" in self.losses:
             count = self._predicts_object(logits.detach()).sum(-1)  # [layers, B]
             found["cardinality_error"] = (count - packed.num_targets).abs().float().mean(1)
@@ -244,14 +243,14 @@ class SetCriterion(nn.Module):
             labels: ``[B, K * T_max]``.
             iou: ``[layers, B, K * T_max]`` of matched pairs, for the IoU-aware loss; None for the focal loss.
         """
-        classes = matching.classes(targets, logits.shape[2], _NO_OBJECT)  # [layers, B, Q]
+        classes = matching.classes(targets, logits.shape[2], ops.NO_OBJECT)  # [layers, B, Q]
         if iou is None:
             return ops.sigmoid_focal_loss(logits, classes, alpha=self.focal_alpha, gamma=_GAMMA).sum(1)
         others = ops.sigmoid_focal_loss(logits, classes, alpha=0.0, gamma=_GAMMA).sum(1)
         own = logits.flatten(2).gather(2, matching.queries * logits.shape[3] + labels).to(iou.dtype)
         quality = own.detach().sigmoid() ** self.focal_alpha * iou ** (1 - self.focal_alpha)
         cross_entropy = F.binary_cross_entropy_with_logits(own, quality.clamp(min=_LEAST_QUALITY), reduction="none")
-        return others + _sum(cross_entropy, matching.matched)
+        return others + sum_counted(cross_entropy, matching.matched)
 
     @staticmethod
     def _predicts_object(logits: Tensor) -> Tensor:
@@ -313,7 +312,7 @@ def _rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.gather(-2, rows[..., None].expand(*rows.shape, values.shape[-1]))
 
 
-def _sum(losses: Tensor, counted: Tensor) -> Tensor:
+def sum_counted(losses: Tensor, counted: Tensor) -> Tensor:
     """Sum of ``[layers, B, M]`` over what is counted (bool, same shape): ``[layers]``."""
     return losses.where(counted, 0).flatten(1).sum(1)
 

@@ -5,11 +5,11 @@ Where there are kernels, which versions of the other package were tried, and the
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..ops import serving
@@ -20,6 +20,7 @@ __all__ = [
     "attend",
     "attend_as",
     "can_serve",
+    "exchange_parts",
     "has_kernel",
     "is_tested",
     "serves",
@@ -109,6 +110,11 @@ def serves_everywhere(op: str) -> bool:
     kinds = serving.kinds_of(op)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return all(kinds[device] in _COMPILED for device in devices)
+
+
+def exchange_parts(modules: Iterable[nn.Module], exchanges: Sequence[Callable[[nn.Module], bool]]) -> bool:
+    """Let each function exchange, in place, the modules that it knows; whether any of them is exchanged now."""
+    return sum(exchange(module) for module in modules for exchange in exchanges) > 0  # any() would stop at the first
 
 
 def is_tested(version: str, tested: tuple[Version, Version]) -> bool:

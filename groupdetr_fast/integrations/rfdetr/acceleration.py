@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rfdetr.detr import RFDETR
 from torch import nn
 
-from ..kernels import can_serve, serves_everywhere
+from ..kernels import can_serve, exchange_parts, serves_everywhere
 from . import attention, criterion
 from .passes import check_passes
 
@@ -59,17 +59,12 @@ def accelerate(model: Model, *, groups_per_pass: int | None = None) -> Model:
     if groups_per_pass is not None and groups_per_pass < 1:
         raise ValueError(f"groups_per_pass must be at least 1, got {groups_per_pass}")
     modules = _modules_of(model)
-    serves_losses = serves_everywhere("linear_assignment")
-    if not can_serve("rfdetr", _VERSION, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
+    exchanges = [attention.exchange] if attention.DEVICES else []
+    exchanges += [criterion.exchange] if serves_everywhere("linear_assignment") else []
+    if not can_serve("rfdetr", _VERSION, _TESTED, has_kernels=bool(exchanges)):
         return model
     _set_passes(model, groups_per_pass)
-    exchanged = isinstance(model, RFDETR)
-    for module in modules:
-        if attention.DEVICES:
-            exchanged |= attention.exchange(module)
-        if serves_losses:
-            exchanged |= criterion.exchange(module)
-    if not exchanged:
+    if not exchange_parts(modules, exchanges) and not isinstance(model, RFDETR):
         raise ValueError(f"{type(model).__name__} has neither RF-DETR's deformable attention nor its criterion")
     return model
 

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
-from ..kernels import can_serve, serves_everywhere
+from ..kernels import can_serve, exchange_parts, serves_everywhere
 from . import attention, masks
 from .losses import DetectionLoss, LwDetrLoss
 
@@ -63,10 +63,11 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "use_kernels", False):
         raise ValueError("use_kernels=True puts other kernels in the same place: load the model without it")
     serves_losses = serves_everywhere("linear_assignment")
-    if not can_serve("transformers", __version__, _TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
+    exchanges = [attention.exchange] if attention.DEVICES else []
+    exchanges += [masks.exchange] if serves_losses else []
+    if not can_serve("transformers", __version__, _TESTED, has_kernels=bool(exchanges)):
         return model
-    exchanged = bool(attention.DEVICES) and sum(map(attention.exchange, model.modules())) > 0
-    exchanged |= serves_losses and sum(map(masks.exchange, model.modules())) > 0
+    exchanged = exchange_parts(model.modules(), exchanges)
     loss = _LOSSES.get(type(model).__name__)
     if loss is not None and serves_losses:
         exchanged = True

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 from ultralytics import RTDETR, __version__
 
-from ..kernels import can_serve, serves_everywhere
+from ..kernels import can_serve, exchange_parts, serves_everywhere
 from . import attention, criterion, groups
 from .exchange import SavedAsTheirs, set_class
 
@@ -47,16 +47,11 @@ def accelerate(model: Model) -> Model:
             model is unchanged then.
     """
     modules = _modules_of(model)
-    serves_losses = serves_everywhere("linear_assignment")
-    if not can_serve("ultralytics", __version__, TESTED, has_kernels=bool(attention.DEVICES) or serves_losses):
+    exchanges = [attention.exchange] if attention.DEVICES else []
+    exchanges += [criterion.exchange] if serves_everywhere("linear_assignment") else []
+    if not can_serve("ultralytics", __version__, TESTED, has_kernels=bool(exchanges)):
         return model
-    exchanged = False
-    for module in modules:
-        if attention.DEVICES:
-            exchanged |= attention.exchange(module)
-        if serves_losses:
-            exchanged |= criterion.exchange(module)
-    if not exchanged:
+    if not exchange_parts(modules, exchanges):
         raise ValueError(f"{type(model).__name__} has neither Ultralytics' deformable attention nor its RT-DETR")
     if type(model) is RTDETR:
         set_class(model, _RTDETR)

@@ -17,6 +17,7 @@ from ...groups import QueryGroups
 from ...losses.matcher import GroupMatcher
 from ...ops import NO_OBJECT
 from ...targets import PackedTargets, tensor_on
+from ..detr import sum_counted
 from ..kernels import serves
 from .exchange import SavedAsTheirs, set_class
 
@@ -165,8 +166,8 @@ class _Layers(DETRLoss):
         predicted = boxes.gather(2, queries[..., None].expand(-1, -1, -1, 4))  # [layers, B, M, 4]
         iou, giou = _overlaps(predicted, pairs.boxes)
         class_loss = self._class_loss(logits, queries, counted, iou.detach(), pairs)
-        l1_loss = _sum((predicted - pairs.boxes).abs().sum(-1), counted)
-        giou_loss = _sum(1 - giou, counted)
+        l1_loss = sum_counted((predicted - pairs.boxes).abs().sum(-1), counted)
+        giou_loss = sum_counted(1 - giou, counted)
         each = zip(_KINDS, (class_loss, l1_loss, giou_loss), strict=True)
         return torch.stack([self.loss_gain[kind] * loss for kind, loss in each]) / pairs.divisor
 
@@ -184,7 +185,7 @@ class _Layers(DETRLoss):
         others = ops.sigmoid_focal_loss(logits, classes, alpha=0.0, gamma=self.vfl.gamma).sum(1)
         own = logits.flatten(2).gather(2, queries * logits.shape[3] + pairs.labels).to(iou.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(own, iou, reduction="none")
-        return self.vfl.alpha * others + _sum(iou * cross_entropy, counted)
+        return self.vfl.alpha * others + sum_counted(iou * cross_entropy, counted)
 
 
 class _Criterion(SavedAsTheirs, RTDETRDetectionLoss, _Layers):
@@ -228,11 +229,6 @@ def _to(rows: Tensor, device: torch.device) -> Tensor:
     """Rows on a device; pinned towards a GPU, since the host would wait for a copy from other memory."""
     pinned = device.type == "cuda"
     return (rows.pin_memory() if pinned else rows).to(device, non_blocking=pinned)
-
-
-def _sum(losses: Tensor, counted: Tensor) -> Tensor:
-    """Sum of ``[layers, B, M]`` over what is counted (bool, same shape): ``[layers]``."""
-    return losses.where(counted, 0).flatten(1).sum(1)
 
 
 def _overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
