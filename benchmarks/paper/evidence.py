@@ -33,7 +33,7 @@ from .measurements import DATA, FOLDERS, MEASUREMENTS, arguments_of, folder_of, 
 
 __all__ = ["main"]
 
-STOP_SECONDS = 40  # for runs to write a checkpoint and for the sweep to end
+STOP_SECONDS = 15  # for runs to write a checkpoint and for the sweep to end
 PACK_SECONDS = 15  # for what comes after the last run: its archive, and the end of MPS
 BEGIN_SECONDS = 10  # below which nothing is begun any more
 MPS_SECONDS = 60  # for a process to begin and to use the GPU, where there is as much time
