@@ -28,6 +28,12 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """On GPUs, importing rfdetr lets products of float32 be rounded, and so do trainings, in the whole process."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def shared_data():
     """A function from the name of a real data set to its folder; skips the test where that is missing."""

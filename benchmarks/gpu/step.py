@@ -42,9 +42,9 @@ from .training_step import (
     Batch,
     Step,
     Training,
+    attending_by_torch,
     cast_one_by_one,
     criterion_of,
-    crossed,
     difference,
     folded,
     in_graph,
@@ -319,7 +319,7 @@ def measure(recorder: Recorder, trainings: Sequence[Training], batch: Batch) -> 
     contenders, passes, theirs = [masked(training, batch), folded(training, batch)], [], []
     if training.name == CONDITIONAL:
         passes = [in_passes(training, batch)]
-        contenders += [crossed(training, batch), cast_one_by_one(training, batch)]
+        contenders += [attending_by_torch(training, batch), cast_one_by_one(training, batch)]
         theirs = [criterion_of(name, training, batch) for name in ("transformers", "rfdetr")]
     walls = attempt(recorder, "step", 15, (one, many), time_steps) or {}
     measure_graphs(recorder, trainings, batch)
@@ -354,9 +354,8 @@ def measure_graphs(recorder: Recorder, trainings: Sequence[Training], batch: Bat
 
 
 def measure_ways(recorder: Recorder, step: Step) -> None:
-    """Steps as graphs, beside one as it is: the decoder attends to the images by ops.cross_attention; weights are cast
-    one by one."""
-    ways = (crossed(step.training, step.batch), cast_one_by_one(step.training, step.batch))
+    """Steps as graphs, beside one as it is: torch attends to the images; weights are cast one by one."""
+    ways = (attending_by_torch(step.training, step.batch), cast_one_by_one(step.training, step.batch))
     graphed = [in_graph(each) for each in (step, *ways)]
     attempt(recorder, "step", 8, graphed, time_steps)
     attempt(recorder, "kernels", 3, graphed[1:2], partial(profile_kernels, walls={}))
@@ -369,7 +368,7 @@ def measure_large(recorder: Recorder, trainings: Sequence[Training], batch: Batc
     one, many = (Step(training, batch) for training in trainings)
     contenders = [masked(many.training, batch), folded(many.training, batch)]
     if many.training.name == CONDITIONAL:
-        contenders.append(crossed(many.training, batch))
+        contenders.append(attending_by_torch(many.training, batch))
     seconds = 10 if many.training.name == CONDITIONAL else 20
     attempt(recorder, "step", seconds, (one, many), time_steps)
     measure_graphs(recorder, trainings, batch)

@@ -13,12 +13,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
 from groupdetr_fast.layers import attention as layers_attention
-from groupdetr_fast.ops.cross_attention import is_fused
 from groupdetr_fast.targets import StepTotals
 from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.device_step import DeviceStep, HostCopy, StepOutcome
@@ -41,9 +41,9 @@ __all__ = [
     "PeerCriterion",
     "Step",
     "Training",
+    "attending_by_torch",
     "cast_one_by_one",
     "criterion_of",
-    "crossed",
     "difference",
     "folded",
     "in_graph",
@@ -157,7 +157,7 @@ class Step:
     Attributes:
         contender: its name.
         attention: in the place of ``ops.grouped_attention``.
-        crossing: attend to images by ``ops.cross_attention``.
+        attends_by_torch: to images, by the kernel that torch chooses, on GPUs cuDNN's.
         criterion: in the place of the detector's own.
         cast_at_once: whether weights are cast all at once, as the training loop does where nothing is compiled.
         compiled: in the place of the detector's methods of these names.
@@ -171,7 +171,7 @@ class Step:
     batch: Batch
     contender: str = OURS
     attention: Callable[..., Tensor] | None = None
-    crossing: bool = False
+    attends_by_torch: bool = False
     cast_at_once: bool = True
     criterion: Callable[[gd.DetectorOutput, Batch], dict[str, Tensor]] | None = None
     compiled: tuple[tuple[str, Callable[..., Any]], ...] = ()
@@ -289,8 +289,10 @@ class Step:
         with contextlib.ExitStack() as stack:
             if self.attention is not None:
                 stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
-            if self.crossing:
-                stack.enter_context(mock.patch.object(layers_attention, "is_preferred", is_fused))
+            if self.attends_by_torch:
+                stack.enter_context(mock.patch.object(layers_attention, "is_fused", return_value=False))
+                attention = F.scaled_dot_product_attention
+                stack.enter_context(mock.patch.object(layers_attention, "attend_under_mask", attention))
             for name, function in self.compiled:
                 stack.enter_context(mock.patch.object(self.training.model, name, function))
             yield
@@ -367,9 +369,9 @@ def masked(training: Training, batch: Batch) -> Step:
     return Step(training, batch, "masked SDPA", attention=naive.masked_sdpa)
 
 
-def crossed(training: Training, batch: Batch) -> Step:
+def attending_by_torch(training: Training, batch: Batch) -> Step:
     """On CPUs it is as it was, since torch's attention serves them."""
-    return Step(training, batch, "cross_attention", crossing=True)
+    return Step(training, batch, "torch's attention to images", attends_by_torch=True)
 
 
 def cast_one_by_one(training: Training, batch: Batch) -> Step:

@@ -1,15 +1,21 @@
 """Attention over image tokens, shared by the encoder and the decoders, and what multi-head attention projects by."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
-from ..ops.cross_attention import is_preferred
+from ..ops.cross_attention import is_fused
 
-__all__ = ["MultiheadProjections", "SelfAttention", "attend", "split_heads"]
+__all__ = ["MultiheadProjections", "SelfAttention", "attend", "attend_under_mask", "split_heads"]
+
+# Without cuDNN's, which torch asks first on compute capability 9.0: its gradients of queries are NaN under a mask where
+# scores are very negative and keys are 64 more than a multiple of 128 (pytorch/pytorch#196678).
+_UNDER_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -18,7 +24,10 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> Tensor:
-    """Attention of every query to every unpadded token: by ``ops.cross_attention`` where a fast kernel serves it.
+    """Attention of every query to every unpadded token.
+
+    With padding it is ``ops.cross_attention`` where a fast kernel serves that, on GPUs in half precision; otherwise it
+    is torch's own attention.
 
     Args:
         query: ``[B, L, H, D]``.
@@ -30,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     Returns:
         ``[B, L, H * Dv]``.
     """
-    if is_preferred(query):
+    if padding is not None and is_fused(query):
         return ops.cross_attention(query, key, value, padding, dropout_p=dropout_p).flatten(2)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if padding is None else ~padding[:, None, None, :]
@@ -38,8 +47,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     if value.device.type == "cpu" and dropout_p == 0 and size < key.shape[-1]:
         # torch's fused CPU kernel, which keeps no L x S weights for the backward pass, wants equal head sizes.
         value = F.pad(value, (0, key.shape[-1] - size))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+    out = attend_under_mask(query, key, value, mask, dropout_p)
     return out[..., :size].transpose(1, 2).flatten(2)
+
+
+def attend_under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout_p: float) -> Tensor:
+    """torch's attention, whose gradients are finite under a mask on every GPU.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, S, D]``.
+        value: ``[B, H, S, Dv]``.
+        visible: broadcasts to ``[B, H, L, S]``, bool, True where a query sees a token; None: everywhere.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        ``[B, H, L, Dv]``.
+    """
+    with nullcontext() if visible is None else sdpa_kernel(_UNDER_MASKS):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout_p)
 
 
 class MultiheadProjections(nn.Module):

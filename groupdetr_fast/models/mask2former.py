@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..groups import QueryGroups
-from ..layers.attention import MultiheadProjections, split_heads
+from ..layers.attention import MultiheadProjections, attend_under_mask, split_heads
 from ..layers.backbone import Backbone
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_encoder import DeformableEncoder
@@ -172,9 +172,7 @@ class MaskedCrossAttention(MultiheadProjections):
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         # One mask for all heads: it is broadcast, not repeated.
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible[:, None], dropout_p=self.dropout if self.training else 0.0
-        )
+        out = attend_under_mask(query, key, value, visible[:, None], self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 

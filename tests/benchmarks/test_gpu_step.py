@@ -57,17 +57,17 @@ def test_times_of_groups_and_of_masks(recorder, conditional):
     assert walls == {1: rows[0]["wall"], 11: rows[1]["wall"]}
 
 
-def test_a_step_attends_to_images_by_the_op_if_asked_to(conditional, monkeypatch):
-    """As on a GPU, where a kernel serves it."""
+def test_a_step_attends_to_images_by_torch_if_asked_to(conditional, monkeypatch):
+    """As on a GPU, where a kernel of the op serves otherwise."""
     many = conditional[1]
-    monkeypatch.setattr(training_step, "is_fused", lambda query: True)
+    monkeypatch.setattr(training_step.layers_attention, "is_fused", lambda query: True)
     calls = mock.Mock(wraps=training_step.ops.cross_attention)
     monkeypatch.setattr(training_step.ops, "cross_attention", calls)
-    step.crossed(many.training, many.batch).losses()
-    count = calls.call_count
-    assert count > 0
-    assert training_step.difference(step.crossed(many.training, many.batch)) < training_step.TOLERANCE
-    assert calls.call_count == 2 * count  # the step that it is compared with takes torch's attention
+    way = step.attending_by_torch(many.training, many.batch)
+    way.losses()
+    assert calls.call_count == 0
+    assert training_step.difference(way) < training_step.TOLERANCE
+    assert calls.call_count > 0  # by the step that it is compared with
 
 
 def test_a_step_trains(conditional):
@@ -93,14 +93,14 @@ def test_steps_as_graphs(recorder, conditional):
         (1, f"{graph} without the check", None, "ok"),
         (11, f"{graph} without the check", f"{graph} without the check, K = 1", "ok"),
         (11, graph, None, "ok"),
-        (11, f"{graph}, cross_attention", f"{graph}, K = 11", "ok"),
+        (11, f"{graph}, torch's attention to images", f"{graph}, K = 11", "ok"),
         (11, f"{graph}, weights cast one by one", f"{graph}, K = 11", "ok"),
     ]
     kernels = rows_of(recorder, "kernels")
     assert [(row["groups"], row["contender"], row["status"]) for row in kernels] == [
         (11, graph, "ok"),
         (1, graph, "ok"),
-        (11, f"{graph}, cross_attention", "ok"),
+        (11, f"{graph}, torch's attention to images", "ok"),
     ]
     assert all(row["gpu_busy_unprofiled"] > 0 for row in kernels[:2])
 
@@ -236,7 +236,7 @@ def test_the_whole_stage(recorder):
         assert {(model, number, 2, "without the check") for number in groups} <= found
     for contender in (
         "folded SDPA",
-        "cross_attention",
+        "torch's attention to images",
         "groups_per_pass=1",
         "torch.compile of the decoder",
         "torch.compile",

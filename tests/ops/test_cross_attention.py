@@ -308,17 +308,17 @@ def test_decomposition_is_the_op(kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "map"])
-def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
+def test_layers_use_it_where_it_is_fused_and_images_are_padded(kind, monkeypatch):
     """As torch's attention they give the same, and what a GPU would run is what is compared here."""
     query, key, value = (tensor.requires_grad_() for tensor in make_inputs())
     results, calls = [], []
-    for preferred in (False, True):
-        monkeypatch.setattr(layer, "is_preferred", lambda _, preferred=preferred: preferred)
+    for fused in (False, True):
+        monkeypatch.setattr(layer, "is_fused", lambda _, fused=fused: fused)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = layer.attend(query, key, value, make_padding(kind), 0.0)
         calls.append({event.key for event in profile.key_averages()})
         results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
-    assert ["groupdetr_fast::cross_attention" in names for names in calls] == [False, True]
+    assert ["groupdetr_fast::cross_attention" in names for names in calls] == [False, kind != "none"]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -343,18 +343,15 @@ def test_layers_are_traced_for_a_gpu(dtype):
         ("mps", torch.float16, False),
     ],
 )
-def test_fused_on_tensor_cores_and_preferred_where_wanted(device_type, dtype, fused, monkeypatch):
+def test_fused_on_tensor_cores(device_type, dtype, fused, monkeypatch):
     pytest.importorskip("triton")
 
     class Query:
         device = torch.device(device_type)
 
     Query.dtype = dtype
-    monkeypatch.setattr(op, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(op, "_serves", lambda device: True)
     assert is_fused(Query()) is fused
-    for wanted in (False, True):
-        monkeypatch.setattr(op, "_CHOSEN", wanted)
-        assert layer.is_preferred(Query()) is (wanted and fused)
 
 
 @pytest.mark.parametrize(

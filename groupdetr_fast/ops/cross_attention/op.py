@@ -1,12 +1,13 @@
 """The op ``cross_attention``: attention of many queries to the tokens of padded images."""
 
+import functools
 import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import _gpus as gpus
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from .._attention import check_kinds, fake, fake_backward, settled
@@ -16,16 +17,6 @@ from . import cpu
 from .reference import cross_attention_backward_reference, cross_attention_reference
 
 _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
-# It has not been timed against torch's attention on a GPU yet, so whoever wants it there says so.
-_CHOSEN = os.environ.get("GROUPDETR_FAST_CROSS_ATTENTION") == "1"
-
-
-def is_preferred(query: Tensor) -> bool:
-    """Whether the layers take this op, and not torch's own attention, for such a query.
-
-    They do if the environment variable ``GROUPDETR_FAST_CROSS_ATTENTION`` is 1, where :func:`is_fused`.
-    """
-    return _CHOSEN and is_fused(query)
 
 
 def is_fused(query: Tensor) -> bool:
@@ -35,7 +26,16 @@ def is_fused(query: Tensor) -> bool:
     reference, which keeps all scores.
     """
     is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return _HAS_GPU_KERNEL and query.device.type == "cuda" and is_half and has_tensor_cores(query.device)
+    return _HAS_GPU_KERNEL and query.device.type == "cuda" and is_half and _serves(query.device)
+
+
+@functools.cache
+def _serves(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU, on tensor cores. A tensor that is traced may lie on one that is not there,
+    which is taken to serve."""
+    if not torch.cuda.is_available():
+        return True
+    return gpus.why_not_triton(device.index) is None and has_tensor_cores(device)
 
 
 def cross_attention(
