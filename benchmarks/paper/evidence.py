@@ -38,7 +38,8 @@ PACK_SECONDS = 15  # for what comes after the last run: its archive, and the end
 BEGIN_SECONDS = 10  # below which nothing is begun any more
 MPS_SECONDS = 60  # for a process to begin and to use the GPU, where there is as much time
 # What an archive has of a finished run, whose weights would take too much room. The rest is of the measurement.
-OF_RUNS = ("settings.json", "results.json", "measured.json", "distances.csv", "log.txt")
+LOGS = ("log.txt", "train.log")  # what it printed; and warnings, with their times
+OF_RUNS = ("settings.json", "results.json", "measured.json", "distances.csv", *LOGS)
 
 
 def run_until(command: Sequence[str], environment: Mapping[str, str], end: float) -> int:
@@ -75,8 +76,8 @@ def pack(folder: Path, archive: Path) -> None:
         for run in sorted((folder / "runs").glob("*")):
             done = (run / "measured.json").is_file()
             for file in (run / name for name in OF_RUNS):
-                if file.is_file() and (done or file.name == "log.txt"):
-                    packed.add(file, f"runs/{run.name}/{file.name}" if done else f"unfinished/{run.name}.txt")
+                if file.is_file() and (done or file.name in LOGS):
+                    packed.add(file, f"{'runs' if done else 'unfinished'}/{run.name}/{file.name}")
     unfinished.rename(archive)
 
 

@@ -136,7 +136,7 @@ def test_finished_runs_go_on_elsewhere(tmp_path):
     ).stdout
     assert set(listed.split()) == {
         "sweep_groups.csv",
-        "unfinished/begun.txt",
+        "unfinished/begun/log.txt",
         *(f"runs/done/{name}.json" for name in ("settings", "results", "measured")),
         "runs/done/log.txt",
     }
