@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="time for the stage, or for all stages together")
     parser.add_argument("--rehearse", action="store_true", help="the whole stage at tiny sizes, on the CPU")
     parser.add_argument(
-        "--only", default="", help="regular expression: works of ops, models of step, compile, graph of MODEL"
+        "--only",
+        default="",
+        help="regular expression: works of ops, models of step, compile, graph of MODEL, files of tests",
     )
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")
     options = parser.parse_args(arguments)

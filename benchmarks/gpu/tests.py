@@ -32,7 +32,7 @@ REHEARSED = ("-m", "not slow", "tests/test_groups.py", "tests/ops/test_registrat
 
 
 def run(recorder: Recorder) -> None:
-    run_tests(recorder, REHEARSED if recorder.rehearsal else ("-m", "gpu", *gpu_test_files()))
+    run_tests(recorder, REHEARSED if recorder.rehearsal else ("-m", "gpu", *filter(recorder.wants, gpu_test_files())))
 
 
 def gpu_test_files() -> list[str]:
