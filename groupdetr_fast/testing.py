@@ -60,7 +60,7 @@ def error_and_bound(
 
 @contextmanager
 def deformable_tiles(chosen: bool) -> Iterator[None]:
-    """Inside, whether the backward pass of ``ms_deform_attn`` goes by tiles on GPUs where it can.
+    """Inside, whether the backward pass of ``ms_deform_attn`` goes by tiles on GPUs where it can, as by default.
 
     Without compiled kernels there is nothing to choose; so it is with :func:`assignment_way`.
     """
@@ -84,9 +84,10 @@ def assignment_way(*, shared_costs: bool | None = None, fixed_point: bool | None
     """Inside, which way the GPU kernel of ``linear_assignment`` goes; its results are the same either way.
 
     Args:
-        shared_costs: whether it copies costs to shared memory where all problems then still run at the same time; None
-            leaves it as it is outside.
-        fixed_point: whether it adds up float32 costs as integers where that is exact; None as above.
+        shared_costs: whether it copies costs to shared memory where all problems then still run at the same time, as it
+            does by default; None leaves it as it is outside.
+        fixed_point: whether it adds up float32 costs as integers where that is exact, as GPUs with slow doubles do by
+            default; None as above.
     """
     with _chosen("choose_assignment_shared_costs", shared_costs), _chosen("choose_assignment_fixed_point", fixed_point):
         yield

@@ -56,8 +56,8 @@ __all__ = [
 OPS = torch.ops.groupdetr_fast
 # Every way of linear_assignment's kernel, whichever a GPU takes by itself.
 ASSIGNMENT_WAYS = {
-    "sums in doubles": {"shared_costs": False, "fixed_point": False},
-    "sums in fixed point": {"shared_costs": False, "fixed_point": True},
+    "costs in global memory, sums in doubles": {"shared_costs": False, "fixed_point": False},
+    "costs in global memory, sums in fixed point": {"shared_costs": False, "fixed_point": True},
     "costs in shared memory, sums in doubles": {"shared_costs": True, "fixed_point": False},
     "costs in shared memory, sums in fixed point": {"shared_costs": True, "fixed_point": True},
 }
@@ -137,9 +137,9 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     inputs = (value.to(dtype), flat, locations, weights)
     yield Operator("ms_deform_attn", str(case), ("out",), OPS.ms_deform_attn, ms_deform_attn_reference, inputs)
     grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
-    ways = {"": False, ", deterministic": False}
+    ways = {"": True, ", deterministic": True}
     if goes_by_tiles(case, dtype):
-        ways[", tiles"] = True
+        ways[", without tiles"] = False
     for name, tiles in ways.items():
         yield Operator(
             "ms_deform_attn_backward",
@@ -153,7 +153,7 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
 
 
 def goes_by_tiles(case: cases.Deformable, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the backward pass can go by tiles: where it sorts (csrc/cuda/ms_deform_attn.cu), in half types."""
+    """Whether the backward pass goes by tiles: where it sorts (csrc/cuda/ms_deform_attn.cu), in half types."""
     pixels = sum(height * width for height, width in case.levels)
     samples = (case.queries or pixels) * len(case.levels) * case.points
     return dtype in (torch.float16, torch.bfloat16) and samples >= constant("kSamplesOfPixel") * pixels

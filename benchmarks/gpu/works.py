@@ -231,7 +231,9 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     contenders = {OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples))}
     if goes_by_tiles(case, dtype):
         flat = [size for level in levels for size in level]
-        contenders[f"{OURS}, tiles"] = ready(lambda value, *samples: BackwardByTiles.apply(value, flat, *samples))
+        contenders[f"{OURS}, without tiles"] = ready(
+            lambda value, *samples: BackwardWithoutTiles.apply(value, flat, *samples)
+        )
     contenders |= {
         "torch-ms-deform-attn": Contender(torch_ms_deform_attn),
         "deformops, Triton": Contender(lambda: deformops("triton")),
@@ -242,8 +244,8 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     return Work("ms_deform_attn", fields, inputs, contenders, as_is, lambda out: [out], peer_gradients=False)
 
 
-class BackwardByTiles(torch.autograd.Function):
-    """Deformable attention whose backward pass goes by tiles, on tensor cores."""
+class BackwardWithoutTiles(torch.autograd.Function):
+    """Deformable attention whose backward pass does not go by tiles, and so without tensor cores."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, flat: list[int], places: Tensor, weights: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ class BackwardByTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, places, weights = ctx.saved_tensors
-        grad_value, *grads = deformable_backward(True, grad, value, ctx.flat, places, weights)
+        grad_value, *grads = deformable_backward(False, grad, value, ctx.flat, places, weights)
         return grad_value, None, *grads
 
 

@@ -40,7 +40,7 @@ def test_document_has_the_tables_of_the_rows():
 
 
 def test_another_kernel_of_ours_is_no_peer():
-    names = (OURS, f"{OURS}, tiles", "deformops, Triton")
+    names = (OURS, f"{OURS}, without tiles", "deformops, Triton")
     assert list(tables.peers(dict.fromkeys(names))) == ["deformops, Triton"]
 
 

@@ -100,7 +100,7 @@ def test_which_gpus_code_for_tensor_cores_of_8_0_serves(architectures, served, n
 
 @compiled
 @pytest.mark.parametrize(
-    ("choice", "otherwise"), [("deformable_tiles", 0), ("assignment_shared_costs", 0), ("assignment_fixed_point", -1)]
+    ("choice", "otherwise"), [("deformable_tiles", 1), ("assignment_shared_costs", 1), ("assignment_fixed_point", -1)]
 )
 @pytest.mark.parametrize("value", [None, "1", "0", "", "2"])
 def test_the_environment_chooses_between_kernels(choice, otherwise, value):

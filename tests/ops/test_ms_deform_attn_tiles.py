@@ -1,4 +1,4 @@
-"""The backward pass of ms_deform_attn by tiles, on tensor cores, on a GPU; tests/cuda has it on the CPU."""
+"""The backward pass of ms_deform_attn with sorted samples, by tiles and without, on a GPU; on the CPU in tests/cuda."""
 
 import pytest
 import torch
@@ -49,12 +49,14 @@ def in_double(inputs):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_by_tiles(case, dtype):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_sorted_samples(case, dtype, tiles):
     inputs = make(case, dtype)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with deformable_tiles(tiles), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         grads = OP_BACKWARD(*on("cuda", inputs))
         torch.cuda.synchronize()
-    assert any("deform_backward_tiles" in event.key for event in profile.key_averages())
+    kernel = "deform_backward_tiles" if tiles else "deform_backward_sorted"
+    assert any(kernel in event.key for event in profile.key_averages())
     grads = [grad.cpu() for grad in grads]
     for index, actual in enumerate(grads):
         assert_matches_reference(actual, lambda *args, i=index: ms_deform_attn_backward_reference(*args)[i], *inputs)

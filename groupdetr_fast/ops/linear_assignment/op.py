@@ -15,7 +15,9 @@ def linear_assignment(cost: Tensor, num_targets: Tensor) -> Tensor:
     This is the one-to-one assignment of DETR and, per group of queries, of Group DETR (equations 2 and 3 of the
     paper). The kernels find shortest augmenting paths (Crouse 2016, "On implementing 2D rectangular assignment
     algorithms") and sum in float64, so that the total is the smallest up to rounding in float64. GPUs with slow doubles
-    sum float32 costs in integers where that makes no difference.
+    sum float32 costs in integers where that makes no difference. GPUs copy the costs to shared memory where they fit
+    (docs/gpu_kernels.md); ``GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS=0`` in the environment, when the package is
+    imported, turns that off.
 
     Args:
         cost: ``[..., T_max, N]``, the cost of each target (row) with each query (column); float32 or float64, or

@@ -47,9 +47,9 @@ def ms_deform_attn(
     There is no double backward. The kernels for GPUs take up to 16 levels.
 
     The backward pass of half types has a second kernel for sorted samples, on tensor cores (compute capability 8.0 and
-    later, up to 64 channels a head, a multiple of 8). No GPU has timed it yet: it serves where the environment variable
-    ``GROUPDETR_FAST_DEFORMABLE_TILES`` is 1 when the package is imported. Where a gradient of the result is not finite,
-    so are those of up to eight pixels around each of its samples.
+    later, up to 64 channels a head, a multiple of 8). It serves where it can, unless the environment variable
+    ``GROUPDETR_FAST_DEFORMABLE_TILES`` is 0 when the package is imported. Where a gradient of the result is not finite,
+    it makes those of up to eight pixels around each of its samples so.
 
     Raises:
         TypeError: if a dtype is none of these.
