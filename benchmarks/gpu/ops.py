@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupdetr_fast.testing import attention_one_block, deformable_tiles
+from groupdetr_fast.testing import deformable_tiles
 from harness import cases
 from harness.results import OURS
 
@@ -36,8 +36,7 @@ def run(recorder: Recorder) -> None:
         if recorder.has_time("time", seconds, work=name, arguments=arguments):
             with recorder.row("work", of=name) as row:
                 start = time.monotonic()
-                # But in the contenders that are named after them.
-                with deformable_tiles(False), attention_one_block(False):
+                with deformable_tiles(False):  # but in the contender that is named after them
                     measure(recorder, make())
                 row["seconds"] = time.monotonic() - start
             if recorder.device.type == "cuda":
