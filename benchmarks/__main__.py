@@ -19,10 +19,6 @@ COMMANDS = {
     "inner_loops": ("gpu.inner_loops", "instructions of inner loops alone, also against those of another commit"),
     "assignment_search": ("gpu.assignment_search", "turns of assignments, and doubles in a turn, without a GPU"),
     "deformable_tiles": ("gpu.deformable_tiles", "walks of deformable attention over sorted samples, without a GPU"),
-    "attention_backward": (
-        "gpu.attention_backward",
-        "attention's backward pass in one kernel and in two, without a GPU",
-    ),
     "gpu_carry": ("gpu.carry", "what to take to a GPU machine without network"),
     "gpu_tables": ("gpu.tables", "tables of what gpu_report.py measured"),
     "evidence": ("paper.evidence", "the paper's tables and figures by trainings on one GPU, in the time there is"),

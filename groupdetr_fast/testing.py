@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from . import _choices, _gpus
+from . import _gpus
 
 __all__ = [
     "assert_matches_reference",
     "assignment_way",
-    "attention_one_block",
     "deformable_tiles",
     "error_and_bound",
     "ms_deform_attn_inputs",
@@ -66,17 +65,6 @@ def deformable_tiles(chosen: bool) -> Iterator[None]:
     """
     with _chosen("choose_deformable_tiles", chosen):
         yield
-
-
-@contextmanager
-def attention_one_block(chosen: bool) -> Iterator[None]:
-    """Inside, whether the backward pass of ``grouped_attention`` is one kernel on GPUs, wherever it can be."""
-    before = _choices.attention_one_block
-    _choices.attention_one_block = "where it can" if chosen else "never"
-    try:
-        yield
-    finally:
-        _choices.attention_one_block = before
 
 
 @contextmanager

@@ -16,11 +16,9 @@ from groupdetr_fast.ops import _triton_launch
 from groupdetr_fast.ops.grouped_attention import triton_launch as attention
 from groupdetr_fast.ops.matching_cost import triton_kernels as matching
 from groupdetr_fast.ops.sigmoid_focal_loss import triton_kernels as focal
-from groupdetr_fast.testing import attention_one_block
 
 __all__ = [
     "ATTENTION",
-    "ONE_BLOCK",
     "OTHERS",
     "Launch",
     "Problem",
@@ -35,12 +33,10 @@ __all__ = [
 Tile = dict[str, int]
 Launch = Callable[[], tuple[Tensor, ...]]
 
-ONE_BLOCK = "attention_backward_one_block"
 ATTENTION = {
     "attention_forward": attention._grouped_attention_fwd_kernel,
     "attention_backward_query": attention._grouped_attention_bwd_query_kernel,
     "attention_backward_key_value": attention._grouped_attention_bwd_key_value_kernel,
-    ONE_BLOCK: attention._grouped_attention_bwd_one_block_kernel,
 }
 OTHERS = {"matching_cost": matching, "focal_forward": focal, "focal_backward": focal}
 LEAST_WORK = 8  # scores of a thread for which a program is worth its launch
@@ -115,16 +111,10 @@ class Problem:
             tensors = (*results, *strided, lse, delta, row_words, seed)
             return launch("attention_backward_key_value", tensors, strided)[:2]
 
-        def backward_one_block() -> tuple[Tensor, ...]:
-            with attention_one_block(True):
-                return attention.backward(*strided, out, lse, groups.as_ints(), self.dropout, seed, scale)
-
         if self.kernel == "attention_forward":
             return forward
         if to_run:
             out, lse = forward()
-        if self.kernel == ONE_BLOCK:
-            return backward_one_block
         if self.kernel == "attention_backward_query":
             return backward_query
         if to_run:
@@ -156,11 +146,8 @@ class Problem:
 def default_tile(problem: Problem) -> Tile:
     """The tile that the launcher chooses."""
     if problem.kernel in ATTENTION:
-        if problem.kernel == ONE_BLOCK:
-            tile = attention._one_block_tile(problem.queries)
-        else:
-            dims = problem.channels, problem.channels
-            tile = attention._tile(ATTENTION[problem.kernel], "half", *dims, problem.queries)
+        dims = problem.channels, problem.channels
+        tile = attention._tile(ATTENTION[problem.kernel], "half", *dims, problem.queries)
         return {"block": tile.block, "step": tile.step, "warps": tile.num_warps, "stages": tile.num_stages}
     launch = OTHERS[problem.kernel]._LAUNCH
     if problem.kernel == "matching_cost":
@@ -174,12 +161,9 @@ def default_tile(problem: Problem) -> Tile:
 def tiles(problem: Problem) -> list[Tile]:
     """Tiles to try; those that are like the launcher's own come first."""
     if problem.kernel in ATTENTION:
-        # A pass takes some tiles of 64 keys, of which a warp has 16.
-        one_block = (64, 128, 192, 256, 320), (16, 32, 64), (4,), (1, 2, 3)
-        sizes = one_block if problem.kernel == ONE_BLOCK else ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
         found = [
             {"block": block, "step": step, "warps": warps, "stages": stages}
-            for block, step, warps, stages in product(*sizes)
+            for block, step, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
             if LEAST_WORK <= block * step / (32 * warps) <= MOST_SCORES
         ]
     elif problem.kernel == "matching_cost":
@@ -202,7 +186,7 @@ def with_tile(problem: Problem, tile: Tile) -> Iterator[None]:
     module = attention if problem.kernel in ATTENTION else OTHERS[problem.kernel]
     if problem.kernel in ATTENTION:
         chosen = attention.Tile(tile["block"], tile["step"], tile["warps"], tile["stages"])
-        changes = {"_tile": lambda *_: chosen, "_one_block_tile": lambda _: chosen}
+        changes = {"_tile": lambda *_: chosen}
     else:
         changes = {"_LAUNCH": {"num_warps": tile["warps"], "num_stages": tile["stages"]}}
         if problem.kernel == "matching_cost":
@@ -218,7 +202,7 @@ def with_tile(problem: Problem, tile: Tile) -> Iterator[None]:
 
 
 def _forget_launches() -> None:
-    attention_launches = attention._forward_launch, attention._backward_launches, attention._one_block_launch
+    attention_launches = attention._forward_launch, attention._backward_launches
     for function in (*attention_launches, matching._launch, focal._forward_launch, focal._backward_launch):
         function.cache_clear()
 

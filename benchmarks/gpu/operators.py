@@ -13,7 +13,6 @@ from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
     cross_attention_reference,
 )
-from groupdetr_fast.ops.grouped_attention import one_block
 from groupdetr_fast.ops.grouped_attention.dropout import new_seed
 from groupdetr_fast.ops.grouped_attention.reference import (
     grouped_attention_backward_reference,
@@ -26,7 +25,7 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
-from groupdetr_fast.testing import assignment_way, attention_one_block, deformable_tiles
+from groupdetr_fast.testing import assignment_way, deformable_tiles
 from harness import cases
 
 from .loops import constant
@@ -38,7 +37,6 @@ __all__ = [
     "Operator",
     "assign",
     "attention",
-    "attention_backward",
     "cross_attention",
     "deformable",
     "deformable_backward",
@@ -90,25 +88,14 @@ def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, d
         (*tensors, *rest),
     )
     out, lse = OPS.grouped_attention(*tensors, *rest)
-    grad = torch.randn_like(out)
-    ways = {"": False}
-    if one_block.fits(case.groups, dtype, case.channels, case.channels):
-        ways[", one block"] = True
-    for name, in_one_block in ways.items():
-        yield Operator(
-            "grouped_attention_backward",
-            f"{label}{name}",
-            ("grad_query", "grad_key", "grad_value"),
-            functools.partial(attention_backward, in_one_block),
-            grouped_attention_backward_reference,
-            (grad, *tensors, out, lse, *rest),
-        )
-
-
-def attention_backward(in_one_block: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op of grouped attention, with one kernel where that serves or with two."""
-    with attention_one_block(in_one_block):
-        return OPS.grouped_attention_backward(*inputs)
+    yield Operator(
+        "grouped_attention_backward",
+        label,
+        ("grad_query", "grad_key", "grad_value"),
+        OPS.grouped_attention_backward,
+        grouped_attention_backward_reference,
+        (torch.randn_like(out), *tensors, out, lse, *rest),
+    )
 
 
 def cross_attention(

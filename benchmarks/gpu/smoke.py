@@ -39,9 +39,6 @@ ATTENTION = [
     (cases.Attention(3, 900, batch=1, denoising_groups=2, denoising_queries=100), 0.1),
     (cases.Attention(2, 65, heads=3, channels=24, denoising_groups=3, denoising_queries=20), 0.1),
     (cases.Attention(3, 100, heads=2, channels=64), 0.0),
-    (cases.Attention(3, 100, heads=3), 0.1),
-    (cases.Attention(2, 300, heads=3), 0.1),
-    (cases.Attention(2, 129, heads=2, channels=24), 0.0),
     (cases.Attention(2, 300, heads=2, channels=128), 0.1),
     (cases.Attention(3, 2, channels=1), 0.0),
 ]

@@ -68,7 +68,7 @@ def profiler_command(profiler: str, metrics: Sequence[str] = ()) -> list[str]:
         "--kernel-name",
         "regex:grouped_attention|cross_attention|deform_backward",
     ]
-    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "19"]
+    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "14"]
     return [profiler, *options, *kernels, *chosen, *every_op("large")]
 
 

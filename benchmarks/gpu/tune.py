@@ -31,7 +31,6 @@ from harness.interleave import in_one_line
 from . import clock, tools
 from .launches import (
     ATTENTION,
-    ONE_BLOCK,
     OTHERS,
     Launch,
     Problem,
@@ -111,7 +110,7 @@ def _tune(sweep: "Sweep", rehearsal: bool) -> None:
     criterion = [(Problem(kernel), Problem(kernel, batch=16)) for kernel in OTHERS]
     sweep(_by_turns(attention))
     best = {small.kernel: sweep.best(5, small, large) for small, large in attention}
-    long = [[replace(problem, queries=900) for problem in pair] for pair in attention if pair[0].kernel != ONE_BLOCK]
+    long = [[replace(problem, queries=900) for problem in pair] for pair in attention]
     sweep([(pair, tile) for pair in long for tile in best[pair[0].kernel]])
     sweep(_by_turns([pair[:1] for pair in criterion]))
     sweep([([large], tile) for small, large in criterion for tile in sweep.best(4, small)])

@@ -17,8 +17,6 @@ from cpu.bench_criterion import Ours, RfDetr, Transformers
 from cpu.bench_ms_deform_attn import with_grid_sample
 from cpu.bench_ms_deform_attn import with_op as deform_with_op
 from groupdetr_fast import ops
-from groupdetr_fast.ops.grouped_attention import one_block
-from groupdetr_fast.ops.grouped_attention.dropout import new_seed
 from harness import cases
 from harness.naive import cross_image_cost, explicit_mask_attention, folded_sdpa, masked_sdpa, padded_sdpa
 from harness.results import OURS
@@ -28,7 +26,6 @@ from .operators import (
     COST,
     OPS,
     assign,
-    attention_backward,
     deformable_backward,
     goes_by_tiles,
     make_predictions,
@@ -89,9 +86,6 @@ def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, d
     groups = case.groups
     inputs = tuple(tensor.detach().to(dtype).requires_grad_() for tensor in case.make(device))
     contenders = {OURS: functools.partial(ops.grouped_attention, groups=groups, dropout_p=dropout_p)}
-    if one_block.fits(groups, dtype, case.channels, case.channels):
-        layout = groups.as_ints()
-        contenders[f"{OURS}, one block"] = lambda *qkv: BackwardInOneBlock.apply(*qkv, layout, dropout_p)
     if groups.denoising_length == 0:
         contenders["folded SDPA"] = functools.partial(folded_sdpa, groups=groups, dropout_p=dropout_p)
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
@@ -110,23 +104,6 @@ def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, d
         result=lambda out: out,
         outcome=None if dropout_p else lambda out: [out],
     )
-
-
-class BackwardInOneBlock(torch.autograd.Function):
-    """Grouped attention whose backward pass is one kernel, in which a program does all of a group."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: list[int], dropout_p: float) -> Tensor:
-        seed = new_seed(query.device) if dropout_p else None
-        ctx.rest = layout, dropout_p, seed, query.shape[-1] ** -0.5
-        out, lse = OPS.grouped_attention(query, key, value, *ctx.rest)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        no_grad_layout = no_grad_dropout_p = None
-        return *attention_backward(True, grad, *ctx.saved_tensors, *ctx.rest), no_grad_layout, no_grad_dropout_p
 
 
 def compiled(case: cases.Attention, device: torch.device, dtype: torch.dtype) -> Work:

@@ -117,28 +117,6 @@ print(choose(True), choose(-1), choose(False), choose(False))
     assert done.stdout.split() == [str(chosen), "1", "-1", "0"]
 
 
-@pytest.mark.parametrize(
-    ("value", "chosen"),
-    [(None, "never"), ("1", "where it pays"), ("0", "never"), ("", "never"), ("2", "never")],
-)
-def test_the_environment_chooses_between_triton_kernels(value, chosen):
-    program = """
-from groupdetr_fast import _choices
-from groupdetr_fast.testing import attention_one_block
-print(_choices.attention_one_block)
-with attention_one_block(True):
-    print(_choices.attention_one_block)
-    with attention_one_block(False):
-        print(_choices.attention_one_block)
-print(_choices.attention_one_block)
-"""
-    name = "GROUPDETR_FAST_ATTENTION_ONE_BLOCK"
-    environment = {key: text for key, text in os.environ.items() if key != name}
-    environment |= {} if value is None else {name: value}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [chosen, "where it can", "never", chosen]
-
-
 def choices():
     """What each choice is, asked without a change of it."""
     found = {}

@@ -14,6 +14,6 @@ def test_interpreted(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["cross_attention", "grouped_attention", "one_block"])
+@pytest.mark.parametrize("op", ["cross_attention", "grouped_attention"])
 def test_interpreted_at_length(op):
     run_interpreted(Path(__file__).with_name(f"interpreted_{op}.py"), "-m", "slow")

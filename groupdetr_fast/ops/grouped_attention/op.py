@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import _choices  # noqa: F401 - reads the environment now; what asks it comes with the first call on a GPU
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from ...groups import QueryGroups
@@ -47,12 +46,6 @@ def grouped_attention(
     float32 (float64 for float64), also under autocast. On GPUs, products of float32 lose precision to TF32 only if
     torch may use that for matrices (``torch.set_float32_matmul_precision``). Forward and backward are deterministic.
     There is no double backward.
-
-    On GPUs of compute capability 8.0 and later the backward pass can be one kernel in place of two, in half types, for
-    groups of at most 320 queries with heads of at most 32 channels and without denoising queries. For groups above 192
-    it takes a float32 buffer of the size of the queries. No GPU has timed it yet: it serves where the environment
-    variable ``GROUPDETR_FAST_ATTENTION_ONE_BLOCK`` is 1 when the package is imported, where it keeps every
-    multiprocessor busy or groups are at most 16 or 33 to 64 queries, and not on compute capability 10.x.
 
     Raises:
         TypeError: if the dtypes differ or are none of these, or for groups that are no integer.

@@ -169,7 +169,6 @@ def add_queries(
     q,
     grad,
     row_delta,
-    is_key,  # 1 for keys, 0 beyond their end; None where it makes no difference what these get
     slope,
     offset,
     points,  # None without dropout, as the two before
@@ -180,7 +179,7 @@ def add_queries(
 ):
     """What a block of queries adds to the gradients of a block of keys and of values, up to the factors of their ends.
 
-    Scores are transposed, ``[keys, queries]``; their gradients are returned first, in the dtype of the queries.
+    Scores are transposed, ``[keys, queries]``.
     """
     dropped = probabilities
     if points is not None:
@@ -188,9 +187,6 @@ def add_queries(
         dropped = tl.where(keep, probabilities, 0.0)
         grad_probabilities = tl.where(keep, grad_probabilities, 0.0)
     value_result = tl.dot(dropped.to(grad.dtype), grad, value_result, input_precision=PRECISION)
-    delta = row_delta[None, :]
-    if is_key is not None:
-        delta = delta * is_key[:, None]
-    grad_scores = (probabilities * (grad_probabilities - delta)).to(q.dtype)
-    key_result = tl.dot(grad_scores, q, key_result, input_precision=PRECISION)
-    return grad_scores, key_result, value_result
+    grad_scores = probabilities * (grad_probabilities - row_delta[None, :])
+    key_result = tl.dot(grad_scores.to(q.dtype), q, key_result, input_precision=PRECISION)
+    return key_result, value_result

@@ -6,16 +6,7 @@ import triton
 
 from .._triton import CompileCase, kernel_signature
 from .._triton_attention import Tile, constexprs_of
-from .one_block import MAX_DIM
-from .triton_launch import (
-    _ONE_BLOCK_TILES,
-    _SMALL_GROUP,
-    _TILES,
-    _one_block_constexprs,
-    _one_block_tile,
-    _tile,
-)
-from .triton_one_block import _grouped_attention_bwd_one_block_kernel
+from .triton_launch import _SMALL_GROUP, _TILES, _tile
 
 __all__ = ["compile_case", "compile_cases"]
 
@@ -30,55 +21,24 @@ def compile_cases() -> Iterator[CompileCase]:
                     for dropout in (False, True):
                         for dtype in ("fp32", "fp16", "bf16") if precision == "fma" else (None,):
                             yield compile_case(kernel, precision, dim, tile, dropout, dtype)
-    for queries in _ONE_BLOCK_TILES:
-        for dropout in (False, True):
-            yield one_block_case(MAX_DIM, queries, dropout)
 
 
 def compile_case(
     kernel: triton.JITFunction, precision: str, dim: int, tile: Tile, dropout: bool, dtype: str | None = None
 ) -> CompileCase:
     """One tile of a kernel, for heads of ``dim`` channels, in ``dtype`` or else in one that has this precision."""
-    size = f"{tile.block}x{tile.step}"
-    return _case(kernel, precision, dim, tile, dropout, dtype or ("bf16" if precision == "half" else "fp32"), {}, size)
-
-
-def one_block_case(dim: int, queries: int, dropout: bool, dtype: str = "bf16", tile: Tile | None = None) -> CompileCase:
-    """The kernel that does all of backward, for groups of so many queries and heads of ``dim`` channels.
-
-    Args:
-        tile: another one than that which serves.
-    """
-    tile = tile or _one_block_tile(queries)
-    of_keys = _one_block_constexprs(tile, queries)
-    one_pass = of_keys["TILES"] * of_keys["TILE"] <= tile.block
-    more: dict[str, int | None] = {**of_keys, **({"sums": None} if one_pass else {})}
-    size = f"{tile.block}x{tile.step}-{queries}"
-    return _case(_grouped_attention_bwd_one_block_kernel, "half", dim, tile, dropout, dtype, more, size)
-
-
-def _case(
-    kernel: triton.JITFunction,
-    precision: str,
-    dim: int,
-    tile: Tile,
-    dropout: bool,
-    dtype: str,
-    more: dict[str, int | None],
-    size: str,
-) -> CompileCase:
     of_channels = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
     of_dropout = {"seed": "*i64", "row_words": "*i32"}
-    types = dict.fromkeys(of_channels, f"*{dtype}")
-    types |= {"lse": "*fp32", "delta": "*fp32", "sums": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
+    types = dict.fromkeys(of_channels, f"*{dtype or ('bf16' if precision == 'half' else 'fp32')}")
+    types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     types |= of_dropout if dropout else {}
-    constexprs = constexprs_of(precision, dim, dim, tile) | more | ({} if dropout else dict.fromkeys(of_dropout))
+    constexprs = constexprs_of(precision, dim, dim, tile) | ({} if dropout else dict.fromkeys(of_dropout))
     constexprs |= {f"stride_{letter}d": 1 for letter in "gqkv"}  # Triton makes a constant of a stride of 1
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = kernel_signature(kernel, types, constexprs)
     kind = kernel.__name__.removeprefix("_grouped_attention_").removesuffix("_kernel")
     return CompileCase(
-        f"grouped_attention/{kind}/{precision}{f'-{dtype}' if precision == 'fma' else ''}-{dim}-{size}"
+        f"grouped_attention/{kind}/{precision}{f'-{dtype}' if dtype else ''}-{dim}-{tile.block}x{tile.step}"
         f"{'-dropout' if dropout else ''}",
         kernel,
         signature,

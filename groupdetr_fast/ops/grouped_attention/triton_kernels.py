@@ -319,13 +319,12 @@ def _grouped_attention_bwd_key_value_kernel(
         slope, offset = None, None
         if seed is not None:
             slope, offset = load_slope_and_offset(row_words, places, is_row)
-        _grad_scores, key_result, value_result = add_queries(
+        key_result, value_result = add_queries(
             probabilities,
             grad_probabilities,
             q,
             grad,
             row_delta,
-            None,
             slope,
             offset,
             points,

@@ -8,19 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import _choices
 from ...groups import QueryGroups
 from .._triton import has_tensor_cores
 from .._triton_attention import DTYPES, MAX_DIM, Tile, constexprs_of, precision_of, width_of
 from .._triton_launch import Launch, empty_as
-from .one_block import MAX_QUERIES, Gpu, serves
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
 from .triton_kernels import (
     _grouped_attention_bwd_key_value_kernel,
     _grouped_attention_bwd_query_kernel,
     _grouped_attention_fwd_kernel,
 )
-from .triton_one_block import MAX_TILE, _grouped_attention_bwd_one_block_kernel
 
 # Tiles by precision and by the widest head, such that nothing spills and 99 KB of shared memory are enough, on every
 # GPU since Ampere; those of "fma" serve older ones, with 64 KB. Those of half types and heads of 32 channels were the
@@ -53,15 +50,6 @@ _TILES = {
 _SMALL_GROUP = 32
 _SMALL_TILE = Tile(16, 16, 2)
 _MAX_DIM_WITHOUT_TENSOR_CORES = 64
-# Of the kernel that does all of backward, by the most queries of a group: a pass takes "block" keys. Under Triton 3.8
-# nothing spills with adjacent channels and aligned rows; with others something may.
-_ONE_BLOCK_TILES = {
-    32: Tile(32, 16, 2),
-    128: Tile(128, 32, 4),
-    192: Tile(192, 16, 4),
-    256: Tile(128, 16, 4),
-    MAX_QUERIES: Tile(192, 16, 4),
-}
 
 
 def forward(
@@ -93,12 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; as :func:`forward`."""
     strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
-    call = _call(query, value, layout, dropout_p, scale)
-    if _choices.attention_one_block != "never":
-        one_block = _one_block_launch(strides, _choices.attention_one_block, _gpu(query.device), *call)
-        if one_block is not None:
-            return _backward_in_one_block(one_block, grad_out, query, key, value, out, lse, seed)
-    launches = _backward_launches(strides, *call)
+    launches = _backward_launches(strides, *_call(query, value, layout, dropout_p, scale))
     if launches is None:
         return grouped_attention_backward_reference(
             grad_out, query, key, value, out, lse, layout, dropout_p, seed, scale
@@ -109,31 +92,6 @@ def backward(
     of_query, of_key_and_value = launches
     of_query(grad_query, delta, row_words, grad_out, query, key, value, out, lse, seed)
     of_key_and_value(grad_key, grad_value, grad_out, query, key, value, lse, delta, row_words, seed)
-    return grad_query, grad_key, grad_value
-
-
-class _OneBlock(NamedTuple):
-    """A launch, and whether it takes several passes."""
-
-    launch: Launch
-    passes: bool
-
-
-def _backward_in_one_block(
-    one_block: _OneBlock,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = out.contiguous(), lse.contiguous()  # as forward returned them
-    grad_query, grad_key, grad_value = empty_as(query), empty_as(key), empty_as(value)
-    sums = query.new_empty(query.shape, dtype=torch.float32) if one_block.passes else None
-    row_words = None if seed is None else lse.new_empty((*lse.shape, 2), dtype=torch.int32)
-    one_block.launch(grad_query, grad_key, grad_value, sums, row_words, grad_out, query, key, value, out, lse, seed)
     return grad_query, grad_key, grad_value
 
 
@@ -182,51 +140,6 @@ def _backward_launches(strides: _Strides, *call: Any) -> tuple[Launch, Launch] |
     return of_query, _launch(_grouped_attention_bwd_key_value_kernel, strides, of_call)
 
 
-@functools.lru_cache(maxsize=1024)
-def _one_block_launch(strides: _Strides, choice: str, gpu: Gpu, *call: Any) -> _OneBlock | None:
-    """Of the kernel that does all of backward; None where two serve. ``choice`` is the one that ``serves`` looks at."""
-    of_call = _Call(*call)
-    batch, _, heads, head_dim = of_call.query_shape
-    value_dim, groups = of_call.value_shape[3], QueryGroups.from_ints(list(of_call.layout))
-    if not (of_call.is_covered() and of_call.tensor_cores):
-        return None
-    if not serves(groups, of_call.dtype, head_dim, value_dim, problems=batch * heads, gpu=gpu):
-        return None
-    tile = _one_block_tile(groups.queries_per_group)
-    numbers = (
-        *(stride for of_tensor in strides for stride in of_tensor),
-        heads,
-        groups.length,
-        groups.num_groups,
-        groups.queries_per_group,
-        *_factors(of_call),
-    )
-    of_keys = _one_block_constexprs(tile, groups.queries_per_group)
-    settings = constexprs_of(of_call.precision, head_dim, value_dim, tile) | of_keys | tile.options()
-    programs = batch * heads * groups.num_groups
-    launch = Launch(_grouped_attention_bwd_one_block_kernel, programs, numbers, settings)
-    return _OneBlock(launch, passes=of_keys["TILES"] * of_keys["TILE"] > tile.block)
-
-
-@functools.cache
-def _gpu(device: torch.device) -> Gpu:
-    """The CPU stands in for one under Triton's interpreter."""
-    if device.type != "cuda":
-        return Gpu(multiprocessors=1, capability=(8, 0))
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, (found.major, found.minor))
-
-
-def _one_block_tile(queries_per_group: int) -> Tile:
-    return _ONE_BLOCK_TILES[min(most for most in _ONE_BLOCK_TILES if queries_per_group <= most)]
-
-
-def _one_block_constexprs(tile: Tile, queries_per_group: int) -> dict[str, int]:
-    """Keys that meet queries at a time, and into how many times so many a group falls."""
-    keys = min(tile.block, MAX_TILE)
-    return {"TILE": keys, "TILES": triton.cdiv(queries_per_group, keys)}
-
-
 def _launch(kernel: triton.JITFunction, strides: _Strides, call: _Call) -> Launch:
     """A launch of a kernel that takes tensors, their strides, and sizes."""
     batch, _, heads, head_dim = call.query_shape
@@ -244,15 +157,12 @@ def _launch(kernel: triton.JITFunction, strides: _Strides, call: _Call) -> Launc
         groups.denoising_sets,
         groups.denoising_groups,
         groups.queries_per_denoising_group,
-        *_factors(call),
+        call.scale,
+        int(call.dropout_p * 2**32),
+        1 / (1 - call.dropout_p),
     )
     settings = constexprs_of(call.precision, head_dim, value_dim, tile) | tile.options()
     return Launch(kernel, batch * heads * blocks, numbers, settings)
-
-
-def _factors(call: _Call) -> tuple[float, ...]:
-    """The scale of scores, the threshold of dropout, and the factor of what that keeps."""
-    return call.scale, int(call.dropout_p * 2**32), 1 / (1 - call.dropout_p)
 
 
 def _tile(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int, queries_per_group: int) -> Tile:
