@@ -407,11 +407,16 @@ def tiles_table(run: Run) -> str:
 
 
 def tests_sentence(run: Run) -> str:
+    """How many tests passed and failed, and of each test that failed, with whichever parameters, the first reason."""
     (row,) = run.of("tests")
-    failed = ", ".join(f"`{row['test']}` ({row['note']})" for row in run.rows if row["kind"] == "test")
-    return f"{row['passed']} passed, {row['failed']} failed, in {row['seconds']:.0f} s." + (
-        f" {failed}" if failed else ""
-    )
+    of_test: dict[str, list[str]] = {}
+    for failed in run.rows:
+        if failed["kind"] == "test":
+            of_test.setdefault(failed["test"].partition("[")[0], []).append(failed["note"])
+    reasons = "; ".join(f"{len(notes)} of `{test}` ({notes[0]})" for test, notes in of_test.items())
+    counts = f"{row['passed']} passed, {row['failed']} failed, in {row['seconds']:.0f} s"
+    counts += f"; {row['out_of_time']} did not begin in time" if row.get("out_of_time") else ""
+    return f"{counts}." + (f" Failed: {reasons}." if reasons else "")
 
 
 def sanitizer_sentence(run: Run) -> str:

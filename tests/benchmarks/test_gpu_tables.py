@@ -136,3 +136,16 @@ def test_a_goal_that_was_not_measured_is_neither_met_nor_missed():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert {line[3] for line in lines} <= {"met", "missed", "-"}
     assert all((line[2] == "not measured") == (line[3] == "-") for line in lines)
+
+
+def test_tests_that_failed_are_counted_by_their_functions(tmp_path):
+    failed = [
+        {"kind": "test", "test": f"test_ops.py::{name}", "note": f"reason of {name}"} for name in ("a[1]", "a[2]", "b")
+    ]
+    counts = {"kind": "tests", "passed": 4, "failed": 3, "seconds": 9.6, "out_of_time": 2}
+    write(tmp_path, "tests", [*failed, counts])
+    (run,) = tables.runs_of(tmp_path, "tests")
+    assert tables.tests_sentence(run) == (
+        "4 passed, 3 failed, in 10 s; 2 did not begin in time. "
+        "Failed: 2 of `test_ops.py::a` (reason of a[1]); 1 of `test_ops.py::b` (reason of b)."
+    )
