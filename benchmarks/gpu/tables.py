@@ -239,6 +239,7 @@ def goals_table(smoke: Run, ops: Sequence[Run], steps: Sequence[Run]) -> str:
     attention = {"case": "K11xN300", "batch": 2, "dtype": "bfloat16"}
     plain, dropped = (find(ops, "grouped_attention", "folded", **attention, dropout=p) for p in (0.0, 0.1))
     flex = find(ops, "grouped_attention", "FlexAttention", **attention, dropout=0.0)
+    crossing = find(ops, "cross_attention", "SDPA", case="L3300xS1050", batch=2, dtype="bfloat16", dropout=0.0)
     encoder = find(ops, "ms_deform_attn", "deformops", case="encoder near", batch=2, dtype="bfloat16")
     compiled = {name: times for name, times in encoder.items() if name != "grid_sample"}
     assignment = find(ops, "linear_assignment", "torch-linear-assignment", case="132x300x20")
@@ -254,6 +255,7 @@ def goals_table(smoke: Run, ops: Sequence[Run], steps: Sequence[Run]) -> str:
         ("its backward", compare(plain, "backward", "folded"), 1.0),
         ("both, over FlexAttention's mask", compare(wholes(flex), "forward", "Flex"), 5),
         ("with dropout 0.1, both, over folded SDPA", compare(wholes(dropped), "forward", "folded"), 1.2),
+        ("attention of 3300 queries to padded images, both, over torch's", compare(wholes(crossing), "forward"), 1.5),
         (
             "deformable attention, encoder, both, GPU, over the best compiled peer",
             compare(wholes(compiled), "forward"),

@@ -36,8 +36,9 @@ def gpu_bars(folder: Path) -> Iterator[Bar]:
     ops, steps = (runs_of(folder, stage) for stage in ("ops", "step"))
     attention = {"case": "K11xN300", "batch": 2, "dtype": "bfloat16", "dropout": 0.0}
     folded, flex = (find(ops, "grouped_attention", peer, **attention) for peer in ("folded", "FlexAttention"))
-    encoder = find(ops, "ms_deform_attn", "deformops", case="encoder near", batch=2, dtype="bfloat16")
-    original = {name: times for name, times in encoder.items() if name in (OURS, "torch-ms-deform-attn")}
+    near = {"case": "encoder near", "batch": 2, "dtype": "bfloat16"}
+    encoder, original = (find(ops, "ms_deform_attn", peer, **near) for peer in ("deformops", "torch-ms-deform-attn"))
+    crossing = find(ops, "cross_attention", "SDPA", **(attention | {"case": "L3300xS1050"}))
     criterion = find(ops, "criterion", "", case="132x300x20")
     assignment = find(ops, "linear_assignment", "torch-linear-assignment", case="132x300x20")
     step = {"model": "conditional_detr_r50", "groups": 11, "batch": 2}
@@ -46,7 +47,8 @@ def gpu_bars(folder: Path) -> Iterator[Bar]:
         ("attention in 11 groups of 300", "FlexAttention, mask of groups", compare(wholes(flex), "forward", "Flex")),
         ("attention in 11 groups of 300", "groups folded into the batch", compare(wholes(folded), "forward", "folded")),
         ("the same, one eager call", "groups folded into the batch", compare(folded, "wall", "folded")),
-        ("deformable attention, encoder", "the original's kernels", compare(wholes(original), "forward")),
+        ("attention of 3300 queries to padded images", "torch's under a mask", compare(wholes(crossing), "forward")),
+        ("deformable attention, encoder", "the original's kernels", compare(wholes(original), "forward", "torch-ms")),
         ("deformable attention, encoder", "deformops, Triton", compare(wholes(encoder), "forward", "deformops")),
         ("assignment, 20 objects", "torch-linear-assignment", compare(assignment, "wall", "torch-linear-assignment")),
         ("matching and losses, 20 objects", "transformers", compare(criterion, "wall", "transformers")),
