@@ -11,7 +11,7 @@ from torch import nn
 from .config import OptimizationConfig
 from .host_memory import keep_freed_memory
 
-__all__ = ["build_accelerator", "round_products", "send_buffers_only_if_trained"]
+__all__ = ["build_accelerator", "do_without_cudnn_attention", "round_products", "send_buffers_only_if_trained"]
 
 
 def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
@@ -40,6 +40,7 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     round_products(accelerator.device, tf32=config.tf32)
+    do_without_cudnn_attention(accelerator.device)
     return accelerator
 
 
@@ -48,6 +49,16 @@ def round_products(device: torch.device, *, tf32: bool) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
+
+
+def do_without_cudnn_attention(device: torch.device) -> None:
+    """Let torch's attention choose among its other kernels: cuDNN's gives gradients that are NaN under some masks.
+
+    layers/attention.py says when, and keeps this package's own models from it. Those of transformers call torch's
+    attention themselves.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def send_buffers_only_if_trained(model: nn.Module) -> None:

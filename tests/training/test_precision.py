@@ -13,7 +13,7 @@ from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.engine import build_accelerator
-from groupdetr_fast.training.setup import round_products
+from groupdetr_fast.training.setup import do_without_cudnn_attention, round_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -105,6 +105,15 @@ def test_products_are_rounded_to_tf32_on_gpus_where_asked(float32_products):
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == tf32
         assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")  # what our kernels go by
+
+
+def test_cudnn_attention_is_left_out_on_gpus(monkeypatch):
+    choices = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", choices.append)
+    do_without_cudnn_attention(torch.device("cpu"))
+    assert choices == []
+    do_without_cudnn_attention(torch.device("cuda"))
+    assert choices == [False]
 
 
 def test_tf32_is_on_unless_it_is_turned_off():
