@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 # The first scale, 2**16, has then fallen to 2**-9: it is not what makes gradients too large.
 MAX_OVERFLOWS_IN_A_ROW = 25
 
+# Where the loss is not finite in too many steps, and where the gradient of a finite loss is not.
+ADVICE = {
+    "loss": "look at these images and their boxes, or lower the learning rate",
+    "gradient": "lower the learning rate, or see with precision no whether half precision is the reason",
+}
+
 
 class StepLedger:
     """Counts steps in the state of a training, and warns of those that were skipped.
@@ -98,8 +104,7 @@ class StepLedger:
         if current.skipped > allowed:
             raise TrainingError(
                 f"{current.skipped} steps of epoch {epoch} had a loss or a gradient that is not finite, "
-                f"and {allowed} are allowed; the last on the image ids {ids}: look at these images and "
-                "their boxes, or lower the learning rate"
+                f"and {allowed} are allowed; in the last one the {what} was not, on the image ids {ids}: {ADVICE[what]}"
             )
 
     def _note_scaled(self, overflowed: bool) -> None:

@@ -64,7 +64,17 @@ def test_a_broken_step_changes_nothing_and_is_counted(trainer_in, device, caplog
 def test_too_many_broken_steps_end_the_training(trainer_in):
     trainer = trainer_in("run", max_skipped_steps=0)
     trainer.run_step([batch_of(2, 1, spoilt=True)])
-    with pytest.raises(TrainingError, match="1 steps of epoch 1 had a loss"):
+    message = "1 steps of epoch 1 had a loss or .* in the last one the loss was not, on the image ids .*: look at these"
+    with pytest.raises(TrainingError, match=message):
+        trainer.run_step([batch_of(2, 1)])
+
+
+def test_it_is_told_if_the_gradient_alone_is_not_finite(trainer_in):
+    trainer = trainer_in("run", max_skipped_steps=0)
+    weight = next(weight for weight in trainer.gradients.bare.parameters() if weight.requires_grad)
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    assert trainer.run_step([batch_of(2, 1)])["loss"].isfinite()
+    with pytest.raises(TrainingError, match=r"in the last one the gradient was not, .*: lower the learning rate"):
         trainer.run_step([batch_of(2, 1)])
 
 
