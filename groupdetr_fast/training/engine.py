@@ -313,6 +313,8 @@ class Trainer:
         """
         state = self.state
         self.ledger.settle()
+        if self.graphs is not None:
+            self.graphs.advise()
         state.history.append(row_of_epoch(state, graphs=self.graphs is not None))
         state.next_epoch()
         self.save()

@@ -10,6 +10,7 @@ denoising queries there are follows from the padded number. Whether a step is sk
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = ["WARM_UP", "CapturableStep", "StepGraphs", "StepInputs", "check_graph
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before a capture: the first ones compile kernels, choose algorithms and make the optimiser's state
+FEW = 0.05  # of the steps of an epoch; so many without a graph are not worth more graphs
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class StepGraphs:
         on_gpu = step.device.type == "cuda"
         self._stream = torch.cuda.Stream(step.device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self._refused: set[PaddedSizes | None] = set()
+        self._steps = 0  # since the last advice
+        self._refused: Counter[PaddedSizes | None] = Counter()  # steps since then, of sizes that were ever refused
         self._forget()
 
     def _forget(self) -> None:
@@ -157,10 +160,11 @@ class StepGraphs:
             raise ValueError("cuda_graphs are for detectors of boxes: masks of targets have sizes of their own")
         if self.step.optimizer.state is not self._optimizer_state:  # a checkpoint was loaded, into other tensors
             self._forget()
+        self._steps += 1
         sizes = self.sizes.padded(batches)
         graph = None if sizes is None else self._graphs.get(sizes)
         if sizes is None or (graph is None and len(self._graphs) >= self.sizes.number):
-            self._say_refused(sizes, batches)
+            self._refuse(sizes, batches)
             return None
         self.step.take_rates()
         if graph is None:
@@ -200,15 +204,38 @@ class StepGraphs:
 
         return _Graph(inputs, replay)
 
-    def _say_refused(self, sizes: PaddedSizes | None, batches: Sequence[Batch]) -> None:
-        if sizes in self._refused:
+    def _refuse(self, sizes: PaddedSizes | None, batches: Sequence[Batch]) -> None:
+        first = sizes not in self._refused
+        self._refused[sizes] += 1
+        if not first:
             return
-        self._refused.add(sizes)
         if sizes is None:
             most = max(batch.targets.max_targets for batch in batches)
             logger.warning("steps without a graph: an image has %d targets, and graphs end at %s", most, self.sizes)
         else:
             logger.warning("steps without a graph: all %d graphs are taken, none is of %s", self.sizes.number, sizes)
+
+    def advise(self) -> None:
+        """Log what would give more of the steps since the last call a graph, unless few were without one."""
+        steps, refused, self._steps = self._steps, self._refused, 0
+        self._refused = Counter(dict.fromkeys(refused, 0))  # whose first steps were told of
+        full = refused.pop(None, 0)
+        if full > FEW * steps:
+            logger.warning(
+                "%d of %d steps ran without a graph, as they had an image with more than %d targets: "
+                "give graph_targets a larger number",
+                *(full, steps, self.sizes.targets[-1]),
+            )
+        left, more = refused.total(), 0
+        for _, count in refused.most_common():
+            if left <= FEW * steps:
+                break
+            left, more = left - count, more + 1
+        if more:
+            logger.warning(
+                "%d of %d steps ran without a graph, as all %d were taken: with cuda_graphs=%d it would be %d",
+                *(refused.total(), steps, self.sizes.number, self.sizes.number + more, left),
+            )
 
 
 class _Graph(NamedTuple):

@@ -99,6 +99,21 @@ def test_sizes_beyond_the_graphs_run_without(trainer_in, device, caplog):
     assert (current.steps, current.without_graph) == (WARM_UP + 7, WARM_UP + 3)
 
 
+def test_after_an_epoch_it_is_said_what_more_graphs_would_do(trainer_in, caplog):
+    """Of 21 steps six and three have sizes that have no graph, and two too many targets."""
+    trainer = trainer_in("run", cuda_graphs=1, epochs=2)
+    batches = batches_of(10)
+    batches += [*batches_of(6, size=(96, 64)), *batches_of(3, size=(64, 96)), batch_of(9, 1), batch_of(1, 9)]
+    run(trainer, batches)
+    trainer.finish_epoch()
+    assert "9 of 21 steps ran without a graph, as all 1 were taken: with cuda_graphs=3 it would be 0" in caplog.text
+    assert "2 of 21 steps ran without a graph, as they had an image with more than 8 targets" in caplog.text
+    caplog.clear()
+    run(trainer, [*batches_of(30), *batches_of(1, size=(96, 64))])
+    trainer.finish_epoch()
+    assert "graph" not in caplog.text
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
 def test_checkpoints_serve_runs_with_and_without_graphs(trainer_in, before, after):
     first = trainer_in("run", cuda_graphs=before, ema_decay=0.9)
