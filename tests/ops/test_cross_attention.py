@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,6 +354,16 @@ def test_fused_on_tensor_cores(device_type, dtype, fused, monkeypatch):
     Query.dtype = dtype
     monkeypatch.setattr(op, "_serves", lambda device: True)
     assert is_fused(Query()) is fused
+
+
+def test_compiled_layers_know_at_once_whether_a_gpu_serves(monkeypatch):
+    """What a GPU is asked cannot be traced, as little as what time it is."""
+    asked = []
+    monkeypatch.setattr(op, "_asked_once", lambda device: not asked.append((device, time.monotonic())))
+    compiled = torch.compile(lambda x: 2 * x if op._serves(x.device) else x, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert [device for device, _ in asked] == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(

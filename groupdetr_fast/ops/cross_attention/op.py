@@ -29,10 +29,17 @@ def is_fused(query: Tensor) -> bool:
     return _HAS_GPU_KERNEL and query.device.type == "cuda" and is_half and _serves(query.device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # what a GPU is asked cannot be traced
 def _serves(device: torch.device) -> bool:
-    """Whether Triton's kernels run on a GPU, on tensor cores. A tensor that is traced may lie on one that is not there,
-    which is taken to serve."""
+    return _asked_once(device)
+
+
+@functools.cache
+def _asked_once(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU, on tensor cores.
+
+    A tensor that is traced may lie on a GPU that is not there, which is taken to serve.
+    """
     if not torch.cuda.is_available():
         return True
     return gpus.why_not_triton(device.index) is None and has_tensor_cores(device)
