@@ -100,17 +100,18 @@ def key_of(row: Row) -> tuple:
 
 
 def newest_works(runs: Sequence[Run]) -> list[Run]:
-    """The runs without the times of what a later one has timed, for as many contenders, again."""
+    """The runs without the times of what a later one has timed again, beside as many peers."""
     kept: list[Run] = []
     seen: dict[tuple, set[str]] = {}
     for run in reversed(runs):
         own: dict[tuple, set[str]] = {}
         for row in run.of("time"):
             own.setdefault(key_of(row), set()).add(row["contender"])
-        again = {key for key, contenders in own.items() if contenders <= seen.get(key, set())}
+        own = {key: set(peers(dict.fromkeys(contenders))) for key, contenders in own.items()}
+        again = {key for key, others in own.items() if key in seen and others <= seen[key]}
         kept.append(run._replace(rows=[row for row in run.rows if row["kind"] != "time" or key_of(row) not in again]))
-        for key, contenders in own.items():
-            seen.setdefault(key, set()).update(contenders)
+        for key, others in own.items():
+            seen.setdefault(key, set()).update(others)
     return kept[::-1]
 
 
@@ -298,7 +299,8 @@ def goals_table(smoke: Run, ops: Sequence[Run], steps: Sequence[Run]) -> str:
 def goal_line(name: str, goal: str, value: float | None, is_met: Callable[[float], bool]) -> list[str]:
     if value is None:
         return [name, goal, "not measured", "-"]
-    return [name, goal, f"{value:.2f}", met(is_met(value))]
+    rounded = f"{value:.2f}"
+    return [name, goal, rounded if is_met(float(rounded)) == is_met(value) else f"{value:.3f}", met(is_met(value))]
 
 
 def value_of(runs: Sequence[Run], kind: str, value: str, **fields: Any) -> Any:

@@ -32,7 +32,13 @@ REHEARSED = ("-m", "not slow", "tests/test_groups.py", "tests/ops/test_registrat
 
 
 def run(recorder: Recorder) -> None:
-    run_tests(recorder, REHEARSED if recorder.rehearsal else ("-m", "gpu", *filter(recorder.wants, gpu_test_files())))
+    files = list(filter(recorder.wants, gpu_test_files()))
+    if recorder.rehearsal:
+        run_tests(recorder, REHEARSED)
+    elif files:
+        run_tests(recorder, ("-m", "gpu", *files))
+    else:
+        recorder.add("tests", status="missing", note=f"no file of tests for a GPU matches {recorder.only.pattern!r}")
 
 
 def gpu_test_files() -> list[str]:

@@ -157,7 +157,7 @@ class Step:
     Attributes:
         contender: its name.
         attention: in the place of ``ops.grouped_attention``.
-        attends_by_torch: to images, by the kernel that torch chooses, on GPUs cuDNN's.
+        attends_by_torch: to images, by the kernel that torch chooses: on an H200 in half precision cuDNN's.
         criterion: in the place of the detector's own.
         cast_at_once: whether weights are cast all at once, as the training loop does where nothing is compiled.
         compiled: in the place of the detector's methods of these names.
@@ -290,7 +290,7 @@ class Step:
             if self.attention is not None:
                 stack.enter_context(mock.patch.object(ops, "grouped_attention", self.attention))
             if self.attends_by_torch:
-                stack.enter_context(mock.patch.object(layers_attention, "is_fused", return_value=False))
+                stack.enter_context(mock.patch.object(layers_attention, "is_preferred", return_value=False))
                 attention = F.scaled_dot_product_attention
                 stack.enter_context(mock.patch.object(layers_attention, "attend_under_mask", attention))
             for name, function in self.compiled:
@@ -306,9 +306,11 @@ class GraphedStep(Step):
 
     Attributes:
         graphs: the one graph.
+        plain: the step that it is a graph of.
     """
 
     graphs: StepGraphs = field(kw_only=True)
+    plain: Step = field(kw_only=True)
 
     def __call__(self) -> Tensor:
         """See :meth:`Step.__call__`; the error is that of the step before."""
@@ -333,7 +335,7 @@ class GraphedStep(Step):
         for _ in range(WARM_UP + 1):
             self()
         torch.manual_seed(0)  # graphs draw the numbers that the generator would give without them
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.plain.patched(), self._autocast():
             targets = self.batch.packed()
             output = self.training.model(self.batch.images, self.batch.masks, targets)
             expected = self._losses(output, targets)["loss"].item()
@@ -362,7 +364,7 @@ def in_graph(step: Step) -> GraphedStep:
 
     sizes = GraphSizes(1, image_multiple=1, targets=(batch.packed().max_targets,))
     graphs = StepGraphs(CapturableStep(add_gradients, training.model, training.optimizer), sizes)
-    return GraphedStep(training, batch, name, graphs=graphs)
+    return GraphedStep(training, batch, name, graphs=graphs, plain=step)
 
 
 def masked(training: Training, batch: Batch) -> Step:

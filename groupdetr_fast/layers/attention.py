@@ -1,21 +1,20 @@
 """Attention over image tokens, shared by the encoder and the decoders, and what multi-head attention projects by."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
-from ..ops.cross_attention import is_fused
+from ..ops.cross_attention import is_preferred
 
 __all__ = ["MultiheadProjections", "SelfAttention", "attend", "attend_under_mask", "split_heads"]
 
-# Without cuDNN's, which torch asks first on compute capability 9.0: its gradients of queries are NaN under a mask where
-# scores are very negative and keys are 64 more than a multiple of 128 (pytorch/pytorch#196678).
-_UNDER_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# By so many keys goes cuDNN's kernel, which torch asks first on compute capability 9.0 in half precision. Its gradient
+# of a query is NaN under a mask, if half of the last ones are not there and all scores are very negative
+# (pytorch/pytorch#196678).
+_KEYS_OF_CUDNN = 128
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -26,8 +25,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> Tensor:
     """Attention of every query to every unpadded token.
 
-    With padding it is ``ops.cross_attention`` where a fast kernel serves that, on GPUs in half precision; otherwise it
-    is torch's own attention.
+    With a mask of padding it is ``ops.cross_attention`` where that is preferred, on GPUs in half precision; else it is
+    torch's own attention.
 
     Args:
         query: ``[B, L, H, D]``.
@@ -39,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     Returns:
         ``[B, L, H * Dv]``.
     """
-    if padding is not None and is_fused(query):
+    if padding is not None and is_preferred(query, value):
         return ops.cross_attention(query, key, value, padding, dropout_p=dropout_p).flatten(2)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if padding is None else ~padding[:, None, None, :]
@@ -52,20 +51,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
 
 
 def attend_under_mask(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout_p: float) -> Tensor:
-    """torch's attention, whose gradients are finite under a mask on every GPU.
+    """torch's attention, in such a way that a mask does not bring out cuDNN's fault.
 
     Args:
         query: ``[B, H, L, D]``.
         key: ``[B, H, S, D]``.
         value: ``[B, H, S, Dv]``.
-        visible: broadcasts to ``[B, H, L, S]``, bool, True where a query sees a token; None: everywhere.
+        visible: ``[..., S]`` bool, which broadcasts to ``[B, H, L, S]``, True where a query sees a token; None:
+            everywhere.
         dropout_p: probability of dropping an attention weight.
 
     Returns:
         ``[B, H, L, Dv]``.
     """
-    with nullcontext() if visible is None else sdpa_kernel(_UNDER_MASKS):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout_p)
+    if visible is not None and key.device.type == "cuda":
+        key, value, visible = _fill_last_keys(key, value, visible)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout_p)
+
+
+def _fill_last_keys(key: Tensor, value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with half of :data:`_KEYS_OF_CUDNN` more keys, which no query sees, if just so many are missing."""
+    half = _KEYS_OF_CUDNN // 2
+    if key.shape[-2] % _KEYS_OF_CUDNN != half:
+        return key, value, visible
+    return F.pad(key, (0, 0, 0, half)), F.pad(value, (0, 0, 0, half)), F.pad(visible, (0, half))
 
 
 class MultiheadProjections(nn.Module):

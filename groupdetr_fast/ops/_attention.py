@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_kinds", "fake", "fake_backward", "settled"]
+__all__ = ["MAX_DIM", "check_kinds", "fake", "fake_backward", "settled"]
 
+MAX_DIM = 128  # channels of a head that the GPU kernels can do
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ._attention import MAX_DIM
+
 __all__ = ["DTYPES", "MAX_DIM", "Tile", "constexprs_of", "precision_of", "width_of"]
 
-MAX_DIM = 128  # channels of a head
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

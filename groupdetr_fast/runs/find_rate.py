@@ -44,7 +44,9 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
     settings = settings or SweepSettings()
     config = replace(config, optimization=config.optimization.as_launched())
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(config.optimization, config.output)
+    accelerator = build_accelerator(
+        config.optimization, config.output, cudnn_attention=not config.model.of_transformers
+    )
     check_auto(accelerator, config.optimization)
     dataset = training_set(config)
     samples = training_samples(dataset, config, accelerator.device)

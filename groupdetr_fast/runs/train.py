@@ -71,7 +71,9 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
     config = replace(config, optimization=config.optimization.as_launched())
     check_trackers(config.track)
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(config.optimization, config.output)
+    accelerator = build_accelerator(
+        config.optimization, config.output, cudnn_attention=not config.model.of_transformers
+    )
     check_auto(accelerator, config.optimization)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),

@@ -14,8 +14,16 @@ from .host_memory import keep_freed_memory
 __all__ = ["build_accelerator", "do_without_cudnn_attention", "round_products", "send_buffers_only_if_trained"]
 
 
-def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = False) -> Accelerator:
+def build_accelerator(
+    config: OptimizationConfig, run: Path, *, cpu: bool = False, cudnn_attention: bool = True
+) -> Accelerator:
     """Devices, precision, processes. Seeds everything.
+
+    Args:
+        config: how to train.
+        run: folder of the training.
+        cpu: whether it runs on the CPU though there is a GPU.
+        cudnn_attention: whether torch's attention may take cuDNN's kernel; see :func:`do_without_cudnn_attention`.
 
     Raises:
         ValueError: for fp16 without a GPU, where Accelerate would train in float32 and say nothing; and if the launcher
@@ -40,7 +48,8 @@ def build_accelerator(config: OptimizationConfig, run: Path, *, cpu: bool = Fals
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     round_products(accelerator.device, tf32=config.tf32)
-    do_without_cudnn_attention(accelerator.device)
+    if not cudnn_attention:
+        do_without_cudnn_attention(accelerator.device)
     return accelerator
 
 
@@ -52,10 +61,10 @@ def round_products(device: torch.device, *, tf32: bool) -> None:
 
 
 def do_without_cudnn_attention(device: torch.device) -> None:
-    """Let torch's attention choose among its other kernels: cuDNN's gives gradients that are NaN under some masks.
+    """Let torch's attention choose among its other kernels: gradients of cuDNN's may be NaN under a mask.
 
-    layers/attention.py says when, and keeps this package's own models from it. Those of transformers call torch's
-    attention themselves.
+    That is for models which call torch's attention themselves, such as those of transformers. This package's own have
+    no need of it (layers/attention.py).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

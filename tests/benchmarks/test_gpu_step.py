@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gpu import step, training_step
 from gpu.recorder import Recorder
@@ -60,14 +61,19 @@ def test_times_of_groups_and_of_masks(recorder, conditional):
 def test_a_step_attends_to_images_by_torch_if_asked_to(conditional, monkeypatch):
     """As on a GPU, where a kernel of the op serves otherwise."""
     many = conditional[1]
-    monkeypatch.setattr(training_step.layers_attention, "is_fused", lambda query: True)
+    monkeypatch.setattr(training_step.layers_attention, "is_preferred", lambda query, value: True)
     calls = mock.Mock(wraps=training_step.ops.cross_attention)
     monkeypatch.setattr(training_step.ops, "cross_attention", calls)
     way = step.attending_by_torch(many.training, many.batch)
     way.losses()
     assert calls.call_count == 0
+    with way.patched():  # cuDNN's kernel may serve, whatever the keys
+        assert training_step.layers_attention.attend_under_mask is F.scaled_dot_product_attention
     assert training_step.difference(way) < training_step.TOLERANCE
-    assert calls.call_count > 0  # by the step that it is compared with
+    count = calls.call_count
+    assert count > 0  # by the step that it is compared with
+    assert step.in_graph(way).difference() == 0  # from the same step without a graph
+    assert calls.call_count == count
 
 
 def test_a_step_trains(conditional):

@@ -98,6 +98,18 @@ def test_a_part_with_fewer_contenders_replaces_nothing(tmp_path):
     assert len(whole.of("time")) == len(part.of("time")) == 2
 
 
+def test_a_part_without_ways_of_ours_that_are_gone_replaces_what_has_them(tmp_path):
+    before = [time(name, "forward", 1, 1) for name in (OURS, f"{OURS}, gone", "peer")]
+    write_parts(tmp_path, ("", before), ("again", [time(name, "forward", 1, 1) for name in (OURS, "peer")]))
+    whole, part = tables.newest_works(tables.runs_of(tmp_path, "ops"))
+    assert (len(whole.of("time")), len(part.of("time"))) == (0, 2)
+
+
+def test_a_goal_is_not_rounded_to_the_other_side():
+    assert tables.goal_line("busy", "at least 0.95", 0.948, lambda value: value >= 0.95)[2:] == ["0.948", "missed"]
+    assert tables.goal_line("busy", "at least 0.95", 0.951, lambda value: value >= 0.95)[2:] == ["0.95", "met"]
+
+
 def test_ours_beside_the_best_peer_of_each_pass(tmp_path):
     rows = [time(OURS, "forward", 10, 20), time(OURS, "both", 40, 50)]
     rows += [time("first", "forward", 15, 1), time("first", "both", 105, 100)]

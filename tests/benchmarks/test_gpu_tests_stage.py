@@ -89,6 +89,18 @@ def test_nothing_selected_is_wrong(tmp_path):
     assert "status 5" in summary["note"]
 
 
+@pytest.mark.parametrize(
+    ("only", "files"), [("captured", ["tests/training/test_captured_graphs.py"]), ("dino_4scale", [])]
+)
+def test_files_are_chosen_by_their_names(only, files, tmp_path, monkeypatch):
+    """With none of that name nothing runs, where pytest would run everything."""
+    started = []
+    monkeypatch.setattr(stage, "run_tests", lambda recorder, arguments: started.append(arguments))
+    stage.run(Recorder(tmp_path, "tests", device=torch.device("cpu"), minutes=1.0, only=only))
+    assert started == ([("-m", "gpu", *files)] if files else [])
+    assert [row["status"] for row in rows_of(tmp_path)] == ([] if files else ["missing"])
+
+
 @pytest.mark.slow
 def test_every_test_for_a_gpu_is_in_a_selected_file():
     """Of all files, collected as if there were a GPU."""

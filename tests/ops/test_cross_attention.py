@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdetr_fast.layers import attention as layer
 from groupdetr_fast.ops import cross_attention
-from groupdetr_fast.ops.cross_attention import cpu, is_fused, op
+from groupdetr_fast.ops.cross_attention import cpu, is_preferred, op
 from groupdetr_fast.ops.cross_attention.decomposition import attend_by_products
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
@@ -310,12 +314,12 @@ def test_decomposition_is_the_op(kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "map"])
-def test_layers_use_it_where_it_is_fused_and_images_are_padded(kind, monkeypatch):
+def test_layers_use_it_where_it_is_preferred_and_there_is_a_mask(kind, monkeypatch):
     """As torch's attention they give the same, and what a GPU would run is what is compared here."""
     query, key, value = (tensor.requires_grad_() for tensor in make_inputs())
     results, calls = [], []
-    for fused in (False, True):
-        monkeypatch.setattr(layer, "is_fused", lambda _, fused=fused: fused)
+    for preferred in (False, True):
+        monkeypatch.setattr(layer, "is_preferred", lambda *_, preferred=preferred: preferred)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = layer.attend(query, key, value, make_padding(kind), 0.0)
         calls.append({event.key for event in profile.key_averages()})
@@ -325,35 +329,58 @@ def test_layers_use_it_where_it_is_fused_and_images_are_padded(kind, monkeypatch
         torch.testing.assert_close(actual, expected)
 
 
+class Operators(TorchDispatchMode):
+    """The names of those that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_layers_are_traced_for_a_gpu(dtype):
     pytest.importorskip("triton")
-    with FakeTensorMode():  # whose backward pass would need a GPU
+    with FakeTensorMode(), Operators() as called:  # whose backward pass would need a GPU
         query, key, value = (tensor.to(dtype) for tensor in make_inputs("cuda"))
         out = layer.attend(query.requires_grad_(), key, value, make_padding("map").cuda(), 0.1)
     assert (out.shape, out.dtype, out.device.type) == ((IMAGES, 7, 2 * 5), dtype, "cuda")
     assert out.requires_grad
+    assert ("groupdetr_fast::cross_attention" in called.names) is (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "fused"),
+    ("device_type", "dtype", "dims", "preferred"),
     [
-        ("cuda", torch.bfloat16, True),
-        ("cuda", torch.float16, True),
-        ("cuda", torch.float32, False),
-        ("cpu", torch.bfloat16, False),
-        ("mps", torch.float16, False),
+        ("cuda", torch.bfloat16, (64, 32), True),
+        ("cuda", torch.float16, (128, 128), True),
+        ("cuda", torch.bfloat16, (256, 128), False),  # heads so wide run on the reference
+        ("cuda", torch.bfloat16, (64, 256), False),
+        ("cuda", torch.float32, (64, 32), False),
+        ("cpu", torch.bfloat16, (64, 32), False),
+        ("mps", torch.float16, (64, 32), False),
     ],
 )
-def test_fused_on_tensor_cores(device_type, dtype, fused, monkeypatch):
+def test_preferred_on_tensor_cores(device_type, dtype, dims, preferred, monkeypatch):
     pytest.importorskip("triton")
-
-    class Query:
-        device = torch.device(device_type)
-
-    Query.dtype = dtype
+    query, value = (
+        SimpleNamespace(device=torch.device(device_type), dtype=dtype, shape=(2, 9, 8, dim)) for dim in dims
+    )
     monkeypatch.setattr(op, "_serves", lambda device: True)
-    assert is_fused(Query()) is fused
+    for wanted in (True, False):
+        monkeypatch.setattr(op, "_WANTED", wanted)
+        assert is_preferred(query, value) is (wanted and preferred)
+
+
+def test_the_environment_turns_it_off_in_layers():
+    code = "from groupdetr_fast.ops.cross_attention import op; print(op._WANTED)"
+    for value, wanted in (("0", "False"), ("1", "True")):
+        environment = {**os.environ, "GROUPDETR_FAST_CROSS_ATTENTION": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == wanted
 
 
 def test_compiled_layers_know_at_once_whether_a_gpu_serves(monkeypatch):

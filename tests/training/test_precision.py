@@ -11,6 +11,7 @@ import groupdetr_fast as gd
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training import setup
 from groupdetr_fast.training.config import OptimizationConfig
 from groupdetr_fast.training.engine import build_accelerator
 from groupdetr_fast.training.setup import do_without_cudnn_attention, round_products
@@ -114,6 +115,14 @@ def test_cudnn_attention_is_left_out_on_gpus(monkeypatch):
     assert choices == []
     do_without_cudnn_attention(torch.device("cuda"))
     assert choices == [False]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_cudnn_attention_is_left_out_where_it_is_not_allowed(allowed, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, "do_without_cudnn_attention", asked.append)
+    accelerator = build_accelerator(OptimizationConfig(), tmp_path, cpu=True, cudnn_attention=allowed)
+    assert asked == ([] if allowed else [accelerator.device])
 
 
 def test_tf32_is_on_unless_it_is_turned_off():

@@ -1,3 +1,3 @@
-from .op import cross_attention, is_fused
+from .op import cross_attention, is_preferred
 
-__all__ = ["cross_attention", "is_fused"]
+__all__ = ["cross_attention", "is_preferred"]

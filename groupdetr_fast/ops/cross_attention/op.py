@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -10,23 +11,27 @@ from torch import Tensor
 from ... import _gpus as gpus
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
-from .._attention import check_kinds, fake, fake_backward, settled
+from .._attention import MAX_DIM, check_kinds, fake, fake_backward, settled
 from .._triton import has_tensor_cores, register_triton
 from ..grouped_attention.dropout import new_seed
 from . import cpu
 from .reference import cross_attention_backward_reference, cross_attention_reference
 
 _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
+_WANTED = os.environ.get("GROUPDETR_FAST_CROSS_ATTENTION") != "0"
 
 
-def is_fused(query: Tensor) -> bool:
-    """Whether a kernel serves such a query of which every product runs on tensor cores.
+def is_preferred(query: Tensor, value: Tensor) -> bool:
+    """Whether the layers take this op for such queries and values, where there is a mask of padding.
 
-    It does on GPUs in half precision. On CPUs the op is made of torch's own kernels; without a kernel it runs on its
-    reference, which keeps all scores.
+    They do on GPUs whose tensor cores a kernel runs on, in half precision, unless the environment variable
+    ``GROUPDETR_FAST_CROSS_ATTENTION`` was 0 when the package was imported. On CPUs the op is made of torch's own
+    kernels; heads that are too wide run on its reference, which keeps all scores.
     """
+    if not (_WANTED and _HAS_GPU_KERNEL and query.device.type == "cuda"):
+        return False
     is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return _HAS_GPU_KERNEL and query.device.type == "cuda" and is_half and _serves(query.device)
+    return is_half and max(query.shape[-1], value.shape[-1]) <= MAX_DIM and _serves(query.device)
 
 
 @torch.compiler.assume_constant_result  # what a GPU is asked cannot be traced
