@@ -30,7 +30,7 @@ def small(device: torch.device) -> None:
         _attention(gd.QueryGroups(2, 35, 1, 20, denoising_scope="every"), 24, 0.2, dtype, device)
         _attention(gd.QueryGroups(3, 6), 16, 0.2, dtype, device)
         _cross_attention(cases.CrossAttention(70, heads=2, map=(5, 9)), 0.2, dtype, device)
-        _cross_attention(cases.CrossAttention(40, padded=False, heads=2, map=(4, 9)), 0.0, dtype, device)
+        _cross_attention(cases.CrossAttention(40, mask="none", heads=2, map=(4, 9)), 0.0, dtype, device)
         value, flat, *samples = ms_deform_attn_inputs(queries=37, heads=2, dim=32, points=4, dtype=dtype)
         shapes = list(zip(flat[::2], flat[1::2], strict=True))
         for deterministic, tiles in ((False, False), (True, False), (False, True)):

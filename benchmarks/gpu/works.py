@@ -153,7 +153,7 @@ def cross_attention(
     for backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         forced = functools.partial(with_backend_padded, backend, **arguments)
         contenders[f"SDPA, {backend.partition('_')[0].lower()}"] = forced
-    if not case.padded:
+    if case.mask == "none":
         wide = functools.partial(with_backend_padded, "FLASH_ATTENTION", widen_values=True, **arguments)
         contenders["SDPA, flash, widened values"] = wide
     return Work(

@@ -111,10 +111,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """Attention of a decoder's queries to images, of which every other one is padded to the right, the others below."""
+    """Attention of queries to images, of which every other one is padded to the right, the others below.
+
+    Attributes:
+        mask: "a quarter" of each map is padding; "empty" for a mask without padding, "none" for no mask.
+    """
 
     queries: int
-    padded: bool = True  # by a quarter of the map
+    mask: str = "a quarter"
     batch: int = 2
     heads: int = 8
     channels: int = 64  # of queries and keys: content and position side by side, as in Conditional DETR
@@ -122,7 +126,8 @@ class CrossAttention:
     map: tuple[int, int] = (25, 42)  # of an image of 800 x 1333 pixels, at stride 32
 
     def __str__(self) -> str:
-        return f"L{self.queries}xS{self.map[0] * self.map[1]}" + ("" if self.padded else ", no padding")
+        masks = {"a quarter": "", "empty": ", empty mask", "none": ", no padding"}
+        return f"L{self.queries}xS{self.map[0] * self.map[1]}" + masks[self.mask]
 
     def small(self) -> "CrossAttention":
         """The same with few queries and keys, to see that a benchmark works."""
@@ -139,12 +144,13 @@ class CrossAttention:
 
     def padding(self, device: torch.device | str = "cpu") -> Tensor | None:
         """``[batch, keys]`` bool, True on padding; None for none."""
-        if not self.padded:
+        if self.mask == "none":
             return None
         height, width = self.map
         padding = torch.zeros(self.batch, height, width, dtype=torch.bool, device=device)
-        padding[::2, :, width - width // 4 :] = True
-        padding[1::2, height - height // 4 :] = True
+        if self.mask == "a quarter":
+            padding[::2, :, width - width // 4 :] = True
+            padding[1::2, height - height // 4 :] = True
         return padding.flatten(1)
 
 
@@ -390,7 +396,13 @@ ULTRALYTICS = [Ultralytics(), Ultralytics(targets=20)]
 MAPS = ((100, 167), (50, 84), (25, 42), (13, 21))
 GPU_BATCHES = (2, 16)
 GPU_ATTENTION = [Attention(11, 300), Attention(11, 900), Attention(3, 900, denoising_groups=2, denoising_queries=100)]
-GPU_CROSS_ATTENTION = [CrossAttention(3300), CrossAttention(3300, padded=False), CrossAttention(300)]
+GPU_CROSS_ATTENTION = [
+    CrossAttention(3300),
+    CrossAttention(3300, mask="none"),
+    CrossAttention(300),
+    CrossAttention(3300, mask="empty"),
+    CrossAttention(1050, channels=32),  # an encoder's tokens to each other
+]
 GPU_DEFORMABLE = [
     Deformable(queries, levels=MAPS, near=near)
     for queries, near in ((None, True), (None, False), (3 * 900, True), (11 * 900, True))

@@ -33,7 +33,9 @@ from .measurements import DATA, FOLDERS, MEASUREMENTS, arguments_of, folder_of, 
 
 __all__ = ["main"]
 
-STOP_SECONDS = 15  # for runs to write a checkpoint and for the sweep to end
+# For runs to write a checkpoint and for the sweep to end. The sweep would wait longer, but a run that is not
+# finished is not in the archive, and a run whose sweep is killed ends by itself.
+STOP_SECONDS = 15
 PACK_SECONDS = 15  # for what comes after the last run: its archive, and the end of MPS
 BEGIN_SECONDS = 10  # below which nothing is begun any more
 MPS_SECONDS = 60  # for a process to begin and to use the GPU, where there is as much time

@@ -111,6 +111,17 @@ def test_dropout_masks_and_the_criterion(recorder, monkeypatch):
     assert recorder.found_wrong
 
 
+def test_gradients_of_very_negative_scores(recorder, monkeypatch):
+    smoke.very_negative_scores(recorder)
+    rows = rows_of(recorder, "negative_scores")
+    assert [(row["way"], row["not_finite"]) for row in rows] == [("torch", 0), ("attend_under_mask", 0), ("attend", 0)]
+    monkeypatch.setattr(
+        smoke.layers_attention, "attend_under_mask", lambda *heads, **options: sum(heads[:3]) * torch.nan
+    )
+    smoke.very_negative_scores(recorder)
+    assert [row["status"] for row in rows_of(recorder, "negative_scores")][3:] == ["ok", "wrong", "wrong"]
+
+
 def test_families_in_processes_of_their_own(recorder, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__file__", None, raising=False)  # spawn would run pytest again
     smoke.in_processes(recorder, [("float32", "matching"), ("float32", "deformable")])
@@ -135,7 +146,7 @@ def die(*arguments):
 TINY = {
     "cross attention": works.cross_attention(cases.CrossAttention(9, heads=2, map=(3, 5)), CPU, torch.float32),
     "cross attention, no padding": works.cross_attention(
-        cases.CrossAttention(9, padded=False, heads=2, map=(3, 5)), CPU, torch.float32
+        cases.CrossAttention(9, mask="none", heads=2, map=(3, 5)), CPU, torch.float32
     ),
     "attention": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32),
     "dropout": works.attention(cases.Attention(2, 8, heads=2, channels=16), CPU, torch.float32, 0.5),

@@ -18,6 +18,7 @@ from groupdetr_fast import cli, ops
 from groupdetr_fast.integrations import kernels
 from groupdetr_fast.integrations.kernels import has_kernel, serves_everywhere
 from groupdetr_fast.ops import _triton
+from groupdetr_fast.ops.cross_attention import op as cross_attention
 from groupdetr_fast.ops.linear_assignment.reference import linear_assignment_reference
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
 from groupdetr_fast.ops.serving import kinds_of
@@ -227,6 +228,23 @@ def test_what_is_asked_about_one_op_concerns_no_other(machine):
 
 
 @with_cuda
+@pytest.mark.parametrize(
+    ("capability", "reason", "serves"),
+    [
+        (T4, None, False),
+        (A100, None, True),
+        (A100, "Triton cannot build what launches its kernels", False),
+        (None, None, True),
+    ],
+)
+def test_which_gpus_attention_to_images_is_for(capability, reason, serves, machine):
+    """Tensors that are traced may lie on a GPU that is not there, which is taken to serve."""
+    machine(*([] if capability is None else [capability]), extension=made_up_extension(), triton=lambda index: reason)
+    cross_attention._asked_once.cache_clear()
+    assert cross_attention._serves(torch.device("cuda", 0)) is serves
+    cross_attention._asked_once.cache_clear()
+
+
 def test_deformable_attention_has_no_kernel_on_a_gpu_without_code(machine):
     machine(T4, A100, extension=made_up_extension())
     assert [has_kernel(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu", "meta")] == [
