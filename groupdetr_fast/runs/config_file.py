@@ -27,7 +27,7 @@ _NAMES = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes tuples in one line."""
+    """Writes tuples in one line, and in quotes the texts that YAML 1.1 or :class:`_Loader` would take for others."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,9 +42,10 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)\Z"), list("-+.0123456789")
-)
+for _side in (_Dumper, _Loader):
+    _side.add_implicit_resolver(
+        _FLOAT, re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf)\Z"), list("-+.0123456789")
+    )
 
 
 def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:

@@ -53,6 +53,28 @@ def test_the_way_there_and_back(tmp_path):
     assert from_yaml(CocoTrainingConfig, tmp_path / "c.yaml") == config
 
 
+# What YAML 1.1 or 1.2 takes for a number, a truth value, nothing, a time or a date, or has a meaning of its own for.
+AMBIGUOUS = (
+    *("1e-4", "1E5", "-1e-4", "+.1e1", "0e0", "1.5", ".5", "5.", "1", "017", "0o17", "0x1f", "0b1", "1_000", ".inf"),
+    *(".nan", "yes", "no", "on", "off", "y", "n", "true", "False", "null", "Null", "~", "", "12:30", "1:2:3.5"),
+    *("2026-11-27", "2026-11-27 10:00:00", "=", "<<", "-", "- a", "? a", ":", "a: b", "a:", "# x", "a #b", "*x", "&x"),
+    *("!x", "%x", "@x", "`x", "{a}", "[a]", "a, b", "|", ">", " a", "a ", "a\nb", "a\tb", "'a'", '"a"', "a\\b", "---"),
+    *("...", "1e\u0664", "\u2028", "\ufeff", "\udc80", "b" * 100 + "  c" * 100),
+)
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
+def test_texts_stay_texts(text, tmp_path):
+    config = CocoTrainingConfig(
+        model=ModelConfig(backbone_weights=text),
+        optimization=OptimizationConfig(freeze=(text, "a")),
+        class_weights=text,
+        output=Path(text),
+    )
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    assert from_yaml(CocoTrainingConfig, tmp_path / "c.yaml") == config
+
+
 def test_values_as_people_write_them(tmp_path):
     text = "inner: {rate: 1e-4, precision: no, size: null, pair: [0, 1e3], sides: [5]}\nfolder: runs/x\nflag: true\n"
     config = read(tmp_path, text)
