@@ -34,6 +34,7 @@ class Outer:
     folder: Path | None = None
     name: str = "a"
     flag: bool = False
+    names: tuple[Literal["a", "b"], ...] = ()
 
 
 def read(tmp_path, text):
@@ -96,11 +97,12 @@ def test_values_as_people_write_them(tmp_path):
         ("inner: {size: [1]}", r"inner.size must be an integer or null, got \[1\]"),
         ("inner: {precision: fp8}", "inner.precision must be one of no, bf16, got 'fp8'"),
         ("inner: {pair: [1]}", r"inner.pair must be a list of length 2, each entry a number, got \[1\]"),
-        ("inner: {sides: [1, x]}", "inner.sides must be an integer, got 'x'"),
+        ("inner: {sides: [1, x]}", "each entry of inner.sides must be an integer, got 'x'"),
         ("inner: 3", "inner must have keys and values, got 3"),
         ("- a", "the file must have keys and values"),
         ("flag: 1", "flag must be true or false, got 1"),
         ("folder: 7", "folder must be a path or null, got 7"),
+        ("names: yolo", "names must be a list, each entry one of a, b, got 'yolo'"),
         ("a: [", "cannot be read as yaml"),
     ],
 )
