@@ -29,8 +29,8 @@ class Backbone(nn.Module):
         stages: how many stages the network has; None for all. With one less, the last map has half the stride.
         num_levels: how many of the last stages to return.
         dilation: replace the last stage's stride by dilation (the "DC5" models). Not for ``conv:``.
-        frozen_stages: how many of the first stages are not trained; the stem of a ResNet counts as the first. DETR
-            freezes two. Not for ``conv:``, which is always trained.
+        frozen_stages: how many of the first stages are not trained, at most all; the stem of a ResNet counts as the
+            first. DETR freezes two. Not for ``conv:``, which is always trained.
 
     Attributes:
         num_channels: channels of each returned level.
@@ -61,6 +61,9 @@ class Backbone(nn.Module):
         if weights not in (None, "imagenet"):
             _load_weights(self.body, Path(weights), name)
         if family != "conv":
+            if not 0 <= frozen_stages <= self.body.most_frozen:
+                of = f"backbone {name!r}" if stages is None else f"backbone {name!r} with stages={stages}"
+                raise ValueError(f"frozen_stages must be 0 to {self.body.most_frozen} for {of}, got {frozen_stages}")
             self.body.freeze(frozen_stages)
         self.num_channels: list[int] = self.body.num_channels
 
@@ -103,6 +106,7 @@ class _ResNet(nn.Module):
         self.conv1, self.bn1 = network.conv1, network.bn1
         self.maxpool = network.maxpool
         self.stage_names = [f"layer{index + 1}" for index in range(stages)]
+        self.most_frozen = 1 + stages  # the stem, too
         for stage in self.stage_names:
             self.add_module(stage, getattr(network, stage))
         self.num_channels = [network.fc.in_features // 2 ** (4 - stages + i) for i in reversed(range(num_levels))]
@@ -148,7 +152,8 @@ class _TimmNetwork(nn.Module):
         self.indices = list(range(stages - num_levels, stages))
         self.network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         timm.layers.freeze_batch_norm_2d(self.network)
-        self.stage_modules = [stage["module"] for stage in info]
+        self.stage_modules = [stage["module"] for stage in info[:stages]]
+        self.most_frozen = stages
         self.num_channels = [stage["num_chs"] for stage in info[stages - num_levels : stages]]
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -158,7 +163,7 @@ class _TimmNetwork(nn.Module):
         """Freeze what comes before the end of stage ``stages``, by the module names that timm reports."""
         if stages == 0:
             return
-        last = self.stage_modules[min(stages, len(self.stage_modules)) - 1]
+        last = self.stage_modules[stages - 1]
         # Leaves only: a container that begins before the end of the stage may go on after it.
         leaves = [(name, module) for name, module in self.network.named_modules() if not any(module.children())]
         inside = [index for index, (name, _) in enumerate(leaves) if f"{name}.".startswith(f"{last}.")]

@@ -44,7 +44,7 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         sizes = ("num_classes", "num_groups", "num_queries", "num_heads", "decoder_layers", "dim_feedforward")
-        for name in (*sizes, "d_model", "encoder_layers"):
+        for name in (*sizes, "d_model", "encoder_layers", "frozen_stages"):
             if isinstance(getattr(self, name), float | str | NoneType):
                 raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name in sizes:

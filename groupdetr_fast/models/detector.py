@@ -67,8 +67,19 @@ class Detector(nn.Module):
         groups, first = self._choose_groups(num_groups, inference_group)
         if not self.training and num_groups is None:
             targets = None
-        check_batch(images, masks, targets)
+        self.check_batch(images, masks, targets)
         return self.decode(self.encode(images, masks), groups, first, targets)
+
+    def check_batch(self, images: Tensor, masks: Tensor | None, targets: PackedTargets | None) -> None:
+        """Check what :meth:`forward` is called with, for those who call :meth:`encode` and :meth:`decode` themselves.
+
+        Args:
+            images, masks, targets: as in :meth:`forward`.
+
+        Raises:
+            ValueError, TypeError: as :meth:`forward`, for a batch that does not fit.
+        """
+        check_batch(images, masks, targets)
 
     def encode(self, images: Tensor, masks: Tensor | None) -> Any:
         """The part before the groups of queries.

@@ -14,7 +14,7 @@ from ..models.registry import model_config
 from ..training.config import OptimizationConfig
 from ..training.tracking import TrackerName
 from ..transformers_detector.families import check_accelerate_kernels, require_transformers
-from .config_file import to_plain, to_yaml
+from .config_file import from_python, to_plain, to_yaml
 from .model import ModelConfig
 
 __all__ = ["BALANCED", "ROOMS", "CocoTrainingConfig", "ModelConfig"]
@@ -131,7 +131,8 @@ class CocoTrainingConfig:
         """The same run with other settings, each under the name that its flag on the command line has (``lr``).
 
         Raises:
-            ValueError: for a name that is no setting.
+            ValueError: for a name that is no setting, and for a value of another type than the setting has; whole
+                numbers serve as floats, lists as tuples, and texts as paths.
         """
         rooms = {name: getattr(self, name) for name in ROOMS}
         owners = {each.name: room for room, config in rooms.items() for each in fields(config)}
@@ -142,8 +143,12 @@ class CocoTrainingConfig:
                 close = difflib.get_close_matches(name, owners, n=1)
                 raise ValueError(f"there is no setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
             changes[owners[name]][name] = value
-        replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
-        return replace(self, **replaced, **changes[""])
+        replaced = {
+            name: replace(config, **from_python(type(config), changes[name]))
+            for name, config in rooms.items()
+            if changes[name]
+        }
+        return replace(self, **replaced, **from_python(CocoTrainingConfig, changes[""]))
 
     def with_model(self, name: str, resumed: Path | None = None) -> "CocoTrainingConfig":
         """The same run of another detector; one of transformers brings its sizes of images and number of groups.

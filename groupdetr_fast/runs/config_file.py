@@ -1,17 +1,20 @@
-"""Configurations, which are dataclasses, as yaml files or values of json, and back."""
+"""Configurations, which are dataclasses, as yaml files or values of json, and back; and their values in Python."""
 
 import difflib
 import json
+import os
 import re
 import reprlib
 import types
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import yaml
 
-__all__ = ["from_plain", "from_yaml", "has_layout", "read_yaml", "to_json", "to_plain", "to_yaml"]
+__all__ = ["from_plain", "from_python", "from_yaml", "has_layout", "read_yaml", "to_json", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -24,10 +27,11 @@ _NAMES = {
     Path: "a path",
     type(None): "null",
 }
+_NAMES_IN_PYTHON = _NAMES | {bool: "True or False", type(None): "None"}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes tuples in one line."""
+    """Writes tuples in one line, and in quotes the texts that YAML 1.1 or :class:`_Loader` would take for others."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,9 +46,10 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)\Z"), list("-+.0123456789")
-)
+for _side in (_Dumper, _Loader):
+    _side.add_implicit_resolver(
+        _FLOAT, re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf)\Z"), list("-+.0123456789")
+    )
 
 
 def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
@@ -118,6 +123,24 @@ def from_plain(kind: type[T], values: Any, *, complete: bool = False) -> T:
     return _build(kind, values, "", complete)
 
 
+def from_python(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that somebody gives in Python, with the types that the fields of the dataclass ``kind`` have.
+
+    What has another type would be noticed late, or never: ``epochs=1.0``, ``batch_size="4"``. As in a yaml file, whole
+    numbers serve as floats, but not floats as whole numbers. Lists serve as tuples, texts as paths and paths as texts,
+    and numpy's numbers as Python's.
+
+    Args:
+        kind: the dataclass.
+        values: by the names of fields.
+
+    Raises:
+        ValueError: for a value of another type; the message names the field, its type and the value.
+    """
+    hints = get_type_hints(kind)
+    return {name: _convert(hints[name], value, name, names=_NAMES_IN_PYTHON) for name, value in values.items()}
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """:func:`to_plain` as json would return it, for :func:`from_plain`.
 
@@ -154,37 +177,43 @@ def _build(kind: type, values: Any, key: str, complete: bool) -> Any:
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
 
 
-def _convert(hint: Any, value: Any, key: str, complete: bool) -> Any:
-    """A plain value as the type that a field has."""
+def _convert(hint: Any, value: Any, key: str, complete: bool = False, names: Mapping[Any, str] = _NAMES) -> Any:
+    """A value as the type that a field has; ``names`` are those of types in messages."""
     if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, key, complete)
+    if isinstance(value, np.generic):
+        value = value.item()
     for option in _options(hint):
         arguments = get_args(option)
         if get_origin(option) is Literal:
             if isinstance(value, str) and value in arguments:
                 return value
         elif get_origin(option) is tuple:
-            if isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
+            if isinstance(value, list | tuple) and (arguments[-1] is ... or len(value) == len(arguments)):
                 kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-                return tuple(_convert(kind, each, key, complete) for kind, each in zip(kinds, value, strict=True))
-        elif option is Path and type(value) is str:
-            return Path(value)
+                entry = f"each entry of {key}"
+                return tuple(
+                    _convert(kind, each, entry, complete, names) for kind, each in zip(kinds, value, strict=True)
+                )
+        elif option in (Path, str) and isinstance(value, str | os.PathLike):
+            return option(value)
         elif option is float and type(value) in (int, float):
             return float(value)
         elif type(value) is option:
             return value
-    raise ValueError(f"{key} must be {' or '.join(map(_in_words, _options(hint)))}, got {reprlib.repr(value)}")
+    expected = " or ".join(_in_words(option, names) for option in _options(hint))
+    raise ValueError(f"{key} must be {expected}, got {reprlib.repr(value)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _in_words(option: Any) -> str:
+def _in_words(option: Any, names: Mapping[Any, str]) -> str:
     arguments = get_args(option)
     if get_origin(option) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(option) is tuple:
         number = "" if arguments[-1] is ... else f" of length {len(arguments)}"
-        return f"a list{number}, each entry {_NAMES[arguments[0]]}"
-    return _NAMES[option]
+        return f"a list{number}, each entry {_in_words(arguments[0], names)}"
+    return names[option]

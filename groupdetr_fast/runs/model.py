@@ -43,7 +43,7 @@ class ModelConfig:
         backbone_weights: imagenet (downloaded on first use), or a file; without either, the weights are random.
         backbone_stages: use the first stages of the backbone only.
         dilation: dilate the backbone's last stage (DC5).
-        frozen_stages: stages of the backbone that are not trained.
+        frozen_stages: stages of the backbone that are not trained, the first ones; of a ResNet, the stem is one.
         input_norm: normalise the projected features (for backbones whose features are large).
         class_loss: weight of the loss of classes.
         l1_loss: weight of the L1 loss of boxes.

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from ..data import CocoDataset, DataError, SkipUnreadable
 from ..data.categories import difference_in_words
 from ..data.device_images import DeviceImages
+from ..data.images import as_rgb
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
 from ..models.checkpoints import CheckpointHeader
@@ -132,7 +133,8 @@ def _train(
     def evaluate_epoch(trainer: Trainer) -> dict[str, Any]:
         model, display = trainer.state.model, trainer.progress.display
         metrics = evaluate(accelerator, model, val_loader, data.val_set, config, trainer.stop_if_asked, display)
-        log_picture(accelerator, "predictions", config.output / "predictions.png", trainer.state.batches)
+        picture = config.output / "predictions.png"
+        log_picture(accelerator, "predictions", picture, trainer.state.batches, read=as_rgb)
         return metrics
 
     trainer = Trainer(

@@ -27,6 +27,9 @@ __all__ = ["DecodesGroups", "GroupPasses", "average_gradients"]
 class DecodesGroups(Protocol):
     """A model whose encoder knows nothing of groups, and whose decoder can run with some of them.
 
+    Where it has ``check_batch(images, masks, targets)``, that is called before the encoder, and raises for a batch that
+    does not fit, as the model's ``forward`` does.
+
     Attributes:
         config: has ``num_groups`` and ``num_queries``, those of each group. It may have ``denoising_scope``, which is
             "first" where denoising queries are for group 0 alone.
@@ -95,7 +98,13 @@ class GroupPasses:
 
         Returns:
             The detached losses of all groups, as the criterion returns them for all groups at once.
+
+        Raises:
+            ValueError, TypeError: as the model, for a batch that does not fit.
         """
+        check_batch: Any = getattr(self.model, "check_batch", None)
+        if check_batch is not None:
+            check_batch(images, masks, targets)
         config = self.model.config
         totals = replace(totals, num_groups=config.num_groups)
         with autocast():

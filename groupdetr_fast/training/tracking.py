@@ -1,7 +1,7 @@
 """Where the curves of a training go besides ``results.json``: one or several trackers, through Accelerate."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from torchvision.io import ImageReadMode, decode_image
+from torch import Tensor
 
 from ..files import read_json, write_json
 
@@ -71,8 +71,16 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run: Path, se
     write_json(run / IDENTITIES, identities)
 
 
-def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> None:
-    """Give a picture to those trackers that take some; the main process alone does."""
+def log_picture(accelerator: Accelerator, name: str, path: Path, step: int, *, read: Callable[[Path], Tensor]) -> None:
+    """Give a picture to those trackers that take some; the main process alone does.
+
+    Args:
+        accelerator: with trackers, see :func:`start_trackers`.
+        name: of the picture in each tracker.
+        path: file of the picture; nothing is done where there is none.
+        step: of the training, that the picture is shown at.
+        read: pixels of the file, uint8 RGB ``[3, H, W]``, for trackers that take no files.
+    """
     if not accelerator.is_main_process or not path.exists():
         return
     for tracker in accelerator.trackers:
@@ -85,9 +93,9 @@ def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> N
 
             tracker.tracker.log({name: trackio.Image(str(path))}, step=step)
         elif tracker.name == "tensorboard":
-            tracker.log_images({name: _pixels(path)[None]}, step=step, dataformats="NHWC")
+            tracker.log_images({name: _innermost_colours(read(path))[None]}, step=step, dataformats="NHWC")
         else:
-            tracker.log_images({name: [_pixels(path)]}, step=step)
+            tracker.log_images({name: [_innermost_colours(read(path))]}, step=step)
 
 
 def _make(name: str, run: Path, identities: dict[str, str]) -> GeneralTracker:
@@ -104,5 +112,5 @@ def _make(name: str, run: Path, identities: dict[str, str]) -> GeneralTracker:
     return kind(PROJECT, name=f"{run.name}-{own}", resume="allow")
 
 
-def _pixels(path: Path) -> np.ndarray:
-    return decode_image(str(path), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+def _innermost_colours(pixels: Tensor) -> np.ndarray:
+    return pixels.permute(1, 2, 0).numpy()

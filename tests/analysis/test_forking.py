@@ -62,6 +62,17 @@ def test_a_run_that_fails_leaves_the_others_alone(server, training, tmp_path):
         server.start(tmp_path / "good", tmp_path / "again.txt", {}).wait(0)
 
 
+def test_what_a_run_printed_has_its_warnings_once(server, training, tmp_path):
+    diverging = replace(training, max_skipped_steps=0)
+    prepared(diverging, tmp_path / "run", lr=1e30, backbone_lr=1e30)
+    assert server.start(tmp_path / "run", tmp_path / "log.txt", {}).wait(120) == 1
+    warning = "epoch 1, batches 2 to 2: the loss is not finite: step skipped"
+    assert (tmp_path / "run" / "train.log").read_text().count(warning) == 1
+    printed = (tmp_path / "log.txt").read_text()
+    assert printed.count(warning) == 1
+    assert printed.strip().splitlines()[-1].startswith("error: 1 steps of epoch 1 had a loss or a gradient")
+
+
 def test_a_run_gets_variables_of_its_own(server, training, tmp_path):
     """As which GPU it is to see."""
     prepared(training, tmp_path / "run", precision="no")

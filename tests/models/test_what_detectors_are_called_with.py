@@ -39,6 +39,7 @@ def test_what_does_not_fit_is_refused(images, masks, targets, error, message, mo
     [
         ({"num_groups": 2.0}, TypeError, "num_groups must be an integer, got 2.0"),
         ({"num_classes": "3"}, TypeError, "num_classes must be an integer, got '3'"),
+        ({"frozen_stages": 1.5}, TypeError, "frozen_stages must be an integer, got 1.5"),
         ({"d_model": None}, TypeError, "d_model must be an integer, got None"),
         ({"class_loss": float("nan")}, ValueError, "class_loss must not be negative and must be finite, got nan"),
         ({"giou_cost": -1.0}, ValueError, "giou_cost must not be negative and must be finite, got -1.0"),

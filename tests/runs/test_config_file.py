@@ -34,6 +34,7 @@ class Outer:
     folder: Path | None = None
     name: str = "a"
     flag: bool = False
+    names: tuple[Literal["a", "b"], ...] = ()
 
 
 def read(tmp_path, text):
@@ -50,6 +51,28 @@ def test_the_way_there_and_back(tmp_path):
         positives=3,
     )
     (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert from_yaml(CocoTrainingConfig, tmp_path / "c.yaml") == config
+
+
+# What YAML 1.1 or 1.2 takes for a number, a truth value, nothing, a time or a date, or has a meaning of its own for.
+AMBIGUOUS = (
+    *("1e-4", "1E5", "-1e-4", "+.1e1", "0e0", "1.5", ".5", "5.", "1", "017", "0o17", "0x1f", "0b1", "1_000", ".inf"),
+    *(".nan", "yes", "no", "on", "off", "y", "n", "true", "False", "null", "Null", "~", "", "12:30", "1:2:3.5"),
+    *("2026-11-27", "2026-11-27 10:00:00", "=", "<<", "-", "- a", "? a", ":", "a: b", "a:", "# x", "a #b", "*x", "&x"),
+    *("!x", "%x", "@x", "`x", "{a}", "[a]", "a, b", "|", ">", " a", "a ", "a\nb", "a\tb", "'a'", '"a"', "a\\b", "---"),
+    *("...", "1e\u0664", "\u2028", "\ufeff", "\udc80", "b" * 100 + "  c" * 100),
+)
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
+def test_texts_stay_texts(text, tmp_path):
+    config = CocoTrainingConfig(
+        model=ModelConfig(backbone_weights=text),
+        optimization=OptimizationConfig(freeze=(text, "a")),
+        class_weights=text,
+        output=Path(text),
+    )
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
     assert from_yaml(CocoTrainingConfig, tmp_path / "c.yaml") == config
 
 
@@ -74,11 +97,12 @@ def test_values_as_people_write_them(tmp_path):
         ("inner: {size: [1]}", r"inner.size must be an integer or null, got \[1\]"),
         ("inner: {precision: fp8}", "inner.precision must be one of no, bf16, got 'fp8'"),
         ("inner: {pair: [1]}", r"inner.pair must be a list of length 2, each entry a number, got \[1\]"),
-        ("inner: {sides: [1, x]}", "inner.sides must be an integer, got 'x'"),
+        ("inner: {sides: [1, x]}", "each entry of inner.sides must be an integer, got 'x'"),
         ("inner: 3", "inner must have keys and values, got 3"),
         ("- a", "the file must have keys and values"),
         ("flag: 1", "flag must be true or false, got 1"),
         ("folder: 7", "folder must be a path or null, got 7"),
+        ("names: yolo", "names must be a list, each entry one of a, b, got 'yolo'"),
         ("a: [", "cannot be read as yaml"),
     ],
 )

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from groupdetr_fast.data import DataError
-from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.data import AugmentationConfig, DataError
+from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.evaluate import evaluate_checkpoint
 from groupdetr_fast.runs.train import train
+from groupdetr_fast.training.config import OptimizationConfig
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,55 @@ def test_categories_of_other_names_are_refused(config, digits, tmp_path):
 def test_wrong_settings_of_a_run_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CocoTrainingConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 1.0}, "epochs must be an integer, got 1.0"),
+        ({"num_groups": 3.0}, "num_groups must be an integer, got 3.0"),
+        ({"cuda_graphs": True}, "cuda_graphs must be an integer, got True"),
+        ({"batch_size": "4"}, "batch_size must be an integer or one of auto, got '4'"),
+        ({"num_queries": "many"}, "num_queries must be an integer or None, got 'many'"),
+        ({"lr": "1e-4"}, "lr must be a number, got '1e-4'"),
+        ({"resume": 1}, "resume must be True or False, got 1"),
+        ({"load": 7}, "load must be a path or None, got 7"),
+        ({"workers": 2.0}, "workers must be an integer or None, got 2.0"),
+        ({"precision": "fp8"}, "precision must be one of no, bf16, fp16 or None, got 'fp8'"),
+        ({"track": "wandb"}, "track must be a list, each entry one of tensorboard, .*, none, got 'wandb'"),
+        ({"freeze": "backbone"}, "freeze must be a list, each entry a text, got 'backbone'"),
+        ({"short_sides": (480, 512.0)}, "each entry of short_sides must be an integer, got 512.0"),
+        ({"jitter_scale": (0.1,)}, r"jitter_scale must be a list of length 2, each entry a number, got \(0.1,\)"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        CocoTrainingConfig().with_settings(**settings)
+
+
+def test_settings_as_people_give_them_in_python_get_their_types():
+    run = CocoTrainingConfig().with_settings(
+        lr=1,
+        backbone_lr=np.float64(1e-5),
+        epochs=np.int64(3),
+        lr_drop=[2],
+        freeze=["backbone"],
+        image_mean=(0, 0, 1),
+        tf32=np.bool_(False),
+        output="runs/x",
+        backbone_weights=Path("weights.pth"),
+        num_queries=None,
+    )
+    optimization = OptimizationConfig(
+        lr=1.0, backbone_lr=1e-5, epochs=3, lr_drop=(2.0,), freeze=("backbone",), tf32=False
+    )
+    expected = CocoTrainingConfig(
+        model=ModelConfig(backbone_weights="weights.pth"),
+        augmentation=AugmentationConfig(image_mean=(0.0, 0.0, 1.0)),
+        optimization=optimization,
+        output=Path("runs/x"),
+    )
+    assert repr(run) == repr(expected)  # 1 equals 1.0 and has another text
 
 
 def test_graphs_of_detectors_of_masks_are_refused():

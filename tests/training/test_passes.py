@@ -146,6 +146,28 @@ def test_what_cannot_be_done_is_refused():
         GroupPasses(torch.nn.Linear(1, 1), gd.build_criterion(model), 2)
 
 
+@pytest.mark.parametrize("wrong", ["images", "masks", "size of masks", "targets", "number of targets"])
+def test_a_wrong_batch_is_refused_as_without_passes(wrong):
+    model = small_model("dn_detr_r50")
+    batch = small_batch(3, 2)
+    totals = StepTotals.of([batch.targets])
+    if wrong == "images":
+        batch.images = batch.images[:, :1]
+    elif wrong == "masks":
+        batch.masks = batch.masks.long()
+    elif wrong == "size of masks":
+        batch.masks = batch.masks[:, :24]
+    elif wrong == "targets":
+        batch.targets = [{}]
+    else:
+        batch.targets = small_batch(3).targets
+    with pytest.raises((TypeError, ValueError)) as expected:
+        model(batch.images, batch.masks, batch.targets)
+    with pytest.raises(expected.type) as found:
+        GroupPasses(model, gd.build_criterion(model), 1)(batch.images, batch.masks, batch.targets, totals)
+    assert str(found.value) == str(expected.value)
+
+
 PROPORTIONS = {  # those of a real model
     **SMALL,
     "num_queries": 60,

@@ -1,5 +1,6 @@
 """Trackers, each by its real library where that is installed."""
 
+import io
 import json
 
 import numpy as np
@@ -7,24 +8,28 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from groupdetr_fast.data.images import as_rgb
 from groupdetr_fast.training.tracking import check_trackers, log_picture, start_trackers
 
+# With transparency, as matplotlib saves pictures; trackers get the colours.
+PIXELS = np.random.default_rng(0).integers(256, size=(4, 6, 4), dtype=np.uint8)
 SETTINGS = {"optimization.lr": 1e-4, "model.load": None, "augmentation.short_sides": (480, 800), "tf32": True}
 
 
 def train_twice(name, run):
     """Two beginnings of one run, as an interruption makes them: curves, a picture, and settings once."""
     run.mkdir(exist_ok=True)
-    Image.fromarray(np.zeros((4, 6, 3), dtype=np.uint8)).save(run / "predictions.png")
+    Image.fromarray(PIXELS).save(run / "predictions.png")
     for step in (1, 2):
         accelerator = Accelerator(cpu=True)
         start_trackers(accelerator, (name,), run, SETTINGS)
         accelerator.log({"train/loss": 10.0 / step}, step=step)
-        log_picture(accelerator, "predictions", run / "predictions.png", step)
+        log_picture(accelerator, "predictions", run / "predictions.png", step, read=as_rgb)
         accelerator.end_training()
     return json.loads((run / "trackers.json").read_text())[name]
 
 
+@pytest.mark.filterwarnings("error:The image decoding and encoding capabilities of TorchVision are deprecated")
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,6 +37,8 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 10.0), (2, 5.0)]
     assert [event.step for event in events.Images("predictions")] == [1, 2]
+    with Image.open(io.BytesIO(events.Images("predictions")[0].encoded_image_string)) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), PIXELS[..., :3])
     assert all(path.name.startswith("events.") for path in (tmp_path / "run" / "tensorboard").iterdir())
 
 
