@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         default="",
-        help="regular expression: works of ops, models of step, compile, graph of MODEL, files of tests",
+        help="regular expression: parts of smoke, works of ops, models of step, compile, graph of MODEL, test files",
     )
     parser.add_argument("--commit", default="", help="what the rows name as the commit, where git is not at hand")
     options = parser.parse_args(arguments)

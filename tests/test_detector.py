@@ -185,7 +185,7 @@ def test_what_does_not_work_ends_in_a_sentence(tmp_path, monkeypatch):
         detector.train("data", epoch=3)
     with pytest.raises(ValueError, match=r"num_groups must be an integer, got 3\.0"):
         gd.Detector(num_groups=3.0)
-    with pytest.raises(ValueError, match="batch_size must be an integer or one of auto, got '4'"):
+    with pytest.raises(ValueError, match="batch_size must be an integer or auto, got '4'"):
         detector.train("data", batch_size="4")
     with pytest.raises(ValueError, match="rate_steps must be an integer, got '200'"):
         detector.find_rate("data", rate_steps="200")

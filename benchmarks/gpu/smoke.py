@@ -59,18 +59,28 @@ MATCHING = [cases.Matching(20), cases.Matching(100), cases.Matching(1, batch=1, 
 
 
 def run(recorder: Recorder) -> None:
+    case = tiny(MATCHING[0]) if recorder.rehearsal else MATCHING[0]
+    parts: dict[str, Callable[[], None]] = {
+        "ceilings": lambda: ceilings(recorder),
+        "operators": lambda: operators_in_every_precision(recorder),
+        "dropout_masks": lambda: dropout_masks(recorder),
+        "negative_scores": lambda: very_negative_scores(recorder),
+        "criterion": lambda: criterion(recorder, case),
+    }
     clocks(recorder)
-    ceilings(recorder)
+    for name, part in parts.items():
+        if recorder.wants(name):
+            part()
+    clocks(recorder)
+
+
+def operators_in_every_precision(recorder: Recorder) -> None:
     families = [family for family in FAMILIES if family[0] != "tf32" or family[1] in MULTIPLYING]
     if recorder.rehearsal:
         for precision, name in families:
             check_family(recorder, precision, name)
     else:
         in_processes(recorder, families)
-    dropout_masks(recorder)
-    very_negative_scores(recorder)
-    criterion(recorder, tiny(MATCHING[0]) if recorder.rehearsal else MATCHING[0])
-    clocks(recorder)
 
 
 def in_processes(recorder: Recorder, families: Sequence[tuple[str, str]]) -> None:

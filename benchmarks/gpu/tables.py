@@ -6,6 +6,7 @@ python benchmarks gpu_tables --check             fail if docs has other ones
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,11 +108,13 @@ def newest_works(runs: Sequence[Run]) -> list[Run]:
         own: dict[tuple, set[str]] = {}
         for row in run.of("time"):
             own.setdefault(key_of(row), set()).add(row["contender"])
+        timed = {key for key, contenders in own.items() if OURS in contenders}
         own = {key: set(peers(dict.fromkeys(contenders))) for key, contenders in own.items()}
         again = {key for key, others in own.items() if key in seen and others <= seen[key]}
         kept.append(run._replace(rows=[row for row in run.rows if row["kind"] != "time" or key_of(row) not in again]))
         for key, others in own.items():
-            seen.setdefault(key, set()).update(others)
+            if key in timed:
+                seen.setdefault(key, set()).update(others)
     return kept[::-1]
 
 
@@ -299,8 +302,8 @@ def goals_table(smoke: Run, ops: Sequence[Run], steps: Sequence[Run]) -> str:
 def goal_line(name: str, goal: str, value: float | None, is_met: Callable[[float], bool]) -> list[str]:
     if value is None:
         return [name, goal, "not measured", "-"]
-    rounded = f"{value:.2f}"
-    return [name, goal, rounded if is_met(float(rounded)) == is_met(value) else f"{value:.3f}", met(is_met(value))]
+    rounded = (f"{value:.{digits}f}" for digits in itertools.count(2))
+    return [name, goal, next(text for text in rounded if is_met(float(text)) == is_met(value)), met(is_met(value))]
 
 
 def value_of(runs: Sequence[Run], kind: str, value: str, **fields: Any) -> Any:

@@ -29,8 +29,8 @@ class Backbone(nn.Module):
         stages: how many stages the network has; None for all. With one less, the last map has half the stride.
         num_levels: how many of the last stages to return.
         dilation: replace the last stage's stride by dilation (the "DC5" models). Not for ``conv:``.
-        frozen_stages: how many of the first stages are not trained, at most all; the stem of a ResNet counts as the
-            first. DETR freezes two. Not for ``conv:``, which is always trained.
+        frozen_stages: how many of the first stages are not trained, all if there are no more; the stem of a ResNet
+            counts as the first. DETR freezes two. Not for ``conv:``, which is always trained.
 
     Attributes:
         num_channels: channels of each returned level.
@@ -54,6 +54,8 @@ class Backbone(nn.Module):
         family, _, variant = name.rpartition(":")
         if family not in ("", "timm", "conv"):
             raise ValueError(f"unknown backbone {name!r}: use resnet18 ... resnet152, timm:NAME or conv:W1-W2-...")
+        if frozen_stages < 0:
+            raise ValueError(f"frozen_stages must be at least 0, got {frozen_stages}")
         if family == "conv" and (dilation or weights is not None):
             raise ValueError(f"backbone {name!r} has neither dilation nor pretrained weights")
         build = {"": _ResNet, "timm": _TimmNetwork, "conv": _ConvNetwork}[family]
@@ -61,10 +63,7 @@ class Backbone(nn.Module):
         if weights not in (None, "imagenet"):
             _load_weights(self.body, Path(weights), name)
         if family != "conv":
-            if not 0 <= frozen_stages <= self.body.most_frozen:
-                of = f"backbone {name!r}" if stages is None else f"backbone {name!r} with stages={stages}"
-                raise ValueError(f"frozen_stages must be 0 to {self.body.most_frozen} for {of}, got {frozen_stages}")
-            self.body.freeze(frozen_stages)
+            self.body.freeze(min(frozen_stages, self.body.most_frozen))
         self.num_channels: list[int] = self.body.num_channels
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import reprlib
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -197,7 +198,7 @@ def _convert(hint: Any, value: Any, key: str, complete: bool = False, names: Map
                 )
         elif option in (Path, str) and isinstance(value, str | os.PathLike):
             return option(value)
-        elif option is float and type(value) in (int, float):
+        elif option is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
         elif type(value) is option:
             return value
@@ -212,7 +213,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _in_words(option: Any, names: Mapping[Any, str]) -> str:
     arguments = get_args(option)
     if get_origin(option) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(map(str, arguments))}"
     if get_origin(option) is tuple:
         number = "" if arguments[-1] is ... else f" of length {len(arguments)}"
         return f"a list{number}, each entry {_in_words(arguments[0], names)}"

@@ -103,10 +103,14 @@ def test_a_part_without_ways_of_ours_that_are_gone_replaces_what_has_them(tmp_pa
     write_parts(tmp_path, ("", before), ("again", [time(name, "forward", 1, 1) for name in (OURS, "peer")]))
     whole, part = tables.newest_works(tables.runs_of(tmp_path, "ops"))
     assert (len(whole.of("time")), len(part.of("time"))) == (0, 2)
+    write_parts(tmp_path, ("", before), ("again", [time("peer", "forward", 1, 1)]))  # ours was wrong
+    whole, part = tables.newest_works(tables.runs_of(tmp_path, "ops"))
+    assert (len(whole.of("time")), len(part.of("time"))) == (3, 1)
 
 
 def test_a_goal_is_not_rounded_to_the_other_side():
     assert tables.goal_line("busy", "at least 0.95", 0.948, lambda value: value >= 0.95)[2:] == ["0.948", "missed"]
+    assert tables.goal_line("busy", "at least 0.95", 0.94997, lambda value: value >= 0.95)[2:] == ["0.94997", "missed"]
     assert tables.goal_line("busy", "at least 0.95", 0.951, lambda value: value >= 0.95)[2:] == ["0.95", "met"]
 
 

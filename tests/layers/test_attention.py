@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdetr_fast.layers import attention
 from groupdetr_fast.layers.attention import attend, attend_under_mask
@@ -28,10 +30,45 @@ def negative_scores(dtype, device, tokens=64, heads=2, dim=32):
     return [each.to(dtype).requires_grad_() for each in (query, key, value)]
 
 
+class Padded(TorchDispatchMode):
+    """How many tensors are padded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.constant_pad_nd.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device_type", "keys", "masked", "padded"),
+    [
+        ("cuda", 64, True, 3),
+        ("cuda", 60, True, 0),
+        ("cuda", 64, False, 0),
+        ("cpu", 64, True, 0),
+    ],
+)
+def test_keys_are_added_under_a_mask_on_gpus(device_type, keys, masked, padded):
+    with FakeTensorMode(), Padded() as found:
+        query, key, value = (torch.empty(2, 3, length, 8, device=device_type) for length in (5, keys, keys))
+        visible = torch.ones(2, 1, 1, keys, dtype=torch.bool, device=device_type) if masked else None
+        attend_under_mask(query, key, value, visible, 0.0)
+    assert found.count == padded
+
+
+@pytest.fixture
+def _cudnn_may_serve():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.usefixtures("_cudnn_may_serve")
 @pytest.mark.parametrize("way", ["attend", "attend_under_mask"])
 def test_gradients_of_very_negative_scores_are_finite(way, device):
-    """Those of cuDNN's attention to 64 keys under a mask are not, on an H200; torch is free to choose it here."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    """Those of cuDNN's attention to 64 keys under a mask are not, on an H200."""
     heads = negative_scores(torch.bfloat16, device)
     if way == "attend":
         out = attend(*heads, torch.zeros(1, 64, dtype=torch.bool, device=device), 0.0)

@@ -37,9 +37,10 @@ def test_resnet_norms_are_frozen_and_stages_too():
     assert all(p.requires_grad for p in everything.parameters())
 
 
-@pytest.mark.parametrize(("name", "stages"), [("resnet18", 5), ("timm:tf_efficientnet_lite0", 5)])
-def test_all_stages_can_be_frozen(name, stages):
-    backbone = Backbone(name, frozen_stages=stages)
+@pytest.mark.parametrize("name", ["resnet18", "timm:tf_efficientnet_lite0"])
+@pytest.mark.parametrize(("frozen", "stages"), [(5, None), (7, None), (2, 1)])
+def test_all_stages_can_be_frozen(name, frozen, stages):
+    backbone = Backbone(name, stages=stages, frozen_stages=frozen)
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
@@ -96,19 +97,8 @@ def test_fewer_stages(name, stages, channels, stride):
             ValueError,
             "backbone 'resnet18' has no dilation: .* from resnet50 on",
         ),
-        ({"name": "resnet18", "frozen_stages": -1}, ValueError, "must be 0 to 5 for backbone 'resnet18', got -1"),
-        ({"name": "resnet18", "frozen_stages": 7}, ValueError, "must be 0 to 5 for backbone 'resnet18', got 7"),
-        (
-            {"name": "resnet18", "stages": 1, "frozen_stages": 3},
-            ValueError,
-            "frozen_stages must be 0 to 2 for backbone 'resnet18' with stages=1, got 3",
-        ),
-        ({"name": "timm:resnet18", "frozen_stages": -1}, ValueError, "must be 0 to 5 for backbone 'timm:resnet18'"),
-        (
-            {"name": "timm:tf_efficientnet_lite0", "stages": 1},  # of which two are frozen by default
-            ValueError,
-            "frozen_stages must be 0 to 1 for backbone 'timm:tf_efficientnet_lite0' with stages=1, got 2",
-        ),
+        ({"name": "resnet18", "frozen_stages": -1}, ValueError, "frozen_stages must be at least 0, got -1"),
+        ({"name": "conv:8-8", "frozen_stages": -1}, ValueError, "frozen_stages must be at least 0, got -1"),
         ({"name": "resnet18", "weights": "none.pth"}, FileNotFoundError, "there is no file none.pth"),
     ],
 )

@@ -17,6 +17,7 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.models.checkpoints import read_header
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.find_rate import find_rate
 from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine
@@ -24,6 +25,18 @@ from groupdetr_fast.training.checkpoint import latest_checkpoint
 from groupdetr_fast.training.faults import TrainingError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_coco.py"
+
+
+@pytest.mark.parametrize("begin", [train, find_rate], ids=["train", "find_rate"])
+@pytest.mark.parametrize("of_transformers", [True, False])
+def test_models_of_transformers_do_without_cudnn_attention(begin, of_transformers, config, monkeypatch):
+    def build(*arguments, cudnn_attention):
+        raise InterruptedError(cudnn_attention)
+
+    monkeypatch.setattr(sys.modules[begin.__module__], "build_accelerator", build)
+    monkeypatch.setattr(type(config.model), "of_transformers", property(lambda model: of_transformers))
+    with pytest.raises(InterruptedError, match=str(not of_transformers)):
+        begin(config)
 
 
 def test_a_run_leaves_everything_it_promises(config, capsys):
