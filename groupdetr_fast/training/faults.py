@@ -104,14 +104,25 @@ def deaths_of_workers_explained(workers: int, then: str = RESUME) -> Iterator[No
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        broken_pipe = not isinstance(error, RuntimeError) and workers > 0
-        if not (broken_pipe or str(error).startswith(WORKER_DIED)):
+    except Exception as error:
+        broken_pipe = isinstance(error, ConnectionError | EOFError) and workers > 0
+        death = error if broken_pipe else _death_behind(error)
+        if death is None:
             raise
         _hear_of_no_further_death()
         raise TrainingError(
-            f"a process that loads images died ({error}): perhaps memory ran out, for which fewer workers help; {then}"
+            f"a process that loads images died ({death}): perhaps memory ran out, for which fewer workers help; {then}"
         ) from None
+
+
+def _death_behind(error: BaseException | None) -> BaseException | None:
+    """torch's error of a killed worker.
+
+    It comes wherever the program is, also where a RuntimeError is made another error, as in looking up an op of torch.
+    """
+    while error is not None and not str(error).startswith(WORKER_DIED):
+        error = error.__cause__
+    return error
 
 
 def _hear_of_no_further_death() -> None:

@@ -27,8 +27,9 @@ from small_runs import (
     write_images,
 )
 
+from groupdetr_fast.training import faults
 from groupdetr_fast.training.checkpoint import latest_checkpoint
-from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest
+from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +337,26 @@ def test_a_killed_worker_ends_in_one_sentence(config, undisturbed):
     assert last.startswith("error: a process that loads images died (")
     assert "resuming goes on from the newest checkpoint" in last
     finish(with_workers, undisturbed)
+
+
+def hear_of_a_death(made_another_error):
+    try:
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+    except RuntimeError as error:
+        if not made_another_error:
+            raise
+        raise AttributeError("'_OpNamespace' 'groupdetr_fast' object has no attribute 'an_op'") from error
+
+
+@pytest.mark.parametrize("made_another_error", [False, True])
+def test_the_death_of_a_worker_is_told_wherever_it_was_heard_of(made_another_error, monkeypatch):
+    """torch raises its error in the midst of whatever the program does, such as looking up an op for the first time."""
+    monkeypatch.setattr(faults, "_hear_of_no_further_death", lambda: None)
+    message = r"^a process that loads images died \(DataLoader worker \(pid 5\) is killed"
+    with pytest.raises(TrainingError, match=message), faults.deaths_of_workers_explained(2):
+        hear_of_a_death(made_another_error)
+    with pytest.raises(AttributeError), faults.deaths_of_workers_explained(2):
+        raise AttributeError("another") from ValueError("another")
 
 
 def test_steps_whose_loss_is_not_finite_are_skipped(config, undisturbed):
