@@ -16,6 +16,7 @@ __all__ = [
     "deformable_tiles",
     "error_and_bound",
     "ms_deform_attn_inputs",
+    "negative_scores",
     "peak_bytes",
     "poisoned_memory",
 ]
@@ -108,6 +109,13 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def negative_scores(tokens: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Query, key and value ``[1, tokens, 2, 32]`` that require a gradient, and whose scores are all about -120."""
+    query, key, value = (torch.randn(1, tokens, 2, 32, device=device) / 10 for _ in range(3))
+    query[..., 0], key[..., 0] = 1.0, -120 * 32**0.5
+    return [each.to(dtype).requires_grad_() for each in (query, key, value)]
 
 
 def ms_deform_attn_inputs(

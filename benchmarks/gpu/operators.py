@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,23 +79,8 @@ def attention(case: cases.Attention, device: torch.device, dtype: torch.dtype, d
     seed = new_seed(device) if dropout_p else None
     rest = (case.groups.as_ints(), dropout_p, seed, case.channels**-0.5)
     label = f"{case}, {case.channels} channels" + (f", dropout {dropout_p}" if dropout_p else "")
-    yield Operator(
-        "grouped_attention",
-        label,
-        ("out", "lse"),
-        OPS.grouped_attention,
-        grouped_attention_reference,
-        (*tensors, *rest),
-    )
-    out, lse = OPS.grouped_attention(*tensors, *rest)
-    yield Operator(
-        "grouped_attention_backward",
-        label,
-        ("grad_query", "grad_key", "grad_value"),
-        OPS.grouped_attention_backward,
-        grouped_attention_backward_reference,
-        (torch.randn_like(out), *tensors, out, lse, *rest),
-    )
+    references = grouped_attention_reference, grouped_attention_backward_reference
+    yield from _forward_and_backward("grouped_attention", label, tensors, rest, *references)
 
 
 def cross_attention(
@@ -104,17 +89,25 @@ def cross_attention(
     tensors = [*(tensor.detach().to(dtype) for tensor in case.make(device)), case.padding(device)]
     rest = (dropout_p, new_seed(device) if dropout_p else None, case.channels**-0.5)
     label = f"{case}, {case.channels} channels" + (f", dropout {dropout_p}" if dropout_p else "")
-    inputs = (*tensors, *rest)
-    yield Operator("cross_attention", label, ("out", "lse"), OPS.cross_attention, cross_attention_reference, inputs)
-    out, lse = OPS.cross_attention(*inputs)
-    yield Operator(
-        "cross_attention_backward",
-        label,
-        ("grad_query", "grad_key", "grad_value"),
-        OPS.cross_attention_backward,
-        cross_attention_backward_reference,
-        (torch.randn_like(out), *tensors, out, lse, *rest),
-    )
+    references = cross_attention_reference, cross_attention_backward_reference
+    yield from _forward_and_backward("cross_attention", label, tensors, rest, *references)
+
+
+def _forward_and_backward(
+    name: str,
+    label: str,
+    tensors: Sequence[Tensor | None],
+    rest: tuple[Any, ...],
+    reference: Callable[..., Any],
+    backward_reference: Callable[..., Any],
+) -> Iterator[Operator]:
+    """An attention of these arguments, and its backward pass, which takes the result between them."""
+    forward, backward = getattr(OPS, name), getattr(OPS, f"{name}_backward")
+    yield Operator(name, label, ("out", "lse"), forward, reference, (*tensors, *rest))
+    out, lse = forward(*tensors, *rest)
+    arguments = (torch.randn_like(out), *tensors, out, lse, *rest)
+    grads = ("grad_query", "grad_key", "grad_value")
+    yield Operator(f"{name}_backward", label, grads, backward, backward_reference, arguments)
 
 
 def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:

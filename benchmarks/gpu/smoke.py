@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import groupdetr_fast as gd
 from groupdetr_fast.layers import attention as layers_attention
 from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
-from groupdetr_fast.testing import error_and_bound
+from groupdetr_fast.testing import error_and_bound, negative_scores
 from harness import cases
 from harness.interleave import in_one_line
 
@@ -254,22 +254,20 @@ def very_negative_scores(recorder: Recorder) -> None:
 
     Those of cuDNN's kernel are not, which torch chooses on an H200; those of the layers must be.
     """
-    query, key, value = (torch.randn(1, 64, 2, 32, device=recorder.device) / 10 for _ in range(3))
-    query[..., 0], key[..., 0] = 1.0, -120 * 32**0.5
     padding = torch.zeros(1, 64, dtype=torch.bool, device=recorder.device)
-    ways = {
-        "torch": F.scaled_dot_product_attention,
-        "attend_under_mask": functools.partial(layers_attention.attend_under_mask, dropout_p=0.0),
-        "attend": None,
+
+    def heads_first(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *heads: attention(*(each.transpose(1, 2) for each in heads), ~padding[:, None, None], 0.0)
+
+    ways: dict[str, Callable[..., Tensor]] = {
+        "torch": heads_first(F.scaled_dot_product_attention),
+        "attend_under_mask": heads_first(layers_attention.attend_under_mask),
+        "attend": lambda *heads: layers_attention.attend(*heads, padding, 0.0),
     }
     for name, way in ways.items():
-        heads = [each.bfloat16().requires_grad_() for each in (query, key, value)]
+        heads = negative_scores(64, torch.bfloat16, recorder.device)
         with recorder.row("negative_scores", way=name) as row:
-            if way is None:
-                out = layers_attention.attend(*heads, padding, 0.0)
-            else:
-                out = way(*(each.transpose(1, 2) for each in heads), ~padding[:, None, None])
-            grads = torch.autograd.grad(out.float().square().sum(), heads)
+            grads = torch.autograd.grad(way(*heads).float().square().sum(), heads)
             row["not_finite"] = sum(int((~grad.isfinite()).sum()) for grad in grads)
             assert name == "torch" or row["not_finite"] == 0
 

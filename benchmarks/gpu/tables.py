@@ -108,13 +108,11 @@ def newest_works(runs: Sequence[Run]) -> list[Run]:
         own: dict[tuple, set[str]] = {}
         for row in run.of("time"):
             own.setdefault(key_of(row), set()).add(row["contender"])
-        timed = {key for key, contenders in own.items() if OURS in contenders}
-        own = {key: set(peers(dict.fromkeys(contenders))) for key, contenders in own.items()}
-        again = {key for key, others in own.items() if key in seen and others <= seen[key]}
+        again = {key for key, names in own.items() if key in seen and set(peers(dict.fromkeys(names))) <= seen[key]}
         kept.append(run._replace(rows=[row for row in run.rows if row["kind"] != "time" or key_of(row) not in again]))
-        for key, others in own.items():
-            if key in timed:
-                seen.setdefault(key, set()).update(others)
+        for key, names in own.items():
+            if OURS in names:
+                seen.setdefault(key, set()).update(names)
     return kept[::-1]
 
 

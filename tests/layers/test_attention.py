@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdetr_fast.layers import attention
 from groupdetr_fast.layers.attention import attend, attend_under_mask
+from groupdetr_fast.testing import negative_scores
 
 
 @pytest.mark.parametrize("keys", [64, 192, 60, 128])
@@ -21,13 +22,6 @@ def test_keys_that_fill_the_last_ones_of_cudnn_change_nothing(keys, rows):
     assert filled[2].shape == (2, 1, rows, keys + more)
     out = F.scaled_dot_product_attention(query, filled[0], filled[1], attn_mask=filled[2])
     torch.testing.assert_close(out, attend_under_mask(query, key, value, visible, 0.0))
-
-
-def negative_scores(dtype, device, tokens=64, heads=2, dim=32):
-    """Heads ``[B, L, H, D]`` whose scores are all about -120."""
-    query, key, value = (torch.randn(1, tokens, heads, dim, device=device) * 0.1 for _ in range(3))
-    query[..., 0], key[..., 0] = 1.0, -120 * dim**0.5
-    return [each.to(dtype).requires_grad_() for each in (query, key, value)]
 
 
 class Padded(TorchDispatchMode):
@@ -69,7 +63,7 @@ def _cudnn_may_serve():
 @pytest.mark.parametrize("way", ["attend", "attend_under_mask"])
 def test_gradients_of_very_negative_scores_are_finite(way, device):
     """Those of cuDNN's attention to 64 keys under a mask are not, on an H200."""
-    heads = negative_scores(torch.bfloat16, device)
+    heads = negative_scores(64, torch.bfloat16, device)
     if way == "attend":
         out = attend(*heads, torch.zeros(1, 64, dtype=torch.bool, device=device), 0.0)
     else:
