@@ -74,6 +74,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     model = accelerator.prepare_model(model, evaluation_mode=True)
     with deaths_of_workers_explained(loader.num_workers, AGAIN), deaths_of_processes_explained(AGAIN):
         metrics = evaluate(accelerator, model, loader, dataset, config)
+    accelerator.end_training()
     if accelerator.is_main_process:
         write_json(config.output / METRICS_FILE, metrics)
         print(format_table(metrics))

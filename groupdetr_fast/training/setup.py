@@ -1,5 +1,8 @@
 """What a training stands on: devices, processes, precision and seeds."""
 
+import atexit
+import gc
+import time
 from pathlib import Path
 
 import torch
@@ -11,7 +14,13 @@ from torch import nn
 from .config import OptimizationConfig
 from .host_memory import keep_freed_memory
 
-__all__ = ["build_accelerator", "do_without_cudnn_attention", "round_products", "send_buffers_only_if_trained"]
+__all__ = [
+    "build_accelerator",
+    "do_without_cudnn_attention",
+    "let_threads_finish",
+    "round_products",
+    "send_buffers_only_if_trained",
+]
 
 
 def build_accelerator(
@@ -50,7 +59,21 @@ def build_accelerator(
     round_products(accelerator.device, tf32=config.tf32)
     if not cudnn_attention:
         do_without_cudnn_attention(accelerator.device)
+    if accelerator.num_processes > 1:
+        atexit.unregister(let_threads_finish)  # once is enough
+        atexit.register(let_threads_finish)
     return accelerator
+
+
+def let_threads_finish() -> None:
+    """Give gloo's threads, at the end of a process, time to release what they have sent.
+
+    For that they need the interpreter, and torch aborts the process if they ask for it while it ends ("terminate called
+    without an active exception"). Destroying the process group does not end them: the model for several processes holds
+    it, and is freed here where nothing else holds that.
+    """
+    gc.collect()
+    time.sleep(0.1)
 
 
 def round_products(device: torch.device, *, tf32: bool) -> None:

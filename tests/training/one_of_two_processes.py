@@ -3,6 +3,7 @@
 Arguments: folder of the data, output, kind of run, and settings of the optimisation as json.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -116,7 +117,19 @@ def say_when_saved():
     Trainer.save = save
 
 
+def tell_threads_at_exit():
+    """Say which threads are left when the interpreter ends, which is after what was registered later has run."""
+
+    def tell():
+        names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+        sys.stderr.write(f"threads of process {os.environ['RANK']}: {' '.join(sorted(names))}\n")
+
+    if sys.platform == "linux":
+        atexit.register(tell)
+
+
 def main():
+    tell_threads_at_exit()
     folder, output, kind, optimization = sys.argv[1:]
     torch.set_num_threads(1)
     config = config_of(Path(folder), Path(output), **json.loads(optimization))
