@@ -19,6 +19,10 @@ inline int asked_for(const char* variable, int otherwise) {
 // default, which takes an H200 0.78 to 0.85 of the other kernel's time (docs/gpu_kernels.md), or 0.
 inline std::atomic<int> deformable_tiles = asked_for("GROUPDETR_FAST_DEFORMABLE_TILES", 1);
 
+// Whether its forward pass goes by products on tensor cores (cuda/ms_deform_attn_products.cuh) where it can: 1, or 0 by
+// default, as no GPU has timed it.
+inline std::atomic<int> deformable_products = asked_for("GROUPDETR_FAST_DEFORMABLE_PRODUCTS", 0);
+
 // Whether the assignment's kernel (cuda/linear_assignment.cuh) copies costs to shared memory where they fit: the same,
 // about 0.7 of the time with 20 targets, as long with 60 and more.
 inline std::atomic<int> assignment_shared_costs = asked_for("GROUPDETR_FAST_ASSIGNMENT_SHARED_COSTS", 1);

@@ -13,6 +13,7 @@ from . import _gpus
 __all__ = [
     "assert_matches_reference",
     "assignment_way",
+    "deformable_products",
     "deformable_tiles",
     "error_and_bound",
     "ms_deform_attn_inputs",
@@ -65,6 +66,16 @@ def deformable_tiles(chosen: bool) -> Iterator[None]:
     Without compiled kernels there is nothing to choose; so it is with :func:`assignment_way`.
     """
     with _chosen("choose_deformable_tiles", chosen):
+        yield
+
+
+@contextmanager
+def deformable_products(chosen: bool) -> Iterator[None]:
+    """Inside, whether the forward pass of ``ms_deform_attn`` goes by products on tensor cores on GPUs where it can.
+
+    By default it does not.
+    """
+    with _chosen("choose_deformable_products", chosen):
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
-from groupdetr_fast.testing import deformable_tiles, ms_deform_attn_inputs
+from groupdetr_fast.testing import deformable_products, deformable_tiles, ms_deform_attn_inputs
 from harness import cases
 
 from .operators import ASSIGNMENT_WAYS, assign
@@ -33,11 +33,11 @@ def small(device: torch.device) -> None:
         _cross_attention(cases.CrossAttention(40, mask="none", heads=2, map=(4, 9)), 0.0, dtype, device)
         value, flat, *samples = ms_deform_attn_inputs(queries=37, heads=2, dim=32, points=4, dtype=dtype)
         shapes = list(zip(flat[::2], flat[1::2], strict=True))
-        for deterministic, tiles in ((False, False), (True, False), (False, True)):
+        for deterministic, tensor_cores in ((False, False), (True, False), (False, True)):
             inputs = [tensor.clone().to(device).requires_grad_() for tensor in (value, *samples)]
             torch.use_deterministic_algorithms(deterministic, warn_only=True)
             try:
-                with deformable_tiles(tiles):
+                with deformable_products(tensor_cores), deformable_tiles(tensor_cores):
                     _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
             finally:
                 torch.use_deterministic_algorithms(False)
@@ -78,7 +78,7 @@ def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
 def large(device: torch.device) -> None:
     """Attention at 11 x 900 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16.
 
-    Deformable attention's backward pass both ways, by cells and by tiles.
+    Deformable attention both ways, with and without tensor cores.
     """
     inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
     _with_backward(gd.ops.grouped_attention(*inputs, 11))
@@ -88,8 +88,8 @@ def large(device: torch.device) -> None:
     case = cases.GPU_DEFORMABLE[0]
     value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
     inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]
-    for tiles in (False, True):
-        with deformable_tiles(tiles):
+    for tensor_cores in (False, True):
+        with deformable_products(tensor_cores), deformable_tiles(tensor_cores):
             _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
 
 

@@ -24,14 +24,16 @@ REGISTERS, REGISTERS_AT_A_TIME = 16 << 10, 256  # of a quarter; a warp gets so m
 # The loops of kernels that the rule of sass.inner_loop does not do justice to, each by the functions that it is in, the
 # innermost last; of several it is the longest. The assignment multiplies in none, and its longest loop looks up strides
 # once: every cost is read by find_row_minima; a turn of augment, once for each slot that a search looks at, holds
-# find_cheapest_free and relax.
+# find_cheapest_free and relax. Deformable attention's products have a longer loop beside them, for weights that they
+# do not serve.
 NAMED = {
     "solve_assignments": {
         "find_row_minima": ("find_row_minima",),
         "augment": ("augment",),
         "find_cheapest_free": ("find_cheapest_free",),
         "relax": ("relax",),
-    }
+    },
+    "deform_forward_products": {"add_products": ("add_products",), "add_in_floats": ("add_in_floats",)},
 }
 # Kernels whose innermost loop makes one turn a sample: what else a sample takes is in the loop around it.
 AROUND = {"deform_backward": 1}

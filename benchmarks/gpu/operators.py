@@ -25,7 +25,7 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
-from groupdetr_fast.testing import assignment_way, deformable_tiles
+from groupdetr_fast.testing import assignment_way, deformable_products, deformable_tiles
 from harness import cases
 
 from .loops import constant
@@ -33,6 +33,7 @@ from .loops import constant
 __all__ = [
     "ASSIGNMENT_WAYS",
     "COST",
+    "HALF",
     "OPS",
     "Operator",
     "assign",
@@ -40,6 +41,7 @@ __all__ = [
     "cross_attention",
     "deformable",
     "deformable_backward",
+    "deformable_forward",
     "float32_products",
     "goes_by_tiles",
     "largest_difference",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 OPS = torch.ops.groupdetr_fast
+HALF = (torch.float16, torch.bfloat16)  # what tensor cores take without rounding it
 # Every way of linear_assignment's kernel, whichever a GPU takes by itself.
 ASSIGNMENT_WAYS = {
     "costs in global memory, sums in doubles": {"shared_costs": False, "fixed_point": False},
@@ -111,11 +114,19 @@ def _forward_and_backward(
 
 
 def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype) -> Iterator[Operator]:
-    """Forward and all ways of backward; locations and weights stay in float32."""
+    """All ways of forward and backward; locations and weights stay in float32."""
     value, locations, weights = (tensor.detach() for tensor in case.make(device))
     flat = [size for level in case.levels for size in level]
     inputs = (value.to(dtype), flat, locations, weights)
-    yield Operator("ms_deform_attn", str(case), ("out",), OPS.ms_deform_attn, ms_deform_attn_reference, inputs)
+    for products in (False, True) if dtype in HALF else (False,):
+        yield Operator(
+            "ms_deform_attn",
+            f"{case}, products" if products else str(case),
+            ("out",),
+            functools.partial(deformable_forward, products),
+            ms_deform_attn_reference,
+            inputs,
+        )
     grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
     ways = {"": True, ", deterministic": True}
     if goes_by_tiles(case, dtype):
@@ -136,7 +147,14 @@ def goes_by_tiles(case: cases.Deformable, dtype: torch.dtype = torch.bfloat16) -
     """Whether the backward pass goes by tiles: where it sorts (csrc/cuda/ms_deform_attn.cu), in half types."""
     pixels = sum(height * width for height, width in case.levels)
     samples = (case.queries or pixels) * len(case.levels) * case.points
-    return dtype in (torch.float16, torch.bfloat16) and samples >= constant("kSamplesOfPixel") * pixels
+    return dtype in HALF and samples >= constant("kSamplesOfPixel") * pixels
+
+
+def deformable_forward(products: bool, *inputs: Any) -> Tensor:
+    """The op of deformable attention, with its kernel on tensor cores where that serves or without."""
+    with deformable_products(products):
+        out: Tensor = OPS.ms_deform_attn(*inputs)
+    return out
 
 
 def deformable_backward(tiles: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,9 +24,10 @@ from harness.results import OURS
 from .operators import (
     ASSIGNMENT_WAYS,
     COST,
-    OPS,
+    HALF,
     assign,
     deformable_backward,
+    deformable_forward,
     goes_by_tiles,
     make_predictions,
     name_of,
@@ -205,11 +206,15 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
 
         return attend
 
+    flat = [size for level in levels for size in level]
     contenders = {OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples))}
+    if dtype in HALF:
+        contenders[f"{OURS}, products"] = ready(
+            lambda value, *samples: DeformableWay.apply(True, True, value, flat, *samples)
+        )
     if goes_by_tiles(case, dtype):
-        flat = [size for level in levels for size in level]
         contenders[f"{OURS}, without tiles"] = ready(
-            lambda value, *samples: BackwardWithoutTiles.apply(value, flat, *samples)
+            lambda value, *samples: DeformableWay.apply(False, False, value, flat, *samples)
         )
     contenders |= {
         "torch-ms-deform-attn": Contender(torch_ms_deform_attn),
@@ -221,20 +226,22 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
     return Work("ms_deform_attn", fields, inputs, contenders, as_is, lambda out: [out], peer_gradients=False)
 
 
-class BackwardWithoutTiles(torch.autograd.Function):
-    """Deformable attention whose backward pass does not go by tiles, and so without tensor cores."""
+class DeformableWay(torch.autograd.Function):
+    """Deformable attention whose forward pass goes by products or not, and whose backward pass goes by tiles or not."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, flat: list[int], places: Tensor, weights: Tensor) -> Tensor:
-        ctx.flat = flat
+    def forward(
+        ctx: Any, products: bool, tiles: bool, value: Tensor, flat: list[int], places: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.tiles, ctx.flat = tiles, flat
         ctx.save_for_backward(value, places, weights)
-        return OPS.ms_deform_attn(value, flat, places, weights)
+        return deformable_forward(products, value, flat, places, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, places, weights = ctx.saved_tensors
-        grad_value, *grads = deformable_backward(False, grad, value, ctx.flat, places, weights)
-        return grad_value, None, *grads
+        grad_value, *grads = deformable_backward(ctx.tiles, grad, value, ctx.flat, places, weights)
+        return None, None, grad_value, None, *grads
 
 
 def matching_cost(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Work:

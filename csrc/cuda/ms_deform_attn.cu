@@ -111,8 +111,17 @@ Tensor ms_deform_attn(const Tensor& value, std::vector<int64_t> spatial_shapes, 
   const Tensor values = torch::stable::contiguous(value), places = in(dtype, locations), factors = in(dtype, weights);
   for_type(value.scalar_type(), [&]<typename T>() {
     using A = DeformArithmetic<T>;
-    STD_CUDA_CHECK(launch_deform_forward(p, data<T>(values), data<A>(places), data<A>(factors), mutable_data<T>(out),
-                                         current_stream(value.get_device_index())));
+    const cudaStream_t stream = current_stream(value.get_device_index());
+    const auto forward = [&](const auto& launch) {
+      STD_CUDA_CHECK(launch(p, data<T>(values), data<A>(places), data<A>(factors), mutable_data<T>(out), stream));
+    };
+    if constexpr (kIsHalf<T>) {
+      if (deformable_products > 0 && is_served<kOldestTensorCores>(value.get_device_index()) &&
+          fits_products<T>(p, data<T>(values), data<T>(out))) {
+        return forward(&launch_deform_forward_products<T>);
+      }
+    }
+    forward(&launch_deform_forward<T>);
   });
   return out;
 }

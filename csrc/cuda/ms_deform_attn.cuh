@@ -3,6 +3,7 @@
 // A group of lanes works on one query and head. The lanes compute the corners of one sample each and share them in
 // shared memory; then all of them walk over the samples. In the backward kernel the products of the four corners with
 // the gradient of the result are summed over the group by shuffles, which leaves one sum per corner.
+// ms_deform_attn_products.cuh has another forward pass, on tensor cores.
 //
 // The gradient of value is summed by atomics, one sample after another. ms_deform_attn_sorted.cuh does with fewer of
 // them, ms_deform_attn_tiles.cuh too and on tensor cores, ms_deform_attn_in_order.cuh without.
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "ms_deform_attn_in_order.cuh"
+#include "ms_deform_attn_products.cuh"
 #include "ms_deform_attn_samples.cuh"
 #include "ms_deform_attn_sorted.cuh"
 #include "ms_deform_attn_tiles.cuh"

@@ -45,6 +45,22 @@ constexpr int kMaxGridY = 65535;
 template <typename T>
 constexpr int kVectorSize = 16 / sizeof(T);
 
+// Divides numbers below 2^31 by one that the host knows, without a division: by a multiplication with 2^(31 + shift)
+// over the divisor, rounded up, where 2^shift is at least the divisor, and the error therefore too small to matter.
+struct Divisor {
+  uint32_t factor;
+  int32_t shift;
+
+  explicit Divisor(int32_t divisor) : factor(0), shift(0) {
+    while ((int64_t{1} << shift) < divisor) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+
+  __device__ __forceinline__ int32_t divide(int32_t number) const {
+    return static_cast<int32_t>(__umulhi(2 * static_cast<uint32_t>(number), factor) >> shift);
+  }
+};
+
 struct DeformGroup {
   int32_t size, lane;
 };

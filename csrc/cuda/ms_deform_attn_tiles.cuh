@@ -27,22 +27,6 @@ constexpr int kTileRun = 128;                                 // sorted samples 
 constexpr int kChunk = 16;
 constexpr int kTileBlocks = kHasVectorAtomics ? 6 : 5;  // with 32 channels; as many as registers allow without spills
 
-// Divides numbers below 2^31 by one that the host knows, without a division: by a multiplication with 2^(31 + shift)
-// over the divisor, rounded up, where 2^shift is at least the divisor, and the error therefore too small to matter.
-struct Divisor {
-  uint32_t factor;
-  int32_t shift;
-
-  explicit Divisor(int32_t divisor) : factor(0), shift(0) {
-    while ((int64_t{1} << shift) < divisor) ++shift;
-    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
-  }
-
-  __device__ __forceinline__ int32_t divide(int32_t number) const {
-    return static_cast<int32_t>(__umulhi(2 * static_cast<uint32_t>(number), factor) >> shift);
-  }
-};
-
 // A lane's channels of a row, kVectors times kVector adjacent ones; four lanes have the row. kFull tells that it has no
 // fewer channels than they.
 template <typename T, int kVector, int kVectors, bool kFull>
@@ -82,17 +66,6 @@ __device__ __forceinline__ void add_four(float* to, float4 values) {
   }
 }
 
-// Weights are multiplied by kFactor, and may be up to kLargest, where neither they nor what rounding leaves of them
-// exceed the range of T. Samples with larger ones are added up alone.
-template <typename T>
-struct WeightRange {
-  static constexpr float kFactor = 1, kLargest = 0x1p100f;
-};
-template <>
-struct WeightRange<__half> {
-  static constexpr float kFactor = 0x1p15f, kLargest = 1.875f;
-};
-
 // What the lanes of a warp share of a sample.
 struct alignas(16) StagedSample {
   float x, y;  // between the pixels around it
@@ -124,20 +97,6 @@ struct Staged {
 __device__ __forceinline__ Staged* staged_of_warp() {
   static __shared__ Staged of_block[kDeformThreads / kWarpSize][kTileRun + kChunk];
   return of_block[threadIdx.x / kWarpSize];
-}
-
-// The same number, in a register: without this, compilers save registers and compute it again wherever it is needed.
-// Not for pointers to what is written: compilers would no longer know that they are of global memory.
-template <typename Number>
-__device__ __forceinline__ Number in_register(Number number) {
-#if defined(__CUDACC__)
-  if constexpr (sizeof(number) == 8) {
-    asm volatile("" : "+l"(number));
-  } else {
-    asm volatile("" : "+r"(number));
-  }
-#endif
-  return number;
 }
 
 // What a lane has to do with a chunk.
@@ -211,7 +170,7 @@ struct TileSums {
   }
 };
 
-// Adds a sample whose weight is too large for T to the gradients of its pixels, all channels by one lane.
+// Adds a sample whose weight is beyond WeightRange to the gradients of its pixels, all channels by one lane.
 template <typename T>
 __device__ __forceinline__ void add_alone(const SortedSample<float>& sample, const T* grad, const DeformLevel& level,
                                           float* sums_of_map, int32_t row_size, int32_t channels) {
@@ -338,10 +297,9 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? kTileBlocks : 
           const float factor = attention * WeightRange<T>::kFactor * at[i].y_weight;
           const float left = counts && at[i].touches_left ? factor * at[i].left : 0;
           const float right = counts && at[i].touches_right ? factor * at[i].right : 0;
-          const uint32_t rounded = pack<T>(left, right);
-          const float2 back = unpack<T>(rounded);
-          weights[2 * i] = transposed(rounded);
-          weights[2 * i + 1] = transposed(pack<T>(left - back.x, right - back.y));
+          const SplitPair parts = split<T>(left, right);
+          weights[2 * i] = transposed(parts.rounded);
+          weights[2 * i + 1] = transposed(parts.rest);
         }
 
         float dots[4] = {};
@@ -394,8 +352,6 @@ __global__ void __launch_bounds__(kDeformThreads, kVectors == 1 ? kTileBlocks : 
   }
 }
 
-template <typename T>
-constexpr bool kHasTiles = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
 constexpr int32_t kMostTileChannels = 64;
 
 }  // namespace
@@ -405,7 +361,7 @@ constexpr int32_t kMostTileChannels = 64;
 template <typename T, typename... Pointers>
 bool fits_tiles(const DeformProblem& p, const Pointers*... pointers) {
   const int64_t items = static_cast<int64_t>(p.queries) * p.heads, samples = static_cast<int64_t>(p.levels) * p.points;
-  bool fits = kHasTiles<T> && p.channels <= kMostTileChannels && vectors_fit<T>(p, pointers...) &&
+  bool fits = kIsHalf<T> && p.channels <= kMostTileChannels && vectors_fit<T>(p, pointers...) &&
               items <= UINT32_MAX / (kMostTileChannels / kVectorSize<T>) && items * samples <= UINT32_MAX;
   for (int32_t level = 0; level < p.levels; ++level) {
     fits = fits && p.level[level].width < 1 << kLevelShift;
@@ -422,7 +378,7 @@ cudaError_t launch_deform_backward_tiles(const DeformProblem& p, const T* value,
                                          DeformArithmetic<T>* grad_weights, DeformScratch<DeformArithmetic<T>> scratch,
                                          cudaStream_t stream) {
   if (!fits_tiles<T>(p, value, grad_out, grad_value)) return cudaErrorInvalidValue;
-  if constexpr (kHasTiles<T>) {
+  if constexpr (kIsHalf<T>) {
     if (maps_of(p) == 0 || samples_of_map(p) == 0) return cudaSuccess;
     const auto kernel = p.channels == 16   ? &deform_backward_tiles<T, 4, 1, true>
                         : p.channels == 32 ? &deform_backward_tiles<T, 8, 1, true>

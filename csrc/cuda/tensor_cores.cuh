@@ -61,6 +61,42 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   }
 }
 
+// What can be multiplied.
+template <typename T>
+constexpr bool kIsHalf = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
+
+// Weights in float32 are multiplied by kFactor, and may be up to kLargest, where neither they nor what rounding leaves
+// of them exceed the range of T.
+template <typename T>
+struct WeightRange {
+  static constexpr float kFactor = 1, kLargest = 0x1p100f;
+};
+template <>
+struct WeightRange<__half> {
+  static constexpr float kFactor = 0x1p15f, kLargest = 1.875f;
+};
+
+// Two numbers, rounded, and what rounding leaves of them, rounded again: together as good as a float32 to 2^-16 in
+// bfloat16.
+struct SplitPair {
+  uint32_t rounded, rest;
+};
+
+template <typename T>
+__device__ __forceinline__ SplitPair split(float low, float high) {
+  const uint32_t rounded = pack<T>(low, high);
+  const float2 back = unpack<T>(rounded);
+  return {rounded, pack<T>(low - back.x, high - back.y)};
+}
+
+// The low numbers of two words, and the high ones.
+__device__ __forceinline__ uint32_t low_numbers(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+__device__ __forceinline__ uint32_t high_numbers(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
 // sums += a * b
 template <typename T>
 __device__ __forceinline__ void add_product(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

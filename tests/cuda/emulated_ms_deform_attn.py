@@ -1,8 +1,8 @@
 """The CUDA kernels of ``ms_deform_attn`` on the CPU, for tensors.
 
 As a script, runs a library over the inputs in a file, both given by their paths, for AddressSanitizer to watch; with
-``tiles`` behind them, the library of the kernel that walks over tiles. The script does without the package, since
-AddressSanitizer does not survive an exception in a library loaded later.
+``tiles`` or ``products`` behind them, the library of a kernel on tensor cores. The script does without the package,
+since AddressSanitizer does not survive an exception in a library loaded later.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from cuda_on_cpu.build import Library, build
 
 BINDING = Path(__file__).with_name("ms_deform_attn_binding.cpp")
 TILES_BINDING = Path(__file__).with_name("ms_deform_attn_tiles_binding.cpp")
+PRODUCTS_BINDING = Path(__file__).with_name("ms_deform_attn_products_binding.cpp")
 CELLS_OF_TILE = 3
 MAX_LEVELS = 16
 WAYS = ("atomics", "sorted", "in_order")
@@ -40,10 +41,14 @@ class EmulatedDeformAttn:
     def __init__(self, library):
         self._library = Library(library)
 
-    def forward(self, value, flat, locations, weights, **options):
+    def forward(self, value, flat, locations, weights, kernel="forward", **options):
         out = value.new_full((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]), torch.nan)
-        self._call("forward", value, flat, weights, (value, locations, weights, out), options)
+        self._call(kernel, value, flat, weights, (value, locations, weights, out), options)
         return out
+
+    def forward_products(self, *inputs, **options):
+        """The same on tensor cores."""
+        return self.forward(*inputs, kernel="forward_products", **options)
 
     def backward(self, grad, value, flat, locations, weights, way="atomics", **options):
         """``way`` is one of :data:`WAYS`, by which the gradient of value is added up."""
@@ -120,16 +125,28 @@ def run_tiles(emulated, inputs):
         emulated._call("backward_tiles", value, flat, weights, arguments, {})
 
 
+def run_forward(emulated, inputs, kernel):
+    """Returns the inputs and the result, in memory of their own."""
+    value, flat, locations, weights = inputs
+    value, locations, weights = (own_memory(tensor) for tensor in (value, locations, weights))
+    shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
+    out = own_memory(torch.zeros(shape, dtype=value.dtype))
+    emulated._call(kernel, value, flat, weights, (value, locations, weights, out), {})
+    return value, locations, weights, out
+
+
 def main():
     emulated = EmulatedDeformAttn(sys.argv[1])
     if sys.argv[3:] == ["tiles"]:
         run_tiles(emulated, torch.load(sys.argv[2]))
         return
-    for value, flat, locations, weights in torch.load(sys.argv[2]):
-        value, locations, weights = (own_memory(tensor) for tensor in (value, locations, weights))
-        shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
-        out = own_memory(torch.zeros(shape, dtype=value.dtype))
-        emulated._call("forward", value, flat, weights, (value, locations, weights, out), {})
+    if sys.argv[3:] == ["products"]:
+        for inputs in torch.load(sys.argv[2]):
+            run_forward(emulated, inputs, "forward_products")
+        return
+    for inputs in torch.load(sys.argv[2]):
+        flat = inputs[1]
+        value, locations, weights, out = run_forward(emulated, inputs, "forward")
         grads = [own_memory(torch.zeros_like(t, dtype=locations.dtype)) for t in (value, locations, weights)]
         emulated._call("backward", value, flat, weights, (value, locations, weights, out, *grads), {})
         scratch = [own_memory(tensor) for tensor in scratch_memory(flat, weights)]

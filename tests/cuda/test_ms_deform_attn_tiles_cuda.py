@@ -273,8 +273,8 @@ def broken_kernel(old, new, file=TILES, checks="races"):
 
 
 WRONG_NUMBERS = {
-    "weights not transposed": ("weights[2 * i] = transposed(rounded);", "weights[2 * i] = rounded;", TILES),
-    "what rounding leaves": ("transposed(pack<T>(left - back.x, right - back.y))", "transposed(0)", TILES),
+    "weights not transposed": ("weights[2 * i] = transposed(parts.rounded);", "weights[2 * i] = parts.rounded;", TILES),
+    "what rounding leaves": ("transposed(parts.rest)", "transposed(0)", TILES),
     "a number that is read back": ("word & 0xffff0000", "word", CORES),
     "rows of samples": ("{transposed(grads[0].word", "{transposed(grads[1].word", TILES),
     "next tile": ("if (!StagedPlace::share_tile(first, tile)) {", "if (tile == kNoCell) {", TILES),
@@ -292,7 +292,7 @@ WRONG_NUMBERS = {
         TILES,
     ),
     "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", CELLS),
-    "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", TILES),
+    "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", CORES),
     "head": ("p.heads + head) * samples", "p.heads) * samples", TILES),
 }
 DETECTING = {"dim": 32, "queries": 60, "points": 4, "shapes": ((5, 9), (7, 8), (3, 2), (1, 2)), "dtype": torch.bfloat16}
