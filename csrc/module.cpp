@@ -47,9 +47,8 @@ PyMethodDef methods[] = {
      "choose_deformable_tiles(chosen: int) -> int: whether deformable attention's backward pass goes by tiles on GPUs "
      "from now on, 0 or 1; what was chosen before"},
     {"choose_deformable_products", choose<groupdetr::deformable_products>, METH_VARARGS,
-     "choose_deformable_products(chosen: int) -> int: whether its forward pass goes by products on tensor cores from "
-     "now "
-     "on, 0 or 1; what was chosen before"},
+     "choose_deformable_products(chosen: int) -> int: whether deformable attention's forward pass goes by products on "
+     "tensor cores from now on, 0 or 1; what was chosen before"},
     {"choose_assignment_shared_costs", choose<groupdetr::assignment_shared_costs>, METH_VARARGS,
      "choose_assignment_shared_costs(chosen: int) -> int: whether linear_assignment copies costs to shared memory on "
      "GPUs from now on, 0 or 1; what was chosen before"},

@@ -66,9 +66,9 @@ def profiler_command(profiler: str, metrics: Sequence[str] = ()) -> list[str]:
         "--kernel-name-base",
         "function",
         "--kernel-name",
-        "regex:grouped_attention|cross_attention|deform_backward",
+        "regex:grouped_attention|cross_attention|deform_backward|deform_forward",
     ]
-    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "14"]
+    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "16"]
     return [profiler, *options, *kernels, *chosen, *every_op("large")]
 
 
@@ -120,7 +120,8 @@ def profiles(text: str) -> list[dict[str, str | float]]:
     for row in csv.DictReader(lines[starts[0] :]) if starts else ():
         if not row.get("Metric Name") or row.get("Metric Value") is None:
             continue
-        launch = launches.setdefault(row["ID"], {"kernel": re.split(r"[<(]", row["Kernel Name"])[0].split()[-1]})
+        kernel = re.sub(r"\(anonymous namespace\)::|<unnamed>::", "", row["Kernel Name"])
+        launch = launches.setdefault(row["ID"], {"kernel": re.split(r"[<(]", kernel)[0].split()[-1]})
         name = METRICS.get(row["Metric Name"], row["Metric Name"])
         try:
             launch[name] = float(row["Metric Value"].replace(",", ""))

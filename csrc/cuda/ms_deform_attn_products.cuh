@@ -1,19 +1,19 @@
 // The forward pass of multi-scale deformable attention on tensor cores, for half and bfloat16.
 //
-// A result is the sum of rows of value, weighted: the four corners of every sample. A warp works on two heads of a
-// query, four of their samples at a time, and computes one product of matrices for each pair of channels in 16 bytes:
+// A result is the sum of rows of value, weighted: the four corners of every sample. A warp works on 8 items (queries
+// and heads), one sample of each at a time; four lanes share an item, and each loads 16 bytes of its four corners.
+// Tensor cores multiply two channels of them at a time with the weights:
 //
 //   sums, 16 x 8   =   values, 16 x 16   *   weights, 16 x 8
 //
-// Lane 4 * g + t has four corners of sample t of head g / 4, of each the 16 bytes of channels that are number g % 4
-// among those of the head. These are row g of values, the first channel of the pair, and row g + 8, the second; columns
-// are the corners of the four samples. Rows of the first head want its weights, rows of the second head those of the
-// second: columns 0 and 4 of weights, which are rounded to the type of value, and columns 1 and 5, which have what
-// rounding leaves. Each lane has what its own column needs, and of the sums it needs two that lie side by side in the
-// lane that writes the result; nothing is exchanged but the weights, in shared memory.
+// Lane 4 * g + t has rows g and g + 8 of values, its two channels, and of these the four columns of its corners. Row g
+// holds those of four lanes, g and t = 0 ... 3, whose items differ. A column of weights is for one item: it has the
+// item's weights where the corners are those of its lanes, and 0 elsewhere. So each lane gets the sums of its own rows
+// and corners, column 2 * t + g / 4, in registers of its own, and no lane needs what another one has loaded.
 //
-// Nothing reads the other sums. With weights beyond the range of the type a warp does without tensor cores. A value
-// that is not finite may make a result NaN that would be infinite.
+// Weights are rounded to the type of value, and what that leaves is rounded again and multiplied, too. With weights
+// beyond the range of the type a warp does without tensor cores. A value that is not finite makes results of up to four
+// of the 8 items NaN, as 0 times infinity is.
 //
 // Free of torch: pointers and sizes only.
 #pragma once
@@ -24,14 +24,53 @@
 namespace groupdetr {
 namespace {
 
-constexpr int kHeadsOfWarp = 2;
-constexpr int kStagedSamples = kWarpSize / kHeadsOfWarp;  // of a head; each lane computes one
-constexpr int kSamplesOfProduct = 4;
+constexpr int kItemsOfWarp = 8, kLanesOfItem = kWarpSize / kItemsOfWarp;
+constexpr int kStagedSamples = kWarpSize / kItemsOfWarp;  // of an item; each lane computes one
 constexpr int kProductWarps = kDeformThreads / kWarpSize;
-constexpr int kVectorsOfPass = 4;   // 16 bytes each: the channels that four rows of lanes have of a head
-constexpr int kProductsAtOnce = 2;  // whose values are loaded before the first of them is computed
+constexpr int kItemsOfTurn = kItemsOfWarp * kProductWarps;
+constexpr int kSamplesAtOnce = 2;  // whose values are loaded before the first of them is multiplied
 
 constexpr uint32_t kNoPlace = 0xffffffff;
+
+// What a lane has to do. Eight lanes side by side load at the same time: 32 bytes of each of four items. Where there
+// are 8 heads of 32 channels, these bytes lie in different lines of the first cache, and at different places of a line.
+struct ProductLane {
+  int32_t item, vector;  // of the warp's 8, and which of four times 16 bytes of channels
+  bool supplies;         // weights, namely those of `supplied`
+  int32_t supplied;
+  int32_t staged_item, staged_sample;  // for which it computes the corners
+  int32_t own_sums;                    // of the sums of a row, which are its own: 0 or 1
+
+  static __device__ __forceinline__ ProductLane own() {
+    const int32_t lane = threadIdx.x % kWarpSize, group = lane / 4, column = lane % 4;
+    return {item_of(column, group / 4),
+            group % 4 ^ (column & 2),
+            group / 2 == column,
+            item_of(column, group % 2),
+            lane % kItemsOfWarp,
+            lane / kItemsOfWarp,
+            group / 4};
+  }
+
+ private:
+  static __device__ __forceinline__ int32_t item_of(int32_t column, int32_t half) {
+    return 2 * column + ((column ^ half) & 1);
+  }
+};
+
+// Where a sample lies, and its weight, as they stand in memory.
+struct GivenSample {
+  float x = 0, y = 0, attention = 0;
+  bool exists = false;
+
+  __device__ __forceinline__ void load(const float* locations, const float* weights, int64_t place, bool exists_too) {
+    exists = exists_too;
+    if (!exists) return;
+    x = __ldg(locations + place * 2);
+    y = __ldg(locations + place * 2 + 1);
+    attention = __ldg(weights + place);
+  }
+};
 
 // What axis_corners() has of a position in (-1, size), but for slopes, in fewer instructions.
 struct AxisPlaces {
@@ -48,29 +87,24 @@ struct AxisPlaces {
   }
 };
 
-// What a warp shares of its samples.
+// What a warp shares of its samples, [samples, items].
 struct StagedCorners {
   uint4 places[kWarpSize];   // of the corners' rows in their map, in units of 16 bytes; kNoPlace if it touches no pixel
   uint4 weights[kWarpSize];  // rounded, of corners 0 and 1, 2 and 3; what rounding leaves of them. Or four floats
 
-  // Stages sample `index` of a query and head, which is at `place` among all, as that of the lane; it touches no pixel
-  // unless it exists. Returns whether weights are staged as floats. All lanes must call it.
+  // Stages the sample of the lane. Returns whether weights are staged as floats. All lanes must call it.
   template <typename T>
-  __device__ __forceinline__ bool stage(const DeformProblem& p, const Divisor& points, int32_t index, int64_t place,
-                                        bool exists, const float* locations, const float* attention_weights) {
-    const DeformLevel& map = p.level[exists ? points.divide(index) : 0];
+  __device__ __forceinline__ bool stage(const GivenSample& sample, const DeformLevel map, uint32_t row) {
     const float width = static_cast<float>(map.width), height = static_cast<float>(map.height);
-    const float x = exists ? to_pixels(__ldg(locations + place * 2), width) : -1.f;
-    const float y = exists ? to_pixels(__ldg(locations + place * 2 + 1), height) : -1.f;
-    const float factor = exists ? __ldg(attention_weights + place) : 0.f;
-    const bool inside = is_inside(x, y, width, height);
+    const float x = to_pixels(sample.x, width), y = to_pixels(sample.y, height);
+    const bool inside = sample.exists && is_inside(x, y, width, height);
     const AxisPlaces columns(inside ? x : 0.f, map.width), rows(inside ? y : 0.f, map.height);
-    const float attention = inside ? factor : 0.f;
+    const float attention = inside ? sample.attention : 0.f;
     const bool in_floats = __any_sync(kAllLanes, !(fabsf(attention) <= WeightRange<T>::kLargest));
     const float above = attention * rows.low_weight, below = attention * rows.high_weight;
     const float weight[4] = {above * columns.low_weight, above * columns.high_weight, below * columns.low_weight,
                              below * columns.high_weight};
-    const uint32_t vectors = p.heads * p.channels / kVectorSize<T>;
+    const uint32_t vectors = row / kVectorSize<T>;
     const uint32_t low_row = (map.start + rows.low * map.width) * vectors;
     const uint32_t high_row = (map.start + rows.high * map.width) * vectors;
     const uint32_t low_column = columns.low * vectors, high_column = columns.high * vectors;
@@ -88,12 +122,8 @@ struct StagedCorners {
     }
     return in_floats;
   }
-
-  // The weights of a sample in an even or an odd column.
-  __device__ __forceinline__ uint2 weights_of_column(int32_t sample, int32_t column) const {
-    return reinterpret_cast<const uint2*>(weights + sample)[column % 2];
-  }
 };
+
 // A lane's 16 bytes of the four corners of a sample. `from` is where they are in the first row of the map.
 template <typename T>
 struct CornerWords {
@@ -109,120 +139,121 @@ struct CornerWords {
     }
   }
 
-  // Adds the products of the lanes' channels with the lanes' weights.
-  __device__ __forceinline__ void add_to(float (&sums)[4][4], const uint2& weights) const {
+  // Adds the products with the column of weights that the lane supplies, in their two parts.
+  __device__ __forceinline__ void add_to(float (&sums)[4][4], const uint4& weights) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      add_product<T>(sums[k],
-                     {low_numbers(word[0][k], word[1][k]), high_numbers(word[0][k], word[1][k]),
-                      low_numbers(word[2][k], word[3][k]), high_numbers(word[2][k], word[3][k])},
-                     {weights.x, weights.y});
+      const uint32_t values[4] = {low_numbers(word[0][k], word[1][k]), high_numbers(word[0][k], word[1][k]),
+                                  low_numbers(word[2][k], word[3][k]), high_numbers(word[2][k], word[3][k])};
+      add_product<T>(sums[k], values, {weights.x, weights.y});
+      add_product<T>(sums[k], values, {weights.z, weights.w});
     }
   }
 };
 
-// Adds up the staged samples of the lane's head, from `first` on, in `count` products. All lanes must call it.
+// Adds up the first `count` of the staged samples. All lanes must call it.
 template <typename T>
-__device__ __forceinline__ void add_products(const T* from, const StagedCorners& staged, int32_t first, int32_t count,
-                                             bool has_channels, int32_t column, float (&sums)[4][4]) {
+__device__ __forceinline__ void add_products(const T* from, const StagedCorners& staged, const ProductLane& lane,
+                                             int32_t count, bool has_channels, float (&sums)[4][4]) {
 #pragma unroll 1
-  for (int32_t product = 0; product < count; product += kProductsAtOnce) {
-    const int32_t place = first + product * kSamplesOfProduct, next = place + kSamplesOfProduct;
-    const CornerWords<T> corners(from, staged.places[place], has_channels);
-    const CornerWords<T> others(from, staged.places[next], has_channels);
-    corners.add_to(sums, staged.weights_of_column(place, column));
-    others.add_to(sums, staged.weights_of_column(next, column));
+  for (int32_t sample = 0; sample < count; sample += kSamplesAtOnce) {
+    const int32_t first = sample * kItemsOfWarp, second = first + kItemsOfWarp;
+    const CornerWords<T> corners(from, staged.places[first + lane.item], has_channels);
+    const CornerWords<T> others(from, staged.places[second + lane.item], has_channels);
+    corners.add_to(sums, lane.supplies ? staged.weights[first + lane.supplied] : make_uint4(0, 0, 0, 0));
+    others.add_to(sums, lane.supplies ? staged.weights[second + lane.supplied] : make_uint4(0, 0, 0, 0));
   }
 }
 
 // The same without tensor cores, `factor` times.
 template <typename T>
-__device__ __forceinline__ void add_in_floats(const T* from, const StagedCorners& staged, int32_t first, int32_t count,
-                                              bool has_channels, float factor, float (&sums)[4][4]) {
-  float own[8] = {};
+__device__ __forceinline__ void add_in_floats(const T* from, const StagedCorners& staged, const ProductLane& lane,
+                                              int32_t count, bool has_channels, float factor, float (&sums)[4][4]) {
 #pragma unroll 1
-  for (int32_t product = 0; product < count; ++product) {
-    const int32_t place = first + product * kSamplesOfProduct;
+  for (int32_t sample = 0; sample < count; ++sample) {
+    const int32_t place = sample * kItemsOfWarp + lane.item;
     const CornerWords<T> corners(from, staged.places[place], has_channels);
     const uint4 bits = staged.weights[place];
     const float weights[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                               __uint_as_float(bits.w)};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int k = 0; k < 4; ++k) {
+      float low = 0, high = 0;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      for (int c = 0; c < 4; ++c) {
         const float2 values = unpack<T>(corners.word[c][k]);
-        own[2 * k] += weights[c] * values.x;
-        own[2 * k + 1] += weights[c] * values.y;
+        low += weights[c] * values.x;
+        high += weights[c] * values.y;
       }
+      sums[k][0] += low * factor;
+      sums[k][1] += low * factor;
+      sums[k][2] += high * factor;
+      sums[k][3] += high * factor;
     }
-  }
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    own[k] += __shfl_xor_sync(kAllLanes, own[k], 1);
-    own[k] += __shfl_xor_sync(kAllLanes, own[k], 2);
-    sums[k / 2][2 * (k % 2)] += own[k] * factor;
   }
 }
 
-// Block (x, y) has images y, y + gridDim.y, ... and of their queries `turns` for each of its warps, side by side, so
-// that what one query reads is in the first cache for the next; x counts pairs of heads fastest.
+// Block (x, y) has images y, y + gridDim.y, ... and of their items `turns` times kItemsOfTurn side by side, so that
+// what one query reads is in the first cache for the next.
 template <typename T>
 __global__ void __launch_bounds__(kDeformThreads, 5)
     deform_forward_products(const __grid_constant__ DeformProblem p, const __grid_constant__ Divisor points,
-                            int32_t turns, const T* __restrict__ value, const float* __restrict__ locations,
-                            const float* __restrict__ weights, T* __restrict__ out) {
+                            const __grid_constant__ Divisor heads, int32_t turns, const T* __restrict__ value,
+                            const float* __restrict__ locations, const float* __restrict__ weights,
+                            T* __restrict__ out) {
   if constexpr (kHasTensorCores) {
     constexpr float kFactor = WeightRange<T>::kFactor;
     static __shared__ StagedCorners staged_of_block[kProductWarps];
     StagedCorners& staged = staged_of_block[threadIdx.x / kWarpSize];
-    const int32_t lane = threadIdx.x % kWarpSize, group = lane / 4, column = lane % 4;
-    const int32_t pairs = (p.heads + 1) / kHeadsOfWarp, row = p.heads * p.channels, samples = p.levels * p.points;
-    const int32_t run = static_cast<int32_t>(blockIdx.x) / pairs;
-    const int32_t first_head = (static_cast<int32_t>(blockIdx.x) - run * pairs) * kHeadsOfWarp;
-    const int32_t first_query = run * turns * kProductWarps + static_cast<int32_t>(threadIdx.x) / kWarpSize;
-    const int32_t end = min(p.queries, first_query + turns * kProductWarps);
-    // The head and the sample that the lane computes, and the head whose channels it has.
-    const int32_t own_head = first_head + lane / kStagedSamples, own_index = lane % kStagedSamples;
-    const int32_t head = first_head + group / 4, vector = group % 4, own_channel = vector * kVectorSize<T>;
-    const int32_t first_staged = group / 4 * kStagedSamples + column;
+    const ProductLane lane = ProductLane::own();
+    const int32_t items = p.queries * p.heads, samples = p.levels * p.points, row = p.heads * p.channels;
+    const int32_t begin = static_cast<int32_t>(blockIdx.x) * turns * kItemsOfTurn;
+    const int32_t first_item = begin + static_cast<int32_t>(threadIdx.x) / kWarpSize * kItemsOfWarp;
+    const int32_t end = min(items, begin + turns * kItemsOfTurn);
     for (int32_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-      const T* const map =
-          in_register(value + static_cast<int64_t>(image) * p.pixels * row + head * p.channels + own_channel);
-      const int64_t item = (static_cast<int64_t>(image) * p.queries + first_query) * p.heads;
-      int64_t place = (item + own_head) * samples + own_index;
-      T* to = out + (item + head) * p.channels + own_channel;
-      for (int32_t query = first_query; query < end; query += kProductWarps) {
-        for (int32_t pass = 0; pass < p.channels; pass += kVectorsOfPass * kVectorSize<T>) {
-          const bool has_channels = head < p.heads && pass + own_channel < p.channels;
+      const int64_t items_before = static_cast<int64_t>(image) * items;
+      const auto load = [&](int32_t item, int32_t index) {
+        const int32_t own = item + lane.staged_item, own_index = index + lane.staged_sample;
+        GivenSample sample;
+        sample.load(locations, weights, (items_before + own) * samples + own_index, own < end && own_index < samples);
+        return sample;
+      };
+      GivenSample next = load(first_item, 0);
+      for (int32_t item = first_item; item < end; item += kItemsOfTurn) {
+        const int32_t own_item = item + lane.item, head = own_item - heads.divide(own_item) * p.heads;
+        const T* const map = value + static_cast<int64_t>(image) * p.pixels * row + head * p.channels;
+        for (int32_t channel = lane.vector * kVectorSize<T>, pass = 0; pass < p.channels;
+             pass += kLanesOfItem * kVectorSize<T>) {
+          const bool has_channels = own_item < end && pass + channel < p.channels;
           float sums[4][4] = {};
           for (int32_t first = 0; first < samples; first += kStagedSamples) {
-            const bool exists = own_head < p.heads && first + own_index < samples;
+            const GivenSample sample = next;
+            // What the next turn of a loop stages is loaded while this one multiplies.
+            const bool more = first + kStagedSamples < samples;
+            const bool same_item = more || pass + kLanesOfItem * kVectorSize<T> < p.channels;
+            next = load(same_item ? item : item + kItemsOfTurn, more ? first + kStagedSamples : 0);
+            const int32_t index = first + lane.staged_sample;
             const bool in_floats =
-                staged.stage<T>(p, points, first + own_index, place + first, exists, locations, weights);
+                staged.stage<T>(sample, p.level[sample.exists ? points.divide(index) : 0], static_cast<uint32_t>(row));
             __syncwarp();
-            const int32_t products = (min(kStagedSamples, samples - first) + kSamplesOfProduct - 1) / kSamplesOfProduct;
-            const T* const from = map + pass;
+            const int32_t count = min(kStagedSamples, samples - first);
             if (in_floats) {
-              add_in_floats(from, staged, first_staged, products, has_channels, kFactor, sums);
+              add_in_floats(map + pass + channel, staged, lane, count, has_channels, kFactor, sums);
             } else {
-              add_products(from, staged, first_staged, products, has_channels, vector, sums);
+              add_products(map + pass + channel, staged, lane, count, has_channels, sums);
             }
             __syncwarp();
           }
-          // The first head's sums are in columns 0 and 1, which lanes with column 0 have, the second one's in 4 and 5.
-          if (has_channels && column == group / 4 * 2) {
+          if (has_channels) {
             float results[kVectorSize<T>];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              results[2 * k] = (sums[k][0] + sums[k][1]) * (1 / kFactor);
-              results[2 * k + 1] = (sums[k][2] + sums[k][3]) * (1 / kFactor);
+              results[2 * k] = (lane.own_sums == 0 ? sums[k][0] : sums[k][1]) * (1 / kFactor);
+              results[2 * k + 1] = (lane.own_sums == 0 ? sums[k][2] : sums[k][3]) * (1 / kFactor);
             }
-            store_channels<kVectorSize<T>>(to + pass, results);
+            store_channels<kVectorSize<T>>(out + (items_before + own_item) * p.channels + pass + channel, results);
           }
         }
-        place += static_cast<int64_t>(kProductWarps * p.heads) * samples;
-        to += static_cast<int64_t>(kProductWarps) * row;
       }
     }
   }
@@ -246,12 +277,12 @@ cudaError_t launch_deform_forward_products(const DeformProblem& p, const T* valu
   if constexpr (kIsHalf<T>) {
     constexpr int64_t kEnoughBlocks = 4096;  // so that the last ones do not leave many multiprocessors idle
     constexpr int64_t kMostTurns = 16;
-    const int64_t pairs = (p.heads + 1) / kHeadsOfWarp;
-    const int64_t queries = (static_cast<int64_t>(p.queries) + kProductWarps - 1) / kProductWarps;
-    const int64_t most = queries * pairs * p.images / kEnoughBlocks;
+    const int64_t items = static_cast<int64_t>(p.queries) * p.heads;
+    const int64_t most = items * p.images / kItemsOfTurn / kEnoughBlocks;
     const int32_t turns = static_cast<int32_t>(most < 1 ? 1 : most < kMostTurns ? most : kMostTurns);
-    return launch_deform(&deform_forward_products<T>, (queries + turns - 1) / turns * pairs, 1, p.images, stream, p,
-                         Divisor(p.points > 0 ? p.points : 1), turns, value, locations, weights, out);
+    const auto divisor = [](int32_t size) { return Divisor(size > 0 ? size : 1); };
+    return launch_deform(&deform_forward_products<T>, items, turns * kItemsOfTurn, p.images, stream, p,
+                         divisor(p.points), divisor(p.heads), turns, value, locations, weights, out);
   }
   return cudaSuccess;
 }

@@ -199,17 +199,19 @@ def test_a_weight_that_is_not_finite_reaches_its_result_alone(kernel, bad, dtype
     assert torch.equal(actual[own].isinf(), wanted.isinf())
 
 
-def test_a_value_that_is_not_finite_reaches_the_results_of_its_samples_alone(kernel):
-    value, flat, locations, weights = make_inputs(dim=32, heads=3, dtype=torch.bfloat16)
+def test_a_value_that_is_not_finite_reaches_the_items_of_its_warps_alone(kernel):
+    value, flat, locations, weights = make_inputs(dim=32, heads=3, queries=20, dtype=torch.bfloat16)
     expected = kernel.forward_products(value, flat, locations, weights)
-    touched = OP(torch.ones_like(value), flat, locations, weights)
     value[0, ::7, 1, 9] = math.inf
     actual = kernel.forward_products(value, flat, locations, weights)
     wanted = OP(value.float(), flat, locations, weights)
-    assert touched.isfinite().all()
     assert not wanted.isfinite().all()
-    assert torch.equal(actual.isfinite(), wanted.isfinite())
-    assert torch.equal(actual[actual.isfinite()], expected[actual.isfinite()])
+    assert not actual[~wanted.isfinite()].isfinite().any()
+    reached = ~wanted.isfinite().view(2, 60, 32)
+    in_warps = torch.nn.functional.pad(reached, (0, 0, 0, 4)).view(2, 8, 8 * 32).any(2)
+    others = ~in_warps[..., None].expand(2, 8, 8 * 32).reshape(2, 64, 32)[:, :60].reshape(actual.shape)
+    assert others.any()
+    assert torch.equal(actual[others], expected[others])
 
 
 def test_more_images_than_a_grid_has_rows():
@@ -242,22 +244,25 @@ def broken_kernel(old, new, file=PRODUCTS):
 
 WRONG_NUMBERS = {
     "what rounding leaves": ("upper.rest, lower.rest", "0, 0", PRODUCTS),
+    "second part": ("add_product<T>(sums[k], values, {weights.z, weights.w});", "", PRODUCTS),
     "order of weights": ("upper.rounded, lower.rounded", "lower.rounded, upper.rounded", PRODUCTS),
     "corners": ("low_numbers(word[2][k], word[3][k])", "low_numbers(word[3][k], word[2][k])", PRODUCTS),
     "halves": ("return __byte_perm(first, second, 0x7632);", "return __byte_perm(first, second, 0x5410);", CORES),
-    "columns of weights": ("[column % 2]", "[column / 2]", PRODUCTS),
-    "column of the result": ("column == group / 4 * 2", "column == group / 4", PRODUCTS),
-    "sum of the parts": ("(sums[k][0] + sums[k][1])", "(sums[k][0] + sums[k][0])", PRODUCTS),
-    "next query": ("place += static_cast<int64_t>(kProductWarps * p.heads)", "place += int64_t{p.heads}", PRODUCTS),
-    "next result": ("to += static_cast<int64_t>(kProductWarps) * row", "to += static_cast<int64_t>(row)", PRODUCTS),
-    "next product": ("next = place + kSamplesOfProduct", "next = place", PRODUCTS),
+    "columns of weights": ("group / 2 == column", "group % 4 == column", PRODUCTS),
+    "items of lanes": ("((column ^ half) & 1)", "(column & 1)", PRODUCTS),
+    "column of the result": ("lane.own_sums == 0 ? sums[k][0] : sums[k][1]", "sums[k][0]", PRODUCTS),
+    "next item": ("same_item ? item : item + kItemsOfTurn", "item", PRODUCTS),
+    "next samples": ("more ? first + kStagedSamples : 0", "0", PRODUCTS),
+    "result": ("(items_before + own_item) * p.channels", "(items_before + item) * p.channels", PRODUCTS),
+    "head": ("heads.divide(own_item) * p.heads", "heads.divide(item) * p.heads", PRODUCTS),
+    "second sample": ("second = first + kItemsOfWarp", "second = first", PRODUCTS),
     "low": ("low = max(whole, 0);", "low = max(whole, 1);", PRODUCTS),
     "rim": ("high_weight = whole + 1 < size ? fraction : 0.f;", "high_weight = fraction;", PRODUCTS),
     "row": ("(map.start + rows.high * map.width)", "(map.start + rows.high * map.height)", PRODUCTS),
-    "level": ("exists ? points.divide(index) : 0", "exists ? points.divide(index) / 2 : 0", PRODUCTS),
+    "level": ("sample.exists ? points.divide(index) : 0", "sample.exists ? points.divide(index) / 2 : 0", PRODUCTS),
     "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", CORES),
-    "sums in floats": ("own[k] += __shfl_xor_sync(kAllLanes, own[k], 2);", "", PRODUCTS),
-}  # fmt: skip
+    "sums in floats": ("sums[k][3] += high * factor;", "", PRODUCTS),
+}
 DETECTING = {"dim": 32, "heads": 3, "queries": 60, "points": 4, "shapes": ((5, 9), (7, 8), (3, 2), (1, 2))}
 
 
@@ -289,7 +294,7 @@ def test_wrong_number_is_found(bug):
 
 
 NO_BARRIER = {
-    "before what is staged is read": ("__syncwarp();\n            const int32_t products", "const int32_t products"),
+    "before what is staged is read": ("__syncwarp();\n            const int32_t count", "const int32_t count"),
     "before what is staged is overwritten": ("            __syncwarp();\n          }\n", "          }\n"),
 }  # fmt: skip
 
@@ -305,13 +310,13 @@ def test_missing_barrier_is_found(place):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("pass + own_channel < p.channels", "pass + own_channel <= p.channels"),
-        ("head < p.heads && pass", "head <= p.heads && pass"),
-        ("own_head < p.heads && first", "own_head <= p.heads && first"),
+        ("pass + channel < p.channels", "pass + channel <= p.channels"),
+        ("own_item < end && pass", "own_item <= end && pass"),
+        ("own < end && own_index", "own <= end && own_index"),
         ("high = min(whole + 1, size - 1);", "high = whole + 1;"),
-        ("const int32_t end = min(p.queries, ", "const int32_t end = max(p.queries, "),
+        ("const int32_t end = min(items, ", "const int32_t end = max(items, "),
     ],
-    ids=["channel", "head", "head of samples", "pixel", "query"],
+    ids=["channel", "item", "item of samples", "pixel", "items"],
 )
 def test_off_by_one_is_found(old, new, tmp_path):
     changes = {PRODUCTS: [*RUNS[PRODUCTS], (old, new)]}

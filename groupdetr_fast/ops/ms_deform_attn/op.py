@@ -50,8 +50,9 @@ def ms_deform_attn(
     later, up to 64 channels a head, a multiple of 8). It serves where it can, unless the environment variable
     ``GROUPDETR_FAST_DEFORMABLE_TILES`` is 0 when the package is imported. Where a gradient of the result is not finite,
     it makes those of up to eight pixels around each of its samples so. The forward pass of half types has a second
-    kernel on tensor cores, too, for any multiple of 8 channels, which serves if ``GROUPDETR_FAST_DEFORMABLE_PRODUCTS``
-    is 1 then.
+    kernel on tensor cores, too, for any multiple of 8 channels. It serves only if the environment variable
+    ``GROUPDETR_FAST_DEFORMABLE_PRODUCTS`` is 1 when the package is imported; a value that is not finite makes results
+    of up to four queries and heads NaN there.
 
     Raises:
         TypeError: if a dtype is none of these.
