@@ -520,7 +520,7 @@ def test_saving(folder):
 
 
 @pytest.mark.parametrize("trainer", [AcceleratedTrainer, group_trainer(2)])
-def test_other_models_than_rt_detr_are_refused(trainer):
-    cfg = {"nc": 2, "backbone": [], "head": [[[1, 2, 3], 1, "Detect", ["nc"]]]}
+@pytest.mark.parametrize("cfg", ["yolo11n.yaml", {"nc": 2, "backbone": [], "head": [[[1, 2, 3], 1, "Detect", ["nc"]]]}])
+def test_other_models_than_rt_detr_are_refused(trainer, cfg):
     with pytest.raises(TypeError, match="this trainer is for RT-DETR, and this model has the head Detect"):
         trainer.get_model(trainer.__new__(trainer), cfg)

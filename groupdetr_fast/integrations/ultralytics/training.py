@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from ultralytics.models.rtdetr.train import RTDETRTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import load_checkpoint, yaml_model_load
 
 from . import kept_groups
 from .acceleration import accelerate
@@ -38,7 +38,8 @@ class AcceleratedTrainer(RTDETRTrainer):
 
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
         """Their own, for a description of RT-DETR alone."""
-        head = cfg["head"][-1][2] if isinstance(cfg, dict) else HEAD
+        described = cfg if isinstance(cfg, dict) else yaml_model_load(cfg)
+        head = described["head"][-1][2]
         if head != HEAD:
             raise TypeError(
                 f"this trainer is for RT-DETR, and this model has the head {head}: load RT-DETR by RTDETR(...)"
