@@ -6,7 +6,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -200,8 +199,6 @@ def run_command(folder: Path) -> list[str]:
 
 def main(folder: Path) -> None:
     """Make a run, and end the process as ``groupdetr`` does."""
-    # Warnings are printed as well: the handler of train.log keeps Python from doing so by itself.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         execute(folder)
     except TrainingStopped as stopped:

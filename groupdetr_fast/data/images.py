@@ -168,12 +168,14 @@ def as_rgb(image: ImageLike, *, channel_order: ChannelOrder = "rgb") -> Tensor:
         uint8 RGB ``[3, H, W]``.
 
     Raises:
-        DataError: for a file that is missing or damaged; the message names it.
+        DataError: for a file that is missing or damaged, for a folder and for an address; the message names it.
         ValueError: for an array or a tensor of another shape, type or range, and for another ``channel_order``.
         TypeError: for anything else.
     """
     if channel_order not in get_args(ChannelOrder):
         raise ValueError(f'channel_order must be "rgb" or "bgr", got {channel_order!r}')
+    if isinstance(image, str) and "://" in image:
+        raise DataError(f"images are not loaded from addresses: download {image}, and give its file")
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, Image.Image):
@@ -194,7 +196,8 @@ def as_rgb(image: ImageLike, *, channel_order: ChannelOrder = "rgb") -> Tensor:
             raise ValueError(f"the tensor {shape} has its channels last: give tensor.permute(2, 0, 1), [C, H, W]")
         pixels = _check_pixels(image.detach().cpu(), "a tensor [(C, )H, W]", shape)
         return pixels.flip(0) if channel_order == "bgr" else pixels
-    raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
+    hint = ": open them by PIL.Image.open(io.BytesIO(...))" if isinstance(image, (bytes, bytearray)) else ""
+    raise TypeError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}{hint}")
 
 
 def _read(path: Path) -> Tensor:
@@ -203,6 +206,8 @@ def _read(path: Path) -> Tensor:
             return decode_rgb(file)
     except FileNotFoundError:
         raise DataError(f"image file {path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not an image: give the files in it") from None
     except Exception as error:  # decoders raise anything on damaged files
         raise DataError(f"image file {path} cannot be read ({error})") from None
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .diagnosis import ClassDiagnosis, Diagnosis
+from .fonts import written
 
 __all__ = ["draw_confusion", "draw_curves", "draw_errors", "draw_precision_recall", "draw_rates"]
 
@@ -25,13 +26,17 @@ def draw_precision_recall(classes: Sequence[ClassDiagnosis], path: Path) -> None
     axis = _axis(6.5, 4.5)
     chosen = sorted((each for each in classes if each.objects), key=lambda each: -each.objects)[:MOST_CURVES]
     for each in chosen:
-        (line,) = axis.plot(each.recalls, each.precisions, label=f"{_short(each.name)} ({each.objects})")
+        (line,) = axis.plot(each.recalls, each.precisions, label=str(each.objects))
         if each.threshold is not None:
             precision, recall, _ = each.at_threshold
             axis.plot([recall], [precision], "o", color=line.get_color())
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     if chosen:
-        axis.legend(fontsize=7, loc="lower left", title="class (objects); dot: best F1", title_fontsize=7)
+        legend = axis.legend(fontsize=7, loc="lower left", title="class (objects); dot: best F1", title_fontsize=7)
+        for each, text in zip(
+            chosen, legend.get_texts(), strict=True
+        ):  # as labels, names with a leading _ are left out
+            text.set(**written(f"{_short(each.name)} ({each.objects})"))
     _save(axis, path)
 
 
@@ -41,14 +46,17 @@ def draw_confusion(diagnosis: Diagnosis, path: Path) -> None:
     chosen = np.sort(np.argsort(-numbers, kind="stable")[:MOST_CLASSES])
     rows = np.append(chosen, len(numbers))
     counts = diagnosis.confusion[np.ix_(rows, rows)]
-    names = [_short(diagnosis.classes[index].name) for index in chosen]
+    names = [written(_short(diagnosis.classes[index].name)) for index in chosen]
     side = 2.5 + 0.35 * len(rows)
     axis = _axis(side, side)
     axis.grid(False)
     axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     places = range(len(rows))
-    axis.set_xticks(places, [*names, "missed"], rotation=90, fontsize=7)
-    axis.set_yticks(places, [*names, "no object"], fontsize=7)
+    axis.set_xticks(places, [*(name["text"] for name in names), "missed"], rotation=90, fontsize=7)
+    axis.set_yticks(places, [*(name["text"] for name in names), "no object"], fontsize=7)
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for label, name in zip(labels, names, strict=False):  # not the last one, which is no name
+            label.set(**name)
     axis.set(xlabel="detected as", ylabel="is")
     for row, column in np.argwhere(counts):
         share = counts[row, column] / counts[row].sum()

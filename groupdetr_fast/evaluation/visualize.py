@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from matplotlib import colormaps, get_data_path, patheffects
+from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -20,6 +20,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from .fonts import in_one_font, written
 
 __all__ = [
     "CELL_PIXELS",
@@ -160,13 +162,14 @@ def draw_frame(image: Tensor, prediction: Mapping[str, Tensor], category_names: 
         image = draw_segmentation_masks(image, masks[order], alpha=_MASK_ALPHA, colors=colours)
     long_side = max(image.shape[1:])
     scores = prediction["scores"][order].tolist()
+    names, font = in_one_font([_name(label, category_names) for label in labels])
     return draw_bounding_boxes(
         image,
         prediction["boxes"][order],
-        [f"{_name(label, category_names)} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
+        [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)],
         colors=colours,
         width=max(1, round(long_side / 320)),
-        font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
+        font=font,
         font_size=max(10, round(long_side / 50)),
         label_colors="white",
         label_background_colors=colours,
@@ -254,9 +257,10 @@ def _write(axis: Axes, text: str, corners: Sequence[float], colour: tuple[float,
     """Write above the box, or inside where the image ends; to the left where it would run out on the right."""
     x1, y1, x2, _ = corners
     above, leftwards = y1 > 0.08 * height, x1 > 0.8 * width
+    properties = written(text)
     axis.text(
-        min(x2, width) if leftwards else max(x1, 0), max(y1, 0), text, fontsize=6.5, color="white", clip_on=True,
-        parse_math=False,
+        min(x2, width) if leftwards else max(x1, 0), max(y1, 0), properties.pop("text"), fontsize=6.5, color="white",
+        clip_on=True, **properties,
         va="bottom" if above else "top", ha="right" if leftwards else "left",
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip

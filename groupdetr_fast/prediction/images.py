@@ -240,7 +240,8 @@ def predict(
             and another ``channel_order``.
     """
     predictor = Predictor(model, Options(**options), workers=workers)
-    single = isinstance(images, IMAGE_LIKE) and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    several = isinstance(images, Iterable) and not isinstance(images, (*IMAGE_LIKE, bytes, bytearray))
+    single = not several and not (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     given = cast(Iterable[ImageLike], [images] if single else images)
 
     def read(image: ImageLike) -> tuple[Tensor, None]:

@@ -32,7 +32,7 @@ from .folder import holds_run
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
 
-__all__ = ["evaluate", "evaluate_checkpoint", "evaluator_of", "rehearse_evaluation"]
+__all__ = ["evaluate", "evaluate_checkpoint", "evaluator_of", "rehearse_evaluation", "warn_of_other_categories"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def evaluate_checkpoint(config: CocoTrainingConfig) -> dict[str, Any]:
     model = _build(config, dataset)
     samples = evaluation_samples(dataset, config, accelerator.device)
     loader = accelerator.prepare(evaluation_loader(samples, config))
-    _warn_of_other_categories(config, dataset)
+    warn_of_other_categories(config, dataset, "its class numbers may mean other classes")
     model = accelerator.prepare_model(model, evaluation_mode=True)
     with deaths_of_workers_explained(loader.num_workers, AGAIN), deaths_of_processes_explained(AGAIN):
         metrics = evaluate(accelerator, model, loader, dataset, config)
@@ -202,17 +202,27 @@ def _as_json(evaluator: CocoEvaluator) -> str:
     return f"[{', '.join(filter(None, images))}]\n"
 
 
-def _warn_of_other_categories(config: CocoTrainingConfig, val_set: CocoDataset) -> None:
-    """Warn if a checkpoint was trained on other classes than those that it is evaluated on."""
+def warn_of_other_categories(config: CocoTrainingConfig, val_set: CocoDataset, consequence: str) -> None:
+    """Warn if the checkpoint ``load``, with a class head that fits the data, was trained on other classes than theirs.
+
+    Args:
+        config: the run.
+        val_set: its data to evaluate on.
+        consequence: what follows from that.
+    """
     checkpoint = config.model.load
-    categories = [] if checkpoint is None else describe_model(checkpoint, config.model.model).categories
-    difference = difference_in_words(categories, val_set.categories, ("the checkpoint", "the data"))
-    if categories and difference:
+    if checkpoint is None:
+        return
+    header = describe_model(checkpoint, config.model.model)
+    difference = difference_in_words(header.categories, val_set.categories, ("the checkpoint", "the data"))
+    fits = header.model_config.get("num_classes", val_set.num_classes) == val_set.num_classes
+    if header.categories and difference and fits:
         logger.warning(
-            "%s was trained on other categories than those of %s (%s): its class numbers may mean other classes",
+            "%s was trained on other categories than those of %s (%s): %s",
             checkpoint,
             val_set.annotation_file,
             difference,
+            consequence,
         )
 
 

@@ -10,6 +10,7 @@ from ..evaluation.ground_truth import IouType
 from ..models import build_model, load_checkpoint, model_config
 from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
 from ..models.detector import Detector
+from ..prediction import describe_model
 from ..transformers_detector.families import of_transformers, require_transformers
 
 if TYPE_CHECKING:
@@ -195,7 +196,24 @@ class ModelConfig:
         if num_classes not in (None, own):
             sentence = f"{self.load} has a class head for {own} classes, and the data have {num_classes}"
             raise CheckpointMismatch(sentence, (own, num_classes))
+        if weights:
+            self._require_architecture(model)
         return model, trained
+
+    def _require_architecture(self, loaded: "TransformersDetector") -> None:
+        """Refuse ``load`` of another architecture than that of ``model``, whose directory may be gone."""
+        from ..transformers_detector.source import read_source
+
+        assert self.load is not None
+        if describe_model(self.load, self.model).model == self.model:
+            return
+        try:
+            named = read_source(self.model).config["model_type"]
+        except ValueError:
+            return
+        own = loaded.describe()["config"]["model_type"]
+        if own != named:
+            raise CheckpointMismatch(f"{self.load} is a model {own}, and {self.model} is a model {named}: name its own")
 
     def _build(self, num_classes: int) -> Detector:
         overrides = self._overrides()

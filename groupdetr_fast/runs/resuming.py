@@ -9,9 +9,9 @@ from ..data.categories import difference_in_words
 from ..models.checkpoints import read_header
 from ..training.checkpoint import WEIGHTS, resumable_checkpoints
 from .config import CocoTrainingConfig
-from .kept_files import begun_with, with_kept_files
+from .kept_files import CONFIG_FILE, begun_with, was_begun, with_kept_files
 
-__all__ = ["described_checkpoint", "require_same_run", "warn_of_changes"]
+__all__ = ["described_checkpoint", "require_data", "require_same_run", "warn_of_changes"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,19 @@ def described_checkpoint(run: Path) -> Path | None:
         except ValueError:
             continue
     return None
+
+
+def require_data(config: CocoTrainingConfig) -> None:
+    """Refuse to resume a run that has a configuration, without data, as if the folder alone were enough.
+
+    Raises:
+        ValueError: the message says how to resume it.
+    """
+    if config.resume and not config.data.given and was_begun(config.output):
+        raise ValueError(
+            f"to go on with the run in {config.output}, name its data and settings, or the file that has them: "
+            f"--config {config.output / CONFIG_FILE} --resume"
+        )
 
 
 def require_same_run(config: CocoTrainingConfig, val_set: CocoDataset, newest: Path | None) -> None:

@@ -28,7 +28,7 @@ from ..training.tracking import check_trackers, log_picture
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
-from .evaluate import evaluate, rehearse_evaluation
+from .evaluate import evaluate, rehearse_evaluation, warn_of_other_categories
 from .folder import clear, reserved
 from .kept_files import keep_files
 from .loaders import (
@@ -40,7 +40,7 @@ from .loaders import (
     training_set,
 )
 from .report import write_report
-from .resuming import described_checkpoint, require_same_run, warn_of_changes
+from .resuming import described_checkpoint, require_data, require_same_run, warn_of_changes
 
 __all__ = ["train"]
 
@@ -81,6 +81,7 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
         deaths_of_processes_explained(),
         logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
     ):
+        require_data(config)
         data = _load_data(config, accelerator.device)
         newest = described_checkpoint(config.output) if config.resume else None
         resuming = config.resume and bool(resumable_checkpoints(config.output))
@@ -127,6 +128,8 @@ def _train(
     """
     weights = class_weights_of(config, data.train_set)
     model = config.model.build(data.val_set.num_classes, resumed=newest)
+    if newest is None:
+        warn_of_other_categories(config, data.val_set, "its class head is kept, and learns those of the data anew")
     header = _header(config, model, data.val_set)
     val_loader = accelerator.prepare(evaluation_loader(data.val_samples, config))
 

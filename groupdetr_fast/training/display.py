@@ -97,15 +97,21 @@ class Display:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Inside, a file gets what the package logs and what trainings show; it goes on where it ended."""
+    """Inside, a file gets what the package logs and what trainings show; it goes on where it ended.
+
+    Where nothing is configured, warnings are printed too, as Python does as long as there is no handler at all.
+    """
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = (logging.getLogger(__name__.partition(".")[0]), _shown)
-    for logger in loggers:
-        logger.addHandler(handler)
+    package = logging.getLogger(__name__.partition(".")[0])
+    added: list[tuple[logging.Logger, logging.Handler]] = [(package, handler), (_shown, handler)]
+    if logging.lastResort is not None and not package.hasHandlers():
+        added.append((package, logging.lastResort))
+    for logger, each in added:
+        logger.addHandler(each)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        for logger, each in added:
+            logger.removeHandler(each)
         handler.close()

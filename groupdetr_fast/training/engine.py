@@ -171,6 +171,11 @@ class Trainer:
         with self.stop, self.progress.shown(self.config.lr), explained, deaths_of_processes_explained():
             self._say_what_is_trained()
             self._evaluate_what_was_interrupted()
+            if self.state.epoch >= self.config.epochs:
+                self.progress.display.print(
+                    f"nothing to train: the run has {self.state.epoch} epochs, and epochs is {self.config.epochs}; a "
+                    "larger number goes on"
+                )
             while self.state.epoch < self.config.epochs and not self._stops_early():
                 self._run_epoch()
         self.accelerator.end_training()

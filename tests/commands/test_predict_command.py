@@ -184,8 +184,12 @@ def test_images_are_found(images, tmp_path):
         images / "x.jpg",
     )
     assert find_sources([f"{images}/**/1.*"], besides=images / "b").images == (images / "a" / "1.png",)
-    with pytest.raises(DataError, match="there are no images in"):
+    with pytest.raises(DataError, match=r"no videos: those of the folders in it are \".*") as refused:
         find_sources([str(images)])
+    assert len(find_sources([str(refused.value).split('"')[1]]).images) == 3
+    (images / "empty").mkdir()
+    with pytest.raises(DataError, match=r"there are no images in .*empty, and no videos$"):
+        find_sources([str(images / "empty")])
     with pytest.raises(DataError, match="name the images"):
         find_sources([])
 

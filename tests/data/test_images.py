@@ -116,6 +116,9 @@ def test_a_damaged_orientation_is_none(tmp_path):
         (torch.full((3, 4, 4), 2.0), ValueError, r"must lie in \[0, 1\]"),
         (torch.full((3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
         (7, TypeError, "expected a path, a PIL image"),
+        (b"a", TypeError, r"got bytes: open them by PIL.Image.open\(io.BytesIO"),
+        (".", DataError, "^. is a folder, not an image: give the files in it$"),
+        ("http://host/a.jpg", DataError, "download http://host/a.jpg, and give its file"),
         ("missing.png", DataError, r"image file missing.png does not exist"),
     ],
 )

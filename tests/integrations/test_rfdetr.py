@@ -362,7 +362,8 @@ def test_what_is_refused():
         accelerate("rf-detr-nano.pth")
     with pytest.raises(ValueError, match="Linear has neither RF-DETR's deformable attention nor its criterion"):
         accelerate(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="groups_per_pass must be at least 1, got 0"):
-        accelerate(module_of(2), groups_per_pass=0)
+    for number in (0, 1.0):
+        with pytest.raises(ValueError, match=f"groups_per_pass must be an integer of at least 1, got {number}"):
+            accelerate(module_of(2), groups_per_pass=number)
     with pytest.raises(TypeError, match="groups_per_pass needs an RFDETR or an RFDETRModelModule, got LWDETR"):
         accelerate(module_of(2).model, groups_per_pass=1)

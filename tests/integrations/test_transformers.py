@@ -288,8 +288,9 @@ def test_what_is_not_supported_is_refused():
     with pytest.raises(ValueError, match="num_patterns must be 0, got 2"):
         add_groups(model_of("DabDetr", num_patterns=2), 2)
     model = model_of("ConditionalDetr")
-    with pytest.raises(ValueError, match="num_groups must be at least 1, got 0"):
-        add_groups(model, 0)
+    for number in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"num_groups must be an integer of at least 1, got {number}"):
+            add_groups(model, number)
     with pytest.raises(ValueError, match=r"inference_group must be in \[0, 2\), got 2"):
         add_groups(model, 2, inference_group=2)
     with pytest.raises(ValueError, match="the model has no groups"):
@@ -297,6 +298,8 @@ def test_what_is_not_supported_is_refused():
     add_groups(model, 2)
     with pytest.raises(ValueError, match="the model has 2 groups already"):
         add_groups(model, 2)
+    with pytest.raises(RuntimeError, match=r"weights of 3 groups of \d+ queries, and the model has 2: call add_groups"):
+        model.load_state_dict(add_groups(model_of("ConditionalDetr"), 3).state_dict())
     with pytest.raises(ValueError, match=r"group must be in \[0, 2\), got -1"):
         remove_groups(model, -1)
     remove_groups(model).loss_function = print

@@ -35,7 +35,14 @@ from ultralytics.utils.patches import torch_load
 
 from groupdetr_fast import ops
 from groupdetr_fast.integrations import kernels
-from groupdetr_fast.integrations.ultralytics import AcceleratedTrainer, accelerate, acceleration, attention, restore
+from groupdetr_fast.integrations.ultralytics import (
+    AcceleratedTrainer,
+    accelerate,
+    acceleration,
+    attention,
+    group_trainer,
+    restore,
+)
 from groupdetr_fast.integrations.ultralytics import criterion as criteria
 
 LAYERS = 4
@@ -510,3 +517,10 @@ def test_saving(folder):
     assert b"groupdetr_fast" not in (folder / "saved.pt").read_bytes()
     assert type(RTDETR(folder / "saved.pt").model) is RTDETRDetectionModel
     assert issubclass(type(detector), Model)
+
+
+@pytest.mark.parametrize("trainer", [AcceleratedTrainer, group_trainer(2)])
+@pytest.mark.parametrize("cfg", ["yolo11n.yaml", {"nc": 2, "backbone": [], "head": [[[1, 2, 3], 1, "Detect", ["nc"]]]}])
+def test_other_models_than_rt_detr_are_refused(trainer, cfg):
+    with pytest.raises(TypeError, match="this trainer is for RT-DETR, and this model has the head Detect"):
+        trainer.get_model(trainer.__new__(trainer), cfg)

@@ -104,6 +104,12 @@ def test_one_image_or_several_in_every_form(model, digits):
     assert gd.predict(model, arrays[0], score_threshold=1.0)["class_names"] == []
 
 
+@pytest.mark.parametrize("images", [None, b"bytes of a file"])
+def test_what_is_neither_an_image_nor_several_is_refused(model, images):
+    with pytest.raises(TypeError, match=f"expected a path, a PIL image, .* got {type(images).__name__}"):
+        gd.predict(model, images)
+
+
 def test_one_image_is_in_memory_at_a_time(model):
     given = []
 

@@ -274,3 +274,21 @@ def test_a_run_starts_again_from_its_configuration(config, tmp_path, capsys):
     train(replace(again, output=tmp_path / "again"))
     first, second = weights(config.output, 1), weights(tmp_path / "again", 1)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_with_all_its_epochs_has_nothing_to_train(config, capsys):
+    config = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0, report=False)
+    train(config)
+    assert "nothing to train" not in capsys.readouterr().err
+    train(replace(config, resume=True))
+    said = "nothing to train: the run has 1 epochs, and epochs is 1; a larger number goes on"
+    assert said in capsys.readouterr().err
+    assert said in (config.output / "train.log").read_text()
+
+
+def test_a_run_is_not_resumed_by_its_folder_alone(config):
+    train(replace(config, optimization=replace(config.optimization, epochs=1), pictures=0, report=False))
+    with pytest.raises(
+        ValueError, match=f"name its data and settings.*: --config {config.output}/config.yaml --resume"
+    ):
+        train(CocoTrainingConfig(output=config.output, resume=True))

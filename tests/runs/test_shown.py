@@ -1,7 +1,9 @@
 """What a run shows while it trains and evaluates."""
 
 import io
+import logging
 import re
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -77,3 +79,19 @@ def test_a_stopped_evaluation_leaves_no_bar(config):
         next(batches)
         assert shown._bars is not None
     assert shown._bars is None
+
+
+def test_warnings_of_a_training_are_printed_where_nothing_is_configured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
+    logger = logging.getLogger("groupdetr_fast.runs.model")
+    with display.logged_to(tmp_path / "train.log"):
+        logger.warning("random weights")
+        logger.info("a detail")
+    assert capsys.readouterr().err == "random weights\n"
+    assert "WARNING random weights" in (tmp_path / "train.log").read_text()
+    assert not logging.getLogger("groupdetr_fast").handlers
+    other = logging.StreamHandler(sys.stdout)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [other])
+    with display.logged_to(tmp_path / "train.log"):
+        logger.warning("once")
+    assert capsys.readouterr() == ("once\n", "")

@@ -230,3 +230,27 @@ def test_a_run_without_trackers_leaves_no_curves(config, tmp_path):
     with pytest.raises(ValueError, match="track must be none or others"):
         train(replace(config, track=("none", "tensorboard"), output=tmp_path / "another"))
     assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.parametrize("new_class_head", [False, True])
+def test_a_class_head_of_other_classes_is_warned_about(config, digits, tmp_path, caplog, new_class_head):
+    config = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0, report=False)
+    train(config)
+    files = {}
+    for part in ("train", "val"):
+        content = json.loads(getattr(digits, f"{part}_annotations").read_text())
+        content["categories"][3]["name"] = "another"
+        files[f"{part}_annotations"] = tmp_path / f"{part}.json"
+        files[f"{part}_annotations"].write_text(json.dumps(content))
+    model = replace(config.model, load=config.output, new_class_head=new_class_head)
+    other = replace(config, data=replace(config.data, **files), model=model, output=tmp_path / "other")
+    train(other)
+    said = (
+        f"{config.output} was trained on other categories than those of {tmp_path / 'val.json'} (category 4 is '3' in "
+        "the checkpoint and 'another' in the data): its class head is kept, and learns those of the data anew"
+    )
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    train(replace(other, resume=True))
+    train(replace(config, model=model, output=tmp_path / "same"))
+    assert "other categories" not in caplog.text

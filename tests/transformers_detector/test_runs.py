@@ -255,6 +255,21 @@ def test_what_the_architecture_freezes_is_not_trained(name, saved, caplog):
     assert ("freezes the whole backbone" in caplog.text) == (name == "Detr")  # with a ResNet of transformers itself
 
 
+def test_weights_of_another_architecture_are_refused(saved, tmp_path):
+    conditional = shutil.copytree(saved("ConditionalDetr"), tmp_path / "conditional")
+    classes = len(read_source(f"transformers:{conditional}").class_names)
+    deformable = saved("DeformableDetr")
+    config = ModelConfig(model=f"transformers:{deformable}", num_groups=1, load=conditional)
+    with pytest.raises(
+        ValueError, match=r"conditional is a model conditional_detr, and transformers:.* deformable_detr"
+    ):
+        config.build(classes)
+    shutil.rmtree(deformable)
+    with pytest.raises(ValueError, match="has a class head for"):  # the directory may be gone; other things do not fit
+        config.build(classes + 1)
+    config.build(classes)
+
+
 def test_models_that_cannot_be_loaded_are_named(saved, digits, tmp_path):
     with pytest.raises(SystemExit, match=r"transformers cannot load '.*nowhere'") as raised:
         cli.main(flags(tmp_path / "nowhere", digits, tmp_path / "run"))

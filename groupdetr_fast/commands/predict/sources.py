@@ -78,7 +78,9 @@ def find_sources(names: Sequence[str], *, besides: Path | None = None) -> Source
             if each.suffix.lower() in known and (besides is None or besides not in each.parents)
         ]
         if not inside:
-            raise DataError(f"there are no images in {name}, and no videos")
+            deeper = path.is_dir() and any(each.suffix.lower() in known for each in path.rglob("*"))
+            hint = f': those of the folders in it are "{path / "**" / "*"}"' if deeper else ""
+            raise DataError(f"there are no images in {name}, and no videos{hint}")
         images |= {each: None for each in inside if each.suffix.lower() in IMAGE_SUFFIXES}
         videos |= {str(each): None for each in inside if each.suffix.lower() in VIDEO_SUFFIXES}
     if not images and not videos:

@@ -56,8 +56,8 @@ def accelerate(model: Model, *, groups_per_pass: int | None = None) -> Model:
         UserWarning: if the version of rfdetr is none that this was tested with, or no kernel is installed; the model is
             unchanged then.
     """
-    if groups_per_pass is not None and groups_per_pass < 1:
-        raise ValueError(f"groups_per_pass must be at least 1, got {groups_per_pass}")
+    if groups_per_pass is not None and (type(groups_per_pass) is not int or groups_per_pass < 1):
+        raise ValueError(f"groups_per_pass must be an integer of at least 1, got {groups_per_pass!r}")
     modules = _modules_of(model)
     exchanges = [attention.exchange] if attention.DEVICES else []
     exchanges += [criterion.exchange] if serves_everywhere("linear_assignment") else []

@@ -65,8 +65,8 @@ def add_groups(model: Models, num_groups: int, *, inference_group: int = 0, nois
             or that are repeated (``num_patterns``), or a number is out of range.
     """
     queries = _queries_of(model)
-    if num_groups < 1:
-        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if type(num_groups) is not int or num_groups < 1:
+        raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
     _check_group(inference_group, num_groups, "inference_group")
     if isinstance(queries, _GroupedQueries):
         raise ValueError(f"the model has {queries.num_groups} groups already: call remove_groups first")
@@ -174,6 +174,15 @@ class _GroupedQueries(nn.Embedding):
         if self.training or isinstance(every, DTensor):
             return every
         return self.rows_of(self.inference_group)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        rows, size = state_dict.get(f"{prefix}weight"), self.queries_per_group
+        if rows is not None and len(rows) != self.num_embeddings and len(rows) % size == 0:
+            arguments[-1].append(  # beside torch's message, which has the shapes
+                f"these are weights of {len(rows) // size} groups of {size} queries, and the model has "
+                f"{self.num_groups}: call add_groups with as many (weights without groups are loaded before it)"
+            )
 
     def rows_of(self, group: int) -> Tensor:
         start = group * self.queries_per_group
