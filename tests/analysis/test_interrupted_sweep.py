@@ -28,7 +28,7 @@ TABLE_1 = (1, 2, 3, 5, 7, 9, 11)
 def training(training):
     """With images on the device, and a checkpoint after every step."""
     data = replace(training.data, cache_images=True, cache_on="device")
-    return replace(training, data=data, checkpoint_minutes=1e-9, report=False, track=())
+    return replace(training, data=data, checkpoint_minutes=1e-9)
 
 
 def runs_of(training, groups, seeds):
