@@ -54,7 +54,7 @@ def one_gpu(monkeypatch, server):
 
 @pytest.mark.parametrize(
     ("groups", "seeds", "interruptions"),
-    [((1, 2), 1, 1), pytest.param(TABLE_1, 3, 6, marks=pytest.mark.slow)],
+    [((1, 2, 3), 1, 1), pytest.param(TABLE_1, 3, 6, marks=pytest.mark.slow)],
     ids=["small", "table 1"],
 )
 def test_a_sweep_that_is_interrupted_and_gone_on_with_is_one_that_is_not(
