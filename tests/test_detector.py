@@ -82,7 +82,7 @@ def test_one_group_does_not_replace_a_checkpoint_of_a_run(trained, tmp_path):
 
 def test_a_detector_goes_on_with_a_run(digits, tmp_path):
     detector = gd.Detector(num_groups=2, **SIZES)
-    settings = {**digits, **AUGMENTATION, "workers": 0, "pictures": 0, "report": False}
+    settings = {**digits, **AUGMENTATION, "workers": 0, "pictures": 0, "report": False, "track": ()}
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "mine.safetensors").touch()  # of the user's
     for epochs, resume in ((1, False), (2, True)):
@@ -156,7 +156,7 @@ def test_training_goes_on_with_all_groups_and_other_classes_in_a_new_folder(trai
         content["categories"].append({"id": 99, "name": "other"})
         (tmp_path / f"{part}.json").write_text(json.dumps(content))
     files = {**digits, "train_annotations": tmp_path / "train.json", "val_annotations": tmp_path / "val.json"}
-    detector.train(**files, **AUGMENTATION, epochs=1, workers=0)
+    detector.train(**files, **AUGMENTATION, epochs=1, workers=0, pictures=0, report=False)
     assert read_header(tmp_path / "runs/train-2").model_config["num_groups"] == 3
     assert detector.checkpoint.is_relative_to("runs/train-2")
     assert detector.model.config.num_classes == 11

@@ -118,10 +118,11 @@ def deaths_of_workers_explained(workers: int, then: str = RESUME) -> Iterator[No
 def _death_behind(error: BaseException | None) -> BaseException | None:
     """torch's error of a killed worker.
 
-    It comes wherever the program is, also where a RuntimeError is made another error, as in looking up an op of torch.
+    It comes wherever the program is, also where a RuntimeError is made another error, as in looking up an op of torch,
+    and where another error follows it, as in closing what it has left half done.
     """
     while error is not None and not str(error).startswith(WORKER_DIED):
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return error
 
 

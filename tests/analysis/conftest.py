@@ -46,4 +46,6 @@ def training(digits, tmp_path):
         optimization=OptimizationConfig(epochs=2, lr_drop=(1,), lr=1e-2, backbone_lr=1e-2, batch_size=4, seed=7),
         output=tmp_path / "run",
         pictures=0,
+        report=False,
+        track=(),
     )

@@ -1,8 +1,9 @@
 """Runs that share GPUs: a stand-in for nvidia-smi counts what the runs, which only pretend to train, say they take."""
 
-import json
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ for file in folder.glob(f"gpu{{gpu}}-*"):
         pass
 print(used, 1000, sep=", ")
 """
-# "Trains" epoch after epoch; fails like torch where the GPU has less left than it takes.
+# "Trains" epoch after epoch, the second when the file held is gone; fails like torch where the GPU has less left than
+# it takes.
 PRETENDER = """
 import json, os, sys, time
 from pathlib import Path
@@ -44,15 +46,19 @@ memory.write_text(str(taken))
 others = [file for file in folder.parent.glob(f"gpu{{gpu}}-*") if file != memory]
 used = taken * (1 + len(others))
 notes = (folder.parent / "notes.txt").open("a")
+held, begun = folder.parent / "held", time.monotonic()
 try:
     if 100 + used > {capacity}:
         print("failed", folder.name, gpu, len(others), file=notes, flush=True)
         sys.exit({last_words!r})
+    shown = len(list(folder.parent.glob("*/results.json")))  # runs that have trained an epoch
     print("start", folder.name, gpu, len(others), file=notes, flush=True)
+    print("shown", folder.name, gpu, shown, file=notes, flush=True)
     results = folder / "results.json"
     done = []
     for epoch in range(1, settings["training"]["optimization"]["epochs"] + 1):
-        time.sleep({seconds})
+        while epoch == 2 and held.exists() and time.monotonic() < begun + 60:
+            time.sleep(0.01)
         done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0, "metrics": {{}}}})
         results.write_text(json.dumps({{"epochs": done}}))
     (folder / "measured.json").write_text(json.dumps({{"nms_threshold": settings["nms_threshold"], "usages": {{}}}}))
@@ -76,10 +82,10 @@ def pretend(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
 
-    def pretend(count, mib=100, capacity=1000, seconds=0.3, last_words=LAST_WORDS):
+    def pretend(count, mib=100, capacity=1000, last_words=LAST_WORDS):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         script = tmp_path / "pretender.py"
-        script.write_text(PRETENDER.format(mib=mib, capacity=capacity, seconds=seconds, last_words=last_words))
+        script.write_text(PRETENDER.format(mib=mib, capacity=capacity, last_words=last_words))
         monkeypatch.setattr(sweep, "run_command", lambda folder: [sys.executable, str(script), str(folder)])
 
     return pretend
@@ -95,20 +101,42 @@ def notes(folder, what="start"):
     return [(name, gpu, int(others)) for happened, name, gpu, others in lines if happened == what]
 
 
-def test_runs_share_a_gpu_once_the_first_has_shown_its_size(pretend, runs, tmp_path):
-    pretend(1, seconds=0.6)
+@pytest.fixture
+def hold(tmp_path, monkeypatch):
+    """A function that keeps all runs in their first epoch until there are so many notes of a kind, and a bit longer."""
+
+    def hold(number, what="start"):
+        folder, polls = tmp_path / "runs", []
+        folder.mkdir(exist_ok=True)
+        (folder / "held").touch()
+
+        def sleep(seconds):
+            time.sleep(seconds)
+            if (folder / "notes.txt").exists() and len(notes(folder, what)) >= number:
+                polls.append(seconds)
+            if len(polls) > 5:  # in which the sweep could start more
+                (folder / "held").unlink(missing_ok=True)
+
+        monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=sleep))
+
+    return hold
+
+
+def test_runs_share_a_gpu_once_the_first_has_shown_its_size(pretend, hold, runs, tmp_path):
+    pretend(1)
+    hold(4)
     run_sweep(runs, tmp_path / "runs", jobs=4)
     starts = notes(tmp_path / "runs")
     assert {gpu for _, gpu, _ in starts} == {"0"}
     assert starts[0][2] == 0
-    assert max(others for _, _, others in starts) >= 1
-    first = json.loads((tmp_path / "runs" / starts[0][0] / "results.json").read_text())["epochs"]
-    assert first, "the second run did not wait for an epoch of the first"
+    assert max(others for _, _, others in starts) == 3
+    assert notes(tmp_path / "runs", "shown")[1][2] == 1, "the second run did not wait for an epoch of the first"
 
 
-def test_the_limit_of_a_gpu_holds(pretend, runs, tmp_path):
+def test_the_limit_of_a_gpu_holds(pretend, hold, runs, tmp_path):
     """Runs of 300 MiB under a limit of 650 MiB: never three at a time."""
     pretend(1, mib=300)
+    hold(2)
     run_sweep(runs, tmp_path / "runs", jobs=5, gpu_memory_gib=650 / 1024)
     assert max(others for _, _, others in notes(tmp_path / "runs")) == 1
 
@@ -120,15 +148,14 @@ def test_runs_are_spread_over_gpus(pretend, runs, tmp_path, monkeypatch):
     assert {gpu for _, gpu, _ in notes(tmp_path / "runs")} == {"3", "5"}
 
 
-def test_a_full_gpu_does_not_keep_others_from_runs(pretend, runs, tmp_path):
+def test_a_full_gpu_does_not_keep_others_from_runs(pretend, hold, runs, tmp_path):
     """Another program leaves room for one run on the first GPU, and the second has room for four."""
-    (tmp_path / "runs").mkdir()
+    pretend(2, mib=200)
+    hold(5)
     (tmp_path / "runs" / "gpu0-other").write_text("600")
-    pretend(2, mib=200, seconds=1.0)
     run_sweep(runs, tmp_path / "runs", jobs=5)
     most = {gpu: max(others for _, where, others in notes(tmp_path / "runs") if where == gpu) for gpu in "01"}
-    assert most["0"] == 1  # the other program
-    assert most["1"] >= 2
+    assert most == {"0": 1, "1": 3}  # the other program, and three runs
 
 
 def refusal_of_images(monkeypatch):
@@ -140,10 +167,11 @@ def refusal_of_images(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["step", "images"])
-def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, runs, tmp_path, monkeypatch, place):
+def test_a_run_without_memory_beside_others_is_made_again_with_fewer(pretend, hold, runs, tmp_path, monkeypatch, place):
     """The limit lets three runs in; the GPU has room for two."""
     last_words = LAST_WORDS if place == "step" else refusal_of_images(monkeypatch)
-    pretend(1, mib=300, capacity=750, seconds=1.0, last_words=last_words)
+    pretend(1, mib=300, capacity=750, last_words=last_words)
+    hold(1, "failed")
     results = run_sweep(runs, tmp_path / "runs", jobs=5, gpu_memory_gib=1)
     assert set(results) == {run.name for run in runs}
     failed = notes(tmp_path / "runs", "failed")
@@ -167,7 +195,7 @@ def test_memory_that_cannot_be_read_is_an_error(pretend, runs, tmp_path, monkeyp
 def test_memory_is_read_only_where_runs_are_to_share_it(pretend, runs, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    pretend(2, seconds=0.0)
+    pretend(2)
     monkeypatch.setattr(gpus, "_memory", lambda name: pytest.fail("nvidia-smi was asked"))
     run_sweep(runs[:2], tmp_path / "runs", jobs=1)
     assert notes(tmp_path / "runs") == [(run.name, "0,1", 0) for run in runs[:2]]

@@ -28,7 +28,7 @@ TABLE_1 = (1, 2, 3, 5, 7, 9, 11)
 def training(training):
     """With images on the device, and a checkpoint after every step."""
     data = replace(training.data, cache_images=True, cache_on="device")
-    return replace(training, data=data, checkpoint_minutes=1e-9, report=False, track=())
+    return replace(training, data=data, checkpoint_minutes=1e-9)
 
 
 def runs_of(training, groups, seeds):
@@ -54,7 +54,7 @@ def one_gpu(monkeypatch, server):
 
 @pytest.mark.parametrize(
     ("groups", "seeds", "interruptions"),
-    [((1, 2), 1, 1), pytest.param(TABLE_1, 3, 6, marks=pytest.mark.slow)],
+    [((1, 2, 3), 1, 1), pytest.param(TABLE_1, 3, 6, marks=pytest.mark.slow)],
     ids=["small", "table 1"],
 )
 def test_a_sweep_that_is_interrupted_and_gone_on_with_is_one_that_is_not(

@@ -18,7 +18,8 @@ from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import SweepError, run_sweep
 from groupdetr_fast.training.faults import TrainingStopped
 
-# Stands in for groupdetr_fast.analysis.run: "trains" one epoch after the other and notes when it started and ended.
+# Stands in for groupdetr_fast.analysis.run: "trains" one epoch after the other and notes when it started and ended. The
+# second epoch waits while the file NAME.held is there.
 PRETENDER = """
 import json, os, sys, time
 from pathlib import Path
@@ -34,8 +35,11 @@ if optimization["seed"] == {failing}:
     sys.exit("error: no luck")
 results = folder / "results.json"
 done = json.loads(results.read_text())["epochs"] if results.is_file() else []
+held, begun = folder.parent / f"{{folder.name}}.held", time.monotonic()
 for epoch in range(len(done) + 1, optimization["epochs"] + 1):
     time.sleep({seconds})
+    while epoch == 2 and held.exists() and time.monotonic() < begun + 60:
+        time.sleep(0.01)
     done.append({{"epoch": epoch, "seconds": 1.0, "peak_memory_mib": 1.0, "metrics": {{}}}})
     results.write_text(json.dumps({{"epochs": done}}))
 (folder / "measured.json").write_text(json.dumps({{"nms_threshold": settings["nms_threshold"], "usages": {{}}}}))
@@ -65,6 +69,11 @@ def runs(training):
 
 def notes(folder):
     return [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+
+
+def pretenders():
+    """Processes of runs that are at work."""
+    return [child for child in psutil.Process().children() if "pretender.py" in " ".join(child.cmdline())]
 
 
 def started(folder):
@@ -132,7 +141,9 @@ def test_what_is_incomplete_or_of_other_settings_is_made_again(pretend, runs, tm
 def test_an_interrupted_sweep_goes_on_where_it_was(pretend, runs, tmp_path, monkeypatch):
     """After its first run: that one is skipped, the second continues with the epochs that are missing."""
     folder = tmp_path / "runs"
-    pretend(seconds=0.3)
+    folder.mkdir()
+    held = folder / f"{runs[1].name}.held"
+    held.touch()
 
     def interrupt(seconds):
         time.sleep(seconds)
@@ -143,7 +154,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(pretend, runs, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         run_sweep(runs, folder)
     monkeypatch.setattr(sweep, "time", time)
-    time.sleep(0.5)  # a process that was left behind would end its run by now
+    assert not pretenders()
+    held.unlink()
     assert runs[0].is_done(folder / runs[0].name)
     assert not runs[1].is_done(folder / runs[1].name)
 
@@ -155,7 +167,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(pretend, runs, tmp_path, monk
 
 def test_after_sigterm_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
     folder = tmp_path / "runs"
-    pretend(seconds=0.5)
+    pretend(seconds=60)
 
     def terminate(seconds):
         time.sleep(seconds)
@@ -166,7 +178,7 @@ def test_after_sigterm_no_run_is_left(pretend, runs, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingStopped, match="the sweep was asked to stop: the same command goes on"):
         run_sweep(runs, folder, jobs=2)
-    assert not [child for child in psutil.Process().children() if "pretender.py" in " ".join(child.cmdline())]
+    assert not pretenders()
     assert [note[0] for note in notes(folder)] == ["start", "start"]
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -213,11 +225,24 @@ def test_a_run_that_fails_does_not_stop_the_others(pretend, runs, tmp_path):
     assert started(tmp_path / "runs")[3:] == [runs[0].name]
 
 
-def test_the_memory_limit_stops_the_newest_run_until_there_is_room(pretend, runs, tmp_path):
+def test_the_memory_limit_stops_the_newest_run_until_there_is_room(pretend, runs, tmp_path, monkeypatch, caplog):
     """Each run takes 200 MiB; under a limit of 300 MiB, runs that were started together end one after the other."""
-    pretend(seconds=0.3, ballast=200 * 2**20)
-    run_sweep(runs[:2], tmp_path / "runs", jobs=2, memory_gib=300 / 1024)
-    happened = [(note[0], note[1]) for note in notes(tmp_path / "runs")]
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    pretend(ballast=200 * 2**20)
+    held = [folder / f"{run.name}.held" for run in runs[:2]]
+    for file in held:
+        file.touch()
+
+    def go_on_once_one_is_stopped(seconds):
+        time.sleep(seconds)
+        if "waits until there is more memory" in caplog.text:
+            for file in held:
+                file.unlink(missing_ok=True)
+
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=go_on_once_one_is_stopped))
+    run_sweep(runs[:2], folder, jobs=2, memory_gib=300 / 1024)
+    happened = [(note[0], note[1]) for note in notes(folder)]
     first, second = runs[0].name, runs[1].name
     assert happened[-1] == ("end", second)
     assert happened.index(("end", first)) < len(happened) - 1 - happened[::-1].index(("start", second))

@@ -100,7 +100,7 @@ def test_a_command_is_asked_to_stop_in_time(monkeypatch):
     monkeypatch.setattr(evidence, "STOP_SECONDS", 20)
     assert run_until(python("import os, sys; sys.exit(int(os.environ['X']))"), {"X": "3"}, time.monotonic() + 60) == 3
     start = time.monotonic()
-    assert run_until(python(STOPPABLE), {}, start + 25) == 75
+    assert run_until(python(STOPPABLE), {}, start + 22) == 75
     assert time.monotonic() - start < 20
 
 
@@ -108,7 +108,7 @@ def test_a_command_that_does_not_stop_is_killed(monkeypatch):
     monkeypatch.setattr(evidence, "STOP_SECONDS", 1)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     start = time.monotonic()
-    assert run_until(python(deaf), {}, start + 4) == EXIT_STOPPED
+    assert run_until(python(deaf), {}, start + 2) == EXIT_STOPPED
     assert time.monotonic() - start < 20
 
 

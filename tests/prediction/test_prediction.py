@@ -50,6 +50,8 @@ def checkpoint(digits, tmp_path_factory):
         optimization=OptimizationConfig(epochs=1, lr=1e-3, backbone_lr=1e-3),
         output=output,
         pictures=0,
+        report=False,
+        track=(),
     )
     train(config)
     return output / "checkpoints" / "best"

@@ -1,4 +1,4 @@
-"""A small run on the digits."""
+"""A small run on the digits, without pictures and curves, which would take longer than the training."""
 
 import pytest
 from small_sizes import SIZES
@@ -25,5 +25,7 @@ def config(digits, tmp_path):
         ),
         optimization=OptimizationConfig(epochs=3, lr_drop=(2,), lr=1e-3, backbone_lr=1e-3, batch_size=4),
         output=tmp_path / "run",
-        pictures=2,
+        pictures=0,
+        report=False,
+        track=(),
     )

@@ -40,6 +40,7 @@ def test_models_of_transformers_do_without_cudnn_attention(begin, of_transformer
 
 
 def test_a_run_leaves_everything_it_promises(config, capsys):
+    config = replace(config, pictures=2, report=True, track=("tensorboard",))
     results = train(config)
     assert "Average Precision" in capsys.readouterr().out
     assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
@@ -53,6 +54,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     described = {name: value for name, value in header.to_json().items() if name not in ("epoch", "AP")}
     assert described == {name: json.loads((config.output / "results.json").read_text())[name] for name in described}
     assert (config.output / "predictions.png").stat().st_size > 1000
+    assert (config.output / "index.html").is_file()
     assert isinstance(json.loads((config.output / "detections.json").read_text()), list)
     assert list(config.output.glob("tensorboard/**/*events*"))
     assert [path.parent.name for path in sorted(config.output.glob("checkpoints/*/model.safetensors"))] == [
@@ -115,7 +117,7 @@ def test_masks_train_and_are_evaluated(config, digits, tmp_path):
         loss_points=64,
     )
     augmentation = replace(config.augmentation, jitter_size=48, jitter_scale=(0.5, 1.5))
-    results = train(replace(config, data=data, model=model, augmentation=augmentation))
+    results = train(replace(config, data=data, model=model, augmentation=augmentation, pictures=2))
     losses = [row["train"]["loss"] for row in results["epochs"]]
     assert losses[-1] < losses[0]
     assert {"loss_ce", "loss_mask", "loss_dice", "loss_dice_0"} <= set(results["epochs"][0]["train"])

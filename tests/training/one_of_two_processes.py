@@ -41,6 +41,7 @@ def config_of(folder, output, **optimization):
         optimization=replace(config.optimization, **optimization),
         evaluate_every=1,
         pictures=5,
+        track=("tensorboard",),
     )
 
 
@@ -143,6 +144,8 @@ def main():
         config = replace(config, data=replace(config.data, workers=1))
     if kind == "memory of its own":
         give_memory_for(7 - 4 * int(os.environ["RANK"]))
+    if kind == "with its page":
+        config = replace(config, report=True)
     if kind == "hurried":
         say_when_saved()
     if kind == "spoiled":

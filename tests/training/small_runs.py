@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import checkpoint, engine
 from groupdetr_fast.training.config import OptimizationConfig
 
+IMPORTED_BY = os.getpid()
 EPOCHS = 3
 IMAGES = 10  # 5 batches per epoch
 SIZE = 32
@@ -64,7 +66,10 @@ def data_in(folder, evaluated="instances.json"):
 
 
 def small_config(data, output):
-    """A run with everything that draws random numbers: augmentation, dropout and denoising queries."""
+    """A run with everything that draws random numbers: augmentation, dropout and denoising queries.
+
+    It writes neither page nor curves, which would take longer than the training.
+    """
     return CocoTrainingConfig(
         data=data,
         model=ModelConfig(
@@ -86,6 +91,8 @@ def small_config(data, output):
         output=output,
         evaluate_every=2,
         pictures=0,
+        report=False,
+        track=(),
     )
 
 
@@ -103,11 +110,13 @@ def run_process(config, fault=None, *arguments):
     """Train in a process of its own, which calls ``fault(*arguments)`` first. Returns its exit status and output."""
     config.output.mkdir(parents=True, exist_ok=True)
     log = config.output / "log.txt"
-    # A fork server imports torch once; every training is a fresh fork of it.
+    # A fork server imports this module once, and with it torch; every training is a fresh fork of it. It finds the
+    # module by the variable alone, and says nothing if it does not.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_runs"])
     process = context.Process(target=_main, args=(config, log, fault, arguments))
-    process.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        process.start()
     process.join(timeout=300)
     assert process.exitcode is not None, "the training hangs"
     return process.exitcode, log.read_text()
@@ -117,6 +126,7 @@ def _main(config, log, fault, arguments):
     file = log.open("w")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file.fileno(), stream.fileno())
+    assert os.getpid() != IMPORTED_BY, "the fork server lacks this module, which each training imports for itself"
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers: so they have the fault too
     if fault is not None:

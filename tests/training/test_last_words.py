@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -21,7 +20,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def launched(monkeypatch):
     """A function after which this process is the one of a rank, of two that a launcher with a store has started."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    monkeypatch.setattr(last_words, "PATIENCE", 0.5)
 
     def start(rank, restarts=0, **others):
         environment = {
@@ -39,7 +37,20 @@ def launched(monkeypatch):
     return start
 
 
-def test_what_the_first_says_need_not_be_said_again(launched):
+@pytest.fixture
+def slept(monkeypatch):
+    """Pauses of a process that waits, which take no time but by the clock that it looks at; one may do something."""
+    slept = SimpleNamespace(pauses=[], do=lambda: None)
+
+    def sleep(seconds):
+        slept.pauses.append(seconds)
+        slept.do()
+
+    monkeypatch.setattr(last_words, "time", SimpleNamespace(monotonic=lambda: sum(slept.pauses), sleep=sleep))
+    return slept
+
+
+def test_what_the_first_says_need_not_be_said_again(launched, slept):
     launched(0)
     assert not first_says("error: no Größe")
     launched(1)
@@ -49,39 +60,37 @@ def test_what_the_first_says_need_not_be_said_again(launched):
     assert not first_says("error: no Größe")
 
 
-def test_the_others_wait_for_the_first_that_is_slower(launched):
+def test_the_others_wait_for_the_first_that_is_slower(launched, slept):
     launched(0)
-    slow = threading.Timer(0.2, lambda store: store.set(last_words.KEY, "error"), [last_words._store()])
+    store = last_words._store()
+    slept.do = lambda: store.set(last_words.KEY, "error")
     launched(1)
-    slow.start()
     assert first_says("error")
-    slow.join()
+    assert len(slept.pauses) == 1
 
 
-def test_a_first_that_says_nothing_is_not_waited_for_long(launched):
+def test_a_first_that_says_nothing_is_not_waited_for_long(launched, slept):
     launched(1)
-    start = time.monotonic()
     assert not first_says("error")
-    assert 0.4 < time.monotonic() - start < 5
+    assert sum(slept.pauses) == pytest.approx(last_words.PATIENCE, abs=2 * last_words.INTERVAL)
 
 
-def test_who_is_asked_to_end_does_not_wait_but_speaks(launched, monkeypatch):
+def test_who_is_asked_to_end_does_not_wait_but_speaks(launched, slept):
     """The launcher does so where the first was killed."""
-    monkeypatch.setattr(last_words, "PATIENCE", 30)
+    slept.do = lambda: signal.raise_signal(signal.SIGTERM)
     launched(1)
-    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    start = time.monotonic()
     assert not first_says("error")
-    assert time.monotonic() - start < 10
+    assert len(slept.pauses) == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
     "others", [{"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "9"}]
 )
-def test_without_a_store_everybody_speaks(launched, others):
+def test_without_a_store_everybody_speaks(launched, monkeypatch, others):
     launched(0)
     assert not first_says("error")
+    monkeypatch.setattr(last_words, "PATIENCE", 0.5)  # for a store that is not there
     launched(1, **others)
     assert not first_says("error")
 

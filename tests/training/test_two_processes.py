@@ -81,7 +81,7 @@ def assert_same_training(found, expected):
 
 
 def test_two_processes_train_and_evaluate_as_one(folder, one_process):
-    done = run_on_two(folder, folder / "two", "plain", batch_size=1)
+    done = run_on_two(folder, folder / "two", "with its page", batch_size=1)
     assert done.returncode == 0, done.stderr
     assert_same_training(folder / "two", one_process)
     detections = json.loads((folder / "two" / "detections.json").read_text())
@@ -92,6 +92,7 @@ def test_two_processes_train_and_evaluate_as_one(folder, one_process):
     assert [d["score"] for d in detections] == pytest.approx([d["score"] for d in expected], abs=1e-4)
     metrics = dict(re.findall(r"metrics of process (\d): (.*)", done.stderr))
     assert metrics["0"] == metrics["1"] == json.dumps([row["metrics"] for row in results(folder / "two")["epochs"]])
+    assert (folder / "two" / "index.html").is_file()
     assert len(list((folder / "two" / "tensorboard").glob("**/events*"))) == 1
     pictures = [Image.open(output / "predictions.png") for output in (folder / "two", one_process)]
     assert pictures[0].size == pictures[1].size  # every image, and not those of one process

@@ -58,7 +58,8 @@ def data_flags(digits):
 def flags(folder, digits, output, *others):
     return [
         *("train", "--model", f"transformers:{folder}", *data_flags(digits), "--output", str(output)),
-        *("--epochs", "1", "--batch-size", "3", "--workers", "0", "--pictures", "1", "--lr-drop", "5", *others),
+        *("--epochs", "1", "--batch-size", "3", "--workers", "0", "--lr-drop", "5"),
+        *("--pictures", "0", "--no-report", "--track", "none", *others),
     ]
 
 
@@ -72,7 +73,7 @@ def flags(folder, digits, output, *others):
 )
 def test_a_run_needs_the_directory_only_at_its_beginning(name, settings, saved, digits, tmp_path, caplog, capsys):
     folder, run = saved(name, **settings), tmp_path / "run"
-    groups = ["--num-groups", "2"] if name == "DeformableDetr" else []
+    groups = ["--num-groups", "2"] if name == "DeformableDetr" else ["--pictures", "1", "--report"]
     with caplog.at_level("INFO"):
         cli.main(flags(folder, digits, run, "--ema-decay", "0.9", *groups))
     assert f"a new class head for {DIGITS} classes, in place of one for 4" in caplog.text
@@ -95,7 +96,7 @@ def test_a_run_needs_the_directory_only_at_its_beginning(name, settings, saved, 
 
     evaluated = tmp_path / "evaluated"
     arguments = ["eval", str(run), "--val-images", str(digits.val_images), "--workers", "0", "--pictures", "0"]
-    cli.main([*arguments, "--val-annotations", str(digits.val_annotations), "--output", str(evaluated)])
+    cli.main([*arguments, "--no-report", "--val-annotations", str(digits.val_annotations), "--output", str(evaluated)])
     metrics = json.loads((evaluated / "metrics.json").read_text())
     assert metrics["AP"] == pytest.approx(max(row["metrics"]["AP"] for row in results["epochs"]), abs=1e-6)
     cli.main(["predict", str(run), str(digits.val_images), "--output", str(tmp_path / "out"), "--score-threshold", "0"])
@@ -216,7 +217,7 @@ def test_a_directory_of_transformers_gets_the_groups_that_are_asked_for(name, gr
 
 def test_classes_of_a_checkpoint_are_replaced_if_asked(saved, digits, tmp_path, caplog):
     folder, run = saved("DeformableDetr", num_labels=DIGITS), tmp_path / "run"
-    cli.main(flags(folder, digits, run, "--num-groups", "2", "--no-report"))
+    cli.main(flags(folder, digits, run, "--num-groups", "2"))
     caplog.set_level("INFO")
     config = ModelConfig(model=f"transformers:{folder}", load=run, num_groups=2)
     kept, replaced = (replace(config, new_class_head=True).build(classes) for classes in (DIGITS, 3))
@@ -287,7 +288,7 @@ def test_models_that_cannot_be_loaded_are_named(saved, digits, tmp_path):
 def test_the_class_trains_models_of_transformers_too(saved, digits, tmp_path, capsys):
     folder = saved("RTDetr")
     detector = gd.Detector(f"transformers:{folder}", accelerate_kernels=False)
-    settings = {"epochs": 1, "batch_size": 3, "workers": 0, "pictures": 0, "report": False}
+    settings = {"epochs": 1, "batch_size": 3, "workers": 0, "pictures": 0, "report": False, "track": ()}
     detector.train(**digits._asdict(), **settings, output=tmp_path / "run")
     shutil.rmtree(folder)
     again = gd.Detector.from_pretrained(tmp_path / "run", device="cpu")
@@ -303,7 +304,7 @@ def test_a_run_of_another_detector_is_not_resumed_with_one_of_transformers(digit
     sizes = "--num-groups 2 --num-queries 5 --d-model 32 --num-heads 2 --encoder-layers 1 --decoder-layers 1"
     sizes += " --dim-feedforward 32 --backbone conv:8-16 --epochs 1 --lr-drop 5 --batch-size 3 --workers 0 --pictures 0"
     sizes += " --short-sides 48 --eval-short-side 48 --crop 0"
-    cli.main(["train", *data_flags(digits), *sizes.split(), "--output", str(run), "--no-report"])
+    cli.main(["train", *data_flags(digits), *sizes.split(), "--output", str(run), "--no-report", "--track", "none"])
     resumed = ["train", "--config", str(run / "config.yaml"), "--output", str(run), "--resume"]
     message = r"was begun with model\.model = conditional_detr_r50, which cannot become transformers:nowhere/a on"
     with pytest.raises(SystemExit, match=message):
@@ -377,7 +378,7 @@ def test_lw_detr_learns_the_digits_that_it_is_shown(tmp_path):
 def test_a_frozen_backbone_stays_that_of_the_directory(saved, digits, tmp_path):
     folder, run = saved("DFine", num_denoising=6), tmp_path / "run"
     before = AutoModelForObjectDetection.from_pretrained(folder).state_dict()
-    cli.main(flags(folder, digits, run, "--freeze", "backbone", "--repeat-factor-threshold", "0.5", "--no-report"))
+    cli.main(flags(folder, digits, run, "--freeze", "backbone", "--repeat-factor-threshold", "0.5"))
     after = AutoModelForObjectDetection.from_pretrained(run / "checkpoints" / "best").state_dict()
     backbone = [name for name in before if name.startswith("model.backbone.")]
     assert len(backbone) > 5
@@ -405,7 +406,7 @@ def test_the_largest_batch_and_a_rate_are_found(saved, digits, tmp_path, monkeyp
     monkeypatch.setattr(TransformersDetector, "forward", forward)
     monkeypatch.setattr(batch_size, "memory_of", lambda device: Memory())
     folder, run = saved("DFine", num_denoising=6), tmp_path / "run"
-    command = flags(folder, digits, run, "--batch-size", "auto", "--images-per-step", "4", "--no-report")
+    command = flags(folder, digits, run, "--batch-size", "auto", "--images-per-step", "4")
     cli.main(command)
     assert "batch_size auto: 2 images, the largest that fits; accumulate 2" in capsys.readouterr().err
     assert "batch_size: 2\n" in (run / "config.yaml").read_text()
