@@ -182,7 +182,7 @@ def test_what_the_profiler_says():
         header,
         '"0","7","python3","_fwd_kernel","Command line","gpu__time_duration.sum","ns","12,345"',
         '"0","7","python3","_fwd_kernel","Command line","launch__registers_per_thread","register/thread","64"',
-        '"1","7","python3","void ns::(anonymous namespace)::deform<float, 4>(P, int)","Command","a_new_metric","","n/a"',
+        '"1","7","python","void ns::(anonymous namespace)::deform<float, 4>(P, int)","Command","a_new_metric","","n/a"',
         "==PROF== Disconnected",
     ]
     assert tools.profiles("\n".join(lines)) == [
