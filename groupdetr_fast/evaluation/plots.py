@@ -33,9 +33,8 @@ def draw_precision_recall(classes: Sequence[ClassDiagnosis], path: Path) -> None
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     if chosen:
         legend = axis.legend(fontsize=7, loc="lower left", title="class (objects); dot: best F1", title_fontsize=7)
-        for each, text in zip(
-            chosen, legend.get_texts(), strict=True
-        ):  # as labels, names with a leading _ are left out
+        # Names are set afterwards: labels that begin with _ are left out.
+        for each, text in zip(chosen, legend.get_texts(), strict=True):
             text.set(**written(f"{_short(each.name)} ({each.objects})"))
     _save(axis, path)
 

@@ -122,6 +122,8 @@ def _death_behind(error: BaseException | None) -> BaseException | None:
     and where another error follows it, as in closing what it has left half done.
     """
     while error is not None and not str(error).startswith(WORKER_DIED):
+        if isinstance(error, TrainingError | TrainingStopped):  # who has raised it knew what came before
+            return None
         error = error.__cause__ or error.__context__
     return error
 

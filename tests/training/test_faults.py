@@ -29,7 +29,7 @@ from small_runs import (
 
 from groupdetr_fast.training import faults
 from groupdetr_fast.training.checkpoint import latest_checkpoint
-from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest, TrainingError
+from groupdetr_fast.training.faults import EXIT_STOPPED, StopRequest, TrainingError, TrainingStopped
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +359,18 @@ def test_the_death_of_a_worker_is_told_wherever_it_was_heard_of(then, monkeypatc
         hear_of_a_death(then)
     with pytest.raises(AttributeError), faults.deaths_of_workers_explained(2):
         raise AttributeError("another") from ValueError("another")
+
+
+@pytest.mark.parametrize("own", [TrainingStopped("stopped as asked"), TrainingError("too many images")])
+def test_what_the_training_makes_of_a_death_stays_as_it_is(own):
+    def stop_after_a_death():
+        try:
+            hear_of_a_death("nothing")
+        except RuntimeError:
+            raise own  # noqa: B904 (as where a request to stop came before the death)
+
+    with pytest.raises(type(own), match=str(own)), faults.deaths_of_workers_explained(2):
+        stop_after_a_death()
 
 
 def test_steps_whose_loss_is_not_finite_are_skipped(config, undisturbed):
