@@ -34,6 +34,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from groupdetr_fast.training.graphs import WARM_UP
 from harness.interleave import in_turn, quartiles
 
 from .clock import HostTimes, host_syncs, host_times, peak_bytes, synchronize
@@ -252,18 +253,35 @@ def compile_model(recorder: Recorder, step: Step) -> None:
                 f"the loss is {loss:.4g}, without compile {expected:.4g}"
             )
             compiled()
-            calls, rounds = (1, 2) if recorder.rehearsal else (3, 5)
-            pairs = [
-                (host_times(compiled, recorder.device, calls), host_times(step, recorder.device, calls))
-                for _ in range(rounds)
-            ]
-            row["wall_q1"], row["wall"], row["wall_q3"] = quartiles([own.wall for own, _ in pairs])
-            row["host"] = statistics.median(own.host for own, _ in pairs)
-            row["ratio"] = statistics.median(own.wall / eager.wall for own, eager in pairs)
-            row["ratio_to"] = f"{step.contender}, K = {step.training.num_groups}"
+            _compare(recorder, row, compiled, step)
         if "ratio" not in row:
             step.forget()
             return
+    if recorder.has_time("step", 15, **{**step.fields, "contender": "CUDA graph, torch.compile"}):
+        time_compiled_graph(recorder, compiled, step)
+
+
+def time_compiled_graph(recorder: Recorder, compiled: Step, step: Step) -> None:
+    """A graph of a compiled step beside a graph of the step as it is. Random numbers differ."""
+    own, base = in_graph(compiled), in_graph(step)
+    with recorder.row("step", **own.fields) as row, _within(recorder.seconds_left - 5):
+        losses = [(base().item(), own().item()) for _ in range(2 * WARM_UP)]  # they train the same model
+        expected, loss = (statistics.fmean(of_one) for of_one in zip(*losses, strict=True))
+        assert abs(loss - expected) <= 0.2 * abs(expected), f"the loss is {loss:.4g}, without compile {expected:.4g}"
+        _compare(recorder, row, own, base)
+    attempt(recorder, "kernels", 3, (own,), partial(profile_kernels, walls={}))
+    del own, base
+    step.forget()
+
+
+def _compare(recorder: Recorder, row: dict[str, Any], own: Step, base: Step) -> None:
+    """Time two steps, one after the other in every round, into a row of the first."""
+    calls, rounds = (1, 2) if recorder.rehearsal else (3, 5)
+    pairs = [(host_times(own, recorder.device, calls), host_times(base, recorder.device, calls)) for _ in range(rounds)]
+    row["wall_q1"], row["wall"], row["wall_q3"] = quartiles([mine.wall for mine, _ in pairs])
+    row["host"] = statistics.median(mine.host for mine, _ in pairs)
+    row["ratio"] = statistics.median(mine.wall / other.wall for mine, other in pairs)
+    row["ratio_to"] = f"{base.contender}, K = {base.training.num_groups}"
 
 
 @contextlib.contextmanager

@@ -246,6 +246,7 @@ def test_the_whole_stage(recorder):
         "groups_per_pass=1",
         "torch.compile of the decoder",
         "torch.compile",
+        "CUDA graph, torch.compile",
     ):
         assert (step.CONDITIONAL, 11, 2, contender) in found
     missing = {(row["model"], row["contender"]): row["note"] for row in rows if row["status"] == "missing"}
