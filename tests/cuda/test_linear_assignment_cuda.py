@@ -370,6 +370,7 @@ def test_lost_update_needs_preemption_to_show():
     assert not all(np.array_equal(result, wanted) for result in results[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "replacement"),
     [

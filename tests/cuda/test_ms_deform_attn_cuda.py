@@ -327,6 +327,7 @@ def assert_equal_to_cpu_every_way(kernel, grad, inputs):
         assert_all_close(kernel.backward(grad, *inputs, way=way), OP_BACKWARD(grad, *inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "file"),
     [
@@ -350,6 +351,7 @@ def test_wrong_number_is_found(old, new, file):
         assert_equal_to_cpu_every_way(broken, grad, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "file"),
     [

@@ -307,6 +307,7 @@ def test_the_kernel_has_none_of_the_bugs_below(kernel):
     assert_no_bug_shows(kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", WRONG_NUMBERS)
 def test_wrong_number_is_found(bug):
     wrong = "Tensor-likes are not close|race in global memory"
@@ -369,6 +370,7 @@ def test_planted_bug_is_reported(old, new, message, file):
         broken_kernel(old, new, file).backward_tiles(grad_of_result(inputs[0], inputs[2]), *inputs, schedule=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "file"),
     [
