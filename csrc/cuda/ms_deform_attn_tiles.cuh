@@ -99,6 +99,20 @@ __device__ __forceinline__ Staged* staged_of_warp() {
   return of_block[threadIdx.x / kWarpSize];
 }
 
+// The same number, in a register: without this, compilers save registers and compute it again wherever it is needed.
+// Not for pointers to what is written: compilers would no longer know that they are of global memory.
+template <typename Number>
+__device__ __forceinline__ Number in_register(Number number) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(number) == 8) {
+    asm volatile("" : "+l"(number));
+  } else {
+    asm volatile("" : "+r"(number));
+  }
+#endif
+  return number;
+}
+
 // What a lane has to do with a chunk.
 struct TileLane {
   int32_t group, quarter;  // lane 4 * group + quarter

@@ -69,8 +69,8 @@ def let_threads_finish() -> None:
     """Give gloo's threads, at the end of a process, time to release what they have sent.
 
     For that they need the interpreter, and torch aborts the process if they ask for it while it ends ("terminate called
-    without an active exception"). Destroying the process group does not end them: the model for several processes holds
-    it, and is freed here where nothing else holds that.
+    without an active exception", pytorch/pytorch#179291). Destroying the process group does not end them: the model for
+    several processes holds it, and is freed here where nothing else holds that.
     """
     gc.collect()
     time.sleep(0.1)

@@ -9,7 +9,7 @@ import emulated_ms_deform_attn
 import pytest
 import torch
 from cuda_on_cpu.build import KernelError, Library, build, run_with_address_sanitizer
-from deformable_cases import EMPTY
+from deformable_cases import EMPTY, EVERY_HALF, HALF, missing_samples, samples_at_the_rim
 from emulated_ms_deform_attn import PRODUCTS_BINDING, Problem, emulate
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_reference
@@ -21,8 +21,6 @@ CORES = "cuda/tensor_cores.cuh"
 SAMPLES = "cuda/ms_deform_attn_samples.cuh"
 OP = torch.ops.groupdetr_fast.ms_deform_attn
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
-DTYPES = (torch.bfloat16, torch.float16)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 CASES = {
     "plain": {},
@@ -67,7 +65,7 @@ def assert_close(kernel, inputs, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@EVERY_DTYPE
+@EVERY_HALF
 def test_matches_reference_and_float64(kernel, in_runs, case, dtype):
     inputs = make_inputs(**CASES[case], dtype=dtype)
     assert_matches_reference(kernel.forward_products(*inputs, schedule=2), ms_deform_attn_reference, *inputs)
@@ -81,7 +79,7 @@ def test_random_sizes(kernel, in_runs, seed):
     levels = [(chance.randint(0, 8), chance.randint(0, 12)) for _ in range(chance.randint(1, 5))]
     sizes = {"batch": chance.randint(1, 3), "heads": chance.randint(1, 5), "points": chance.randint(1, 9)}
     inputs = make_inputs(
-        queries=chance.randint(1, 70), dim=8 * chance.randint(1, 9), shapes=levels, dtype=DTYPES[seed % 2], **sizes
+        queries=chance.randint(1, 70), dim=8 * chance.randint(1, 9), shapes=levels, dtype=HALF[seed % 2], **sizes
     )
     assert_close((kernel, in_runs)[seed // 2 % 2], inputs, schedule=seed)
 
@@ -121,35 +119,22 @@ def test_every_schedule_gives_the_same(in_runs, case, schedule):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, 25.0])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_samples_that_touch_no_pixel_count_nothing(kernel, bad, dtype):
-    value, flat, locations, weights = make_inputs(dtype=dtype)
-    locations[:, :, :, :, 0, 0] = bad
-    locations[:, :, :, :, 1, 1] = bad
-    weights[0, :, :, :, :2] = math.nan
-    value[:, 0] = math.inf  # a pixel that nothing touches may not matter either
-    locations[..., 2:, :] = locations[..., 2:, :].clamp(0.6, 0.9)
-    rest = value, flat, locations[..., 2:, :].contiguous(), weights[..., 2:].contiguous()
+    inputs, rest = missing_samples(bad, dtype, within=(0.6, 0.9))
+    inputs[0][:, 0] = math.inf  # a pixel that nothing touches may not matter either
     expected = kernel.forward_products(*rest)
     assert expected.isfinite().all()
-    assert torch.equal(kernel.forward_products(value, flat, locations, weights), expected)
-
-
-RIM = (-1 + 2.0**-24, -0.5, -(2.0**-26), 0.0, 2.0**-26, 1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 7.5, 8 - 2.0**-21)
+    assert torch.equal(kernel.forward_products(*inputs), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8), (8, 1), (8, 2)])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_samples_on_pixels_and_at_the_rim(kernel, shape, dtype):
-    height, width = shape
-    value, flat, locations, weights = make_inputs(batch=1, queries=len(RIM), shapes=(shape,), points=16, dtype=dtype)
-    places = torch.tensor(RIM)
-    locations[..., 0] = ((places * width / 8 + 0.5) / width)[None, :, None, None, None]
-    locations[..., 1] = ((places * height / 8 + 0.5) / height)[None, None, None, None, :]
-    assert_close(kernel, (value, flat, locations, weights))
+    assert_close(kernel, samples_at_the_rim(shape, dtype))
 
 
-@EVERY_DTYPE
+@EVERY_HALF
 def test_a_pixel_that_no_sample_touches_is_not_read(kernel, dtype):
     value, flat, locations, weights = make_inputs(dim=32, shapes=((4, 6),), dtype=dtype)
     locations = locations * 0.2 + 0.1
@@ -182,7 +167,7 @@ def test_weights_of_any_size_in_float16(kernel, scale):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3.4e38])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_a_weight_that_is_not_finite_reaches_its_result_alone(kernel, bad, dtype):
     value, flat, locations, weights = make_inputs(batch=1, heads=3, dim=32, queries=30, dtype=dtype)
     expected = kernel.forward_products(value, flat, locations, weights)
@@ -220,7 +205,7 @@ def test_more_images_than_a_grid_has_rows():
     assert_close(small, make_inputs(batch=5, queries=13, dim=16, dtype=torch.bfloat16))
 
 
-def run_sanitized(library, folder, dtypes=DTYPES):
+def run_sanitized(library, folder, dtypes=HALF):
     sizes = [{"dim": 32, "points": 5, "heads": 3}, {"dim": 24}, {"dim": 8, "batch": 1}, {"shapes": ((1, 1), (0, 3))}]
     sizes += [{"dim": 64, "batch": 1, "queries": 99, "shapes": ((3, 4), (1, 1))}]
     inputs = [make_inputs(dtype=dtype, **size) for dtype in dtypes for size in sizes]

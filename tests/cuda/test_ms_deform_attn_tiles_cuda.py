@@ -8,7 +8,7 @@ import emulated_ms_deform_attn
 import pytest
 import torch
 from cuda_on_cpu.build import KernelError, build, run_with_address_sanitizer
-from deformable_cases import EMPTY, grad_of_result
+from deformable_cases import EMPTY, EVERY_HALF, HALF, grad_of_result, missing_samples, samples_at_the_rim
 from emulated_ms_deform_attn import TILES_BINDING, emulate
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
@@ -21,8 +21,6 @@ SAMPLES = "cuda/ms_deform_attn_samples.cuh"
 CELLS = "cuda/ms_deform_attn_cells.cuh"
 OP = torch.ops.groupdetr_fast.ms_deform_attn
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
-DTYPES = (torch.bfloat16, torch.float16)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 CASES = {
     "plain": {},
@@ -69,7 +67,7 @@ def assert_close(kernel, inputs, grad=None, exponent=-14, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@EVERY_DTYPE
+@EVERY_HALF
 def test_matches_reference_and_float64(kernel, case, dtype):
     inputs = make_inputs(**CASES[case], dtype=dtype)
     grad = grad_of_result(inputs[0], inputs[2])
@@ -91,7 +89,7 @@ def test_random_sizes(kernel, seed):
         queries=chance.randint(1, 70),
         dim=8 * chance.randint(1, 8),
         shapes=levels,
-        dtype=DTYPES[seed % 2],
+        dtype=HALF[seed % 2],
         **sizes,
     )
     if seed % 3 == 0:  # most samples in few cells
@@ -137,13 +135,9 @@ def test_the_gradients_of_locations_and_weights_do_not_depend_on_the_order(kerne
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, 25.0])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_samples_that_touch_no_pixel_count_nothing(kernel, bad, dtype):
-    value, flat, locations, weights = make_inputs(dtype=dtype)
-    locations[:, :, :, :, 0, 0] = bad
-    locations[:, :, :, :, 1, 1] = bad
-    weights[0, :, :, :, :2] = math.nan
-    rest = value, flat, locations[..., 2:, :].contiguous(), weights[..., 2:].contiguous()
+    (value, flat, locations, weights), rest = missing_samples(bad, dtype)
     grad = grad_of_result(value, locations)
     grad_value, grad_locations, grad_weights = kernel.backward_tiles(grad, value, flat, locations, weights)
     assert (grad_locations[..., :2, :] == 0).all()
@@ -153,19 +147,11 @@ def test_samples_that_touch_no_pixel_count_nothing(kernel, bad, dtype):
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=2.0**-14 * wanted.abs().max().item())
 
 
-RIM = (-1 + 2.0**-24, -0.5, -(2.0**-26), 0.0, 2.0**-26, 1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 7.5, 8 - 2.0**-21)
-
-
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8), (8, 1), (8, 2)])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_slopes_on_pixels_and_at_the_rim_are_those_of_the_other_kernels(kernel, shape, dtype):
     """Slopes jump there, so that a sample in the wrong cell shows."""
-    height, width = shape
-    value, flat, locations, weights = make_inputs(batch=1, queries=len(RIM), shapes=(shape,), points=16, dtype=dtype)
-    places = torch.tensor(RIM)
-    locations[..., 0] = ((places * width / 8 + 0.5) / width)[None, :, None, None, None]
-    locations[..., 1] = ((places * height / 8 + 0.5) / height)[None, None, None, None, :]
-    locations[..., 0][0, ::2] = ((places[::2].clamp(max=width - 1e-3) + 0.5) / width)[:, None, None, None]
+    value, flat, locations, weights = samples_at_the_rim(shape, dtype)
     inputs = value, flat, locations, weights
     grad = grad_of_result(value, locations)
     expected = OP_BACKWARD(grad.float(), value.float(), flat, locations, weights)
@@ -174,7 +160,7 @@ def test_slopes_on_pixels_and_at_the_rim_are_those_of_the_other_kernels(kernel, 
         torch.testing.assert_close(actual, wanted, rtol=0, atol=2.0**-14 * wanted.abs().max().item())
 
 
-@EVERY_DTYPE
+@EVERY_HALF
 def test_a_pixel_that_no_sample_touches_does_not_matter(kernel, dtype):
     value, flat, locations, weights = make_inputs(dim=32, shapes=((4, 6),), dtype=dtype)
     locations = locations * 0.2 + 0.1
@@ -189,7 +175,7 @@ def test_a_pixel_that_no_sample_touches_does_not_matter(kernel, dtype):
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-8, 1.0, 1.8, 2.0, 2.0**5, 2.0**17, 2.0**90])
 @pytest.mark.parametrize("dim", [16, 32, 64])
-@EVERY_DTYPE
+@EVERY_HALF
 def test_weights_of_any_size(kernel, scale, dim, dtype):
     """Small ones keep their precision, and large ones stay in range, also beside others."""
     value, flat, locations, weights = make_inputs(dim=dim, queries=40, dtype=dtype)
@@ -200,7 +186,7 @@ def test_weights_of_any_size(kernel, scale, dim, dtype):
     assert_close(kernel, (value, flat, locations, some))
 
 
-@EVERY_DTYPE
+@EVERY_HALF
 def test_the_largest_weights_times_small_gradients(kernel, dtype):
     """Of one pixel, as the gradients of locations are multiples of the size of the map."""
     assert_close_with_the_largest_weights(kernel, dtype)
@@ -247,12 +233,12 @@ def test_more_images_than_a_grid_has_rows():
 
 def test_scalar_atomics_of_older_gpus():
     older = emulate(binding=TILES_BINDING, defines=["__CUDA_ARCH__=800"])
-    for dtype in DTYPES:
+    for dtype in HALF:
         for dim in (8, 32, 64):
             assert_close(older, make_inputs(dtype=dtype, dim=dim), schedule=1)
 
 
-def run_sanitized(library, folder, dtypes=DTYPES):
+def run_sanitized(library, folder, dtypes=HALF):
     sizes = [{"dim": 32, "points": 5}, {"dim": 24}, {"dim": 8}, {"dim": 48, "batch": 1}, {"shapes": ((1, 1), (0, 3))}]
     sizes += [{"dim": 64, "batch": 1, "queries": 99, "shapes": ((3, 4), (1, 1))}]
     inputs = [make_inputs(dtype=dtype, **size) for dtype in dtypes for size in sizes]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from deformable_cases import EVERY_HALF, need_tensor_cores, on
 
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
 from groupdetr_fast.testing import assert_matches_reference, deformable_tiles
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _by_tiles():
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("needs the tensor cores of compute capability 8.0")
+    need_tensor_cores()
     with deformable_tiles(True):
         yield
 
@@ -39,16 +39,12 @@ def make(case, dtype):
     return grad, value, flat, locations, weights
 
 
-def on(device, inputs):
-    return [tensor.to(device) if torch.is_tensor(tensor) else tensor for tensor in inputs]
-
-
 def in_double(inputs):
     return OP_BACKWARD(*(tensor.double() if torch.is_tensor(tensor) else tensor for tensor in inputs))
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@EVERY_HALF
 @pytest.mark.parametrize("tiles", [True, False])
 def test_sorted_samples(case, dtype, tiles):
     inputs = make(case, dtype)
