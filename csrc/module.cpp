@@ -46,6 +46,9 @@ PyMethodDef methods[] = {
     {"choose_deformable_tiles", choose<groupdetr::deformable_tiles>, METH_VARARGS,
      "choose_deformable_tiles(chosen: int) -> int: whether deformable attention's backward pass goes by tiles on GPUs "
      "from now on, 0 or 1; what was chosen before"},
+    {"choose_deformable_shared_sort", choose<groupdetr::deformable_shared_sort>, METH_VARARGS,
+     "choose_deformable_shared_sort(chosen: int) -> int: whether deformable attention's backward pass sorts in shared "
+     "memory on GPUs from now on, 0 or 1; what was chosen before"},
     {"choose_deformable_products", choose<groupdetr::deformable_products>, METH_VARARGS,
      "choose_deformable_products(chosen: int) -> int: whether deformable attention's forward pass goes by products on "
      "tensor cores from now on, 0 or 1; what was chosen before"},

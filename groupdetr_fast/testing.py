@@ -14,6 +14,7 @@ __all__ = [
     "assert_matches_reference",
     "assignment_way",
     "deformable_products",
+    "deformable_shared_sort",
     "deformable_tiles",
     "error_and_bound",
     "ms_deform_attn_inputs",
@@ -66,6 +67,16 @@ def deformable_tiles(chosen: bool) -> Iterator[None]:
     Without compiled kernels there is nothing to choose; so it is with :func:`assignment_way`.
     """
     with _chosen("choose_deformable_tiles", chosen):
+        yield
+
+
+@contextmanager
+def deformable_shared_sort(chosen: bool) -> Iterator[None]:
+    """Inside, whether the backward pass of ``ms_deform_attn``, where it sorts, counts samples in shared memory on GPUs.
+
+    By default it does not.
+    """
+    with _chosen("choose_deformable_shared_sort", chosen):
         yield
 
 

@@ -1,9 +1,10 @@
-"""How often the walks over sorted samples of deformable attention's backward pass go on, without a GPU.
+"""How often the walks over sorted samples of deformable attention's backward pass go on, and sorting counts in memory.
 
     python benchmarks deformable_tiles
 
 Of the kernel on tensor cores (csrc/cuda/ms_deform_attn_tiles.cuh), which sorts samples by tile, and of the other one
-(ms_deform_attn_sorted.cuh), which sorts them by cell: counted from the samples of the cases that a GPU is timed with.
+(ms_deform_attn_sorted.cuh), which sorts them by cell: counted from the samples of the cases that a GPU is timed with,
+without one.
 """
 
 import argparse
@@ -23,12 +24,15 @@ class Walks(NamedTuple):
 
     ``samples`` are those that touch their map. ``turns`` are how often some of one bin are taken together,
     ``beginnings`` how often another bin begins, ``pixels`` how many pixels get sums in memory where bins end.
+    ``counts`` are how often sorting in shared memory (ms_deform_attn_chunks.cuh) adds to a count in memory, which other
+    sorting does for each sample.
     """
 
     samples: int
     turns: int
     beginnings: int
     pixels: int
+    counts: int
 
 
 def by_tile(case: cases.Deformable) -> Walks:
@@ -42,17 +46,21 @@ def by_cell(case: cases.Deformable) -> Walks:
 
 def _walks(case: cases.Deformable, cells: int, *, run: int, at_once: int) -> Walks:
     counts = np.zeros(len(Walks._fields), int)
-    for bins, pixels_of_bin in _bins(case, cells):
+    for bins, queries, pixels_of_bin in _bins(case, cells):
+        samples = max(constant("kChunkSamples"), 2 * len(pixels_of_bin))
+        chunks = queries // -(-samples // (len(case.levels) * case.points))
+        chunk_counts = len(np.unique(np.stack([chunks, bins]), axis=1).T)
         bins = np.sort(bins)
         # Walks of `run` samples each; within a walk, samples of one bin are neighbours.
         pieces = np.stack([np.arange(len(bins)) // run, bins])
         (_, found), numbers = np.unique(pieces, axis=1, return_counts=True)
-        counts += (len(bins), (-(-numbers // at_once)).sum(), len(numbers), pixels_of_bin[found].sum())
+        turns = (-(-numbers // at_once)).sum()
+        counts += (len(bins), turns, len(numbers), pixels_of_bin[found].sum(), chunk_counts)
     return Walks(*map(int, counts))
 
 
-def _bins(case: cases.Deformable, cells: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each image and head: the bins of the samples that touch their map, and how many pixels of it each bin has."""
+def _bins(case: cases.Deformable, cells: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each image and head: bins and queries of the samples that touch their map; how many pixels of it a bin has."""
     _, locations, _ = case.make()
     sizes = np.array(case.levels)[:, ::-1]  # widths first
     places = locations.detach().numpy() * sizes[:, None].astype(np.float32) - np.float32(0.5)
@@ -72,7 +80,8 @@ def _bins(case: cases.Deformable, cells: int) -> Iterator[tuple[np.ndarray, np.n
     pixels_of_bin = np.concatenate(pixels)
     for image in range(bins.shape[0]):
         for head in range(bins.shape[2]):
-            yield bins[image, :, head][touches[image, :, head]], pixels_of_bin
+            touching = touches[image, :, head]
+            yield bins[image, :, head][touching], np.nonzero(touching)[0], pixels_of_bin
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
-from groupdetr_fast.testing import deformable_products, deformable_tiles, ms_deform_attn_inputs
+from groupdetr_fast.testing import deformable_products, deformable_shared_sort, deformable_tiles, ms_deform_attn_inputs
 from harness import cases
 
 from .operators import ASSIGNMENT_WAYS, assign
@@ -53,11 +53,11 @@ def _deformable(sizes: dict[str, int], largest: float, dtype: torch.dtype, devic
     value, flat, places, weights = ms_deform_attn_inputs(queries=37, **sizes, dtype=dtype)
     weights[0, 3, 0, 0, 0] *= largest
     shapes = list(zip(flat[::2], flat[1::2], strict=True))
-    for deterministic, tensor_cores in ((False, False), (True, False), (False, True)):
+    for deterministic, newer in ((False, False), (True, False), (False, True), (True, True)):
         inputs = [tensor.clone().to(device).requires_grad_() for tensor in (value, places, weights)]
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         try:
-            with deformable_products(tensor_cores), deformable_tiles(tensor_cores):
+            with deformable_products(newer), deformable_tiles(newer), deformable_shared_sort(newer):
                 _check(gd.ops.ms_deform_attn(inputs[0], shapes, *inputs[1:]), inputs)
         finally:
             torch.use_deterministic_algorithms(False)
@@ -85,7 +85,7 @@ def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
 def large(device: torch.device) -> None:
     """Attention at 11 x 900 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16.
 
-    Deformable attention both ways, with and without tensor cores.
+    Deformable attention with and without tensor cores, and then with samples sorted in shared memory and not.
     """
     inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
     _with_backward(gd.ops.grouped_attention(*inputs, 11))
@@ -95,8 +95,8 @@ def large(device: torch.device) -> None:
     case = cases.GPU_DEFORMABLE[0]
     value, locations, weights = (tensor.detach().to(device) for tensor in case.make())
     inputs = [tensor.requires_grad_() for tensor in (value.bfloat16(), locations, weights)]
-    for tensor_cores in (False, True):
-        with deformable_products(tensor_cores), deformable_tiles(tensor_cores):
+    for newer in (False, True):
+        with deformable_products(newer), deformable_tiles(newer), deformable_shared_sort(newer):
             _with_backward(gd.ops.ms_deform_attn(inputs[0], case.levels, *inputs[1:]))
 
 

@@ -33,6 +33,8 @@ NAMED = {
         "find_cheapest_free": ("find_cheapest_free",),
         "relax": ("relax",),
     },
+    "deform_count_chunks": {"for_samples": ("for_samples",)},
+    "deform_scatter_chunks": {"for_samples": ("for_samples",)},
     "deform_forward_products": {"add_products": ("add_products",), "add_in_floats": ("add_in_floats",)},
 }
 # Kernels whose innermost loop makes one turn a sample: what else a sample takes is in the loop around it.
@@ -43,6 +45,7 @@ SAMPLES: dict[str, tuple[int | str, bool]] = {
     "deform_backward": (1, True),
     "deform_backward_sorted": ("kMinGroup", True),
     "deform_count": ("kAtOnce", False),
+    "deform_count_chunks": ("kAtOnce", False),
 }
 CHANNELS = 32  # of a head, in every detector of the package
 

@@ -25,7 +25,7 @@ from groupdetr_fast.ops.sigmoid_focal_loss.reference import (
     sigmoid_focal_loss_backward_reference,
     sigmoid_focal_loss_reference,
 )
-from groupdetr_fast.testing import assignment_way, deformable_products, deformable_tiles
+from groupdetr_fast.testing import assignment_way, deformable_products, deformable_shared_sort, deformable_tiles
 from harness import cases
 
 from .loops import constant
@@ -50,6 +50,7 @@ __all__ = [
     "name_of",
     "per_group",
     "random_classes",
+    "sorts_samples",
     "total_costs",
 ]
 
@@ -128,26 +129,34 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
             inputs,
         )
     grad = torch.randn_like(OPS.ms_deform_attn(*inputs))
-    ways = {"": True, ", deterministic": True}
+    ways = [("", True, False), (", deterministic", True, False), (", deterministic, shared sort", True, True)]
     if goes_by_tiles(case, dtype):
-        ways[", without tiles"] = False
-    for name, tiles in ways.items():
+        ways.append((", without tiles", False, False))
+    if sorts_samples(case, shared_sort=True):
+        ways.append((", shared sort", True, True))
+    for name, tiles, shared_sort in ways:
+        deterministic = name.startswith(", deterministic")
         yield Operator(
             "ms_deform_attn_backward",
             f"{case}{name}",
             ("grad_value", "grad_locations", "grad_weights"),
-            functools.partial(deformable_backward, tiles),
+            functools.partial(deformable_backward, tiles, shared_sort),
             ms_deform_attn_backward_reference,
-            (grad, *inputs, name == ", deterministic"),
-            in_any_order=name != ", deterministic",
+            (grad, *inputs, deterministic),
+            in_any_order=not deterministic,
         )
 
 
-def goes_by_tiles(case: cases.Deformable, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the backward pass goes by tiles: where it sorts (csrc/cuda/ms_deform_attn.cu), in half types."""
+def sorts_samples(case: cases.Deformable, shared_sort: bool = False) -> bool:
+    """Whether the backward pass sorts samples (csrc/cuda/ms_deform_attn.cu)."""
     pixels = sum(height * width for height, width in case.levels)
     samples = (case.queries or pixels) * len(case.levels) * case.points
-    return dtype in HALF and samples >= constant("kSamplesOfPixel") * pixels
+    return samples >= constant("kSamplesOfPixelInSharedMemory" if shared_sort else "kSamplesOfPixel") * pixels
+
+
+def goes_by_tiles(case: cases.Deformable, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the backward pass goes by tiles: where it sorts, in half types."""
+    return dtype in HALF and sorts_samples(case)
 
 
 def deformable_forward(products: bool, *inputs: Any) -> Tensor:
@@ -157,9 +166,12 @@ def deformable_forward(products: bool, *inputs: Any) -> Tensor:
     return out
 
 
-def deformable_backward(tiles: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op of deformable attention, with its kernel on tensor cores where that serves or without."""
-    with deformable_tiles(tiles):
+def deformable_backward(tiles: bool, shared_sort: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op of deformable attention.
+
+    With its kernel on tensor cores where that serves or without, and where it sorts, in shared memory or not.
+    """
+    with deformable_tiles(tiles), deformable_shared_sort(shared_sort):
         return OPS.ms_deform_attn_backward(*inputs)
 
 

@@ -66,9 +66,9 @@ def profiler_command(profiler: str, metrics: Sequence[str] = ()) -> list[str]:
         "--kernel-name-base",
         "function",
         "--kernel-name",
-        "regex:grouped_attention|cross_attention|deform_backward|deform_forward",
+        "regex:grouped_attention|cross_attention|deform_(forward|backward|count|scan|scatter)",
     ]
-    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "16"]
+    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--launch-count", "20"]
     return [profiler, *options, *kernels, *chosen, *every_op("large")]
 
 

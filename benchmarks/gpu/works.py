@@ -33,6 +33,7 @@ from .operators import (
     name_of,
     per_group,
     random_classes,
+    sorts_samples,
     total_costs,
 )
 
@@ -208,14 +209,16 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
 
     flat = [size for level in levels for size in level]
     contenders = {OURS: ready(lambda value, *samples: deform_with_op(value, levels, *samples))}
-    if dtype in HALF:
-        contenders[f"{OURS}, products"] = ready(
-            lambda value, *samples: DeformableWay.apply(True, True, value, flat, *samples)
-        )
-    if goes_by_tiles(case, dtype):
-        contenders[f"{OURS}, without tiles"] = ready(
-            lambda value, *samples: DeformableWay.apply(False, False, value, flat, *samples)
-        )
+    ways = {
+        "products": (dtype in HALF, {"products": True}),
+        "shared sort": (sorts_samples(case, shared_sort=True), {"shared_sort": True}),
+        "without tiles": (goes_by_tiles(case, dtype), {"tiles": False}),
+    }
+    for name, (differs, way) in ways.items():
+        if differs:
+            contenders[f"{OURS}, {name}"] = ready(
+                lambda value, *samples, way=way: DeformableWay.apply(way, value, flat, *samples)
+            )
     contenders |= {
         "torch-ms-deform-attn": Contender(torch_ms_deform_attn),
         "deformops, Triton": Contender(lambda: deformops("triton")),
@@ -227,21 +230,25 @@ def deformable(case: cases.Deformable, device: torch.device, dtype: torch.dtype)
 
 
 class DeformableWay(torch.autograd.Function):
-    """Deformable attention whose forward pass goes by products or not, and whose backward pass goes by tiles or not."""
+    """Deformable attention, whose way differs from that which serves in what is named.
+
+    Its forward pass goes by ``products`` or not, its backward pass by ``tiles`` or not and by a ``shared_sort`` or not.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, products: bool, tiles: bool, value: Tensor, flat: list[int], places: Tensor, weights: Tensor
+        ctx: Any, way: dict[str, bool], value: Tensor, flat: list[int], places: Tensor, weights: Tensor
     ) -> Tensor:
-        ctx.tiles, ctx.flat = tiles, flat
+        ctx.way, ctx.flat = way, flat
         ctx.save_for_backward(value, places, weights)
-        return deformable_forward(products, value, flat, places, weights)
+        return deformable_forward(way.get("products", False), value, flat, places, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, places, weights = ctx.saved_tensors
-        grad_value, *grads = deformable_backward(ctx.tiles, grad, value, ctx.flat, places, weights)
-        return None, None, grad_value, None, *grads
+        tiles, shared_sort = ctx.way.get("tiles", True), ctx.way.get("shared_sort", False)
+        grad_value, *grads = deformable_backward(tiles, shared_sort, grad, value, ctx.flat, places, weights)
+        return None, grad_value, None, *grads
 
 
 def matching_cost(case: cases.Matching, device: torch.device, dtype: torch.dtype) -> Work:

@@ -127,10 +127,11 @@ Tensor ms_deform_attn(const Tensor& value, std::vector<int64_t> spatial_shapes, 
 }
 
 // Sorting takes time for each pixel, adding up in memory for each sample. Where there are twice as many samples as
-// pixels, an H200 is done sooner without sorting, at seven times as many with it (benchmarks/gpu_report.py).
-bool pays_to_sort(const DeformProblem& p) {
-  constexpr int64_t kSamplesOfPixel = 4;
-  return samples_of_map(p) >= kSamplesOfPixel * p.pixels;
+// pixels, an H200 is done sooner without sorting, at seven times as many with it (benchmarks/gpu_report.py). Sorting in
+// shared memory should pay sooner, which is for a GPU to tell.
+bool pays_to_sort(const DeformProblem& p, bool in_shared_memory) {
+  constexpr int64_t kSamplesOfPixel = 4, kSamplesOfPixelInSharedMemory = 1;
+  return samples_of_map(p) >= (in_shared_memory ? kSamplesOfPixelInSharedMemory : kSamplesOfPixel) * p.pixels;
 }
 
 // Scratch memory, and the problem of the images that share it at a time, which bounds it.
@@ -139,18 +140,20 @@ struct Scratch {
   static constexpr int64_t kBytes = int64_t{256} << 20;
 
   DeformProblem part;
-  Tensor starts, ranks, samples, ordered;
+  Tensor starts, ranks, offsets, samples, ordered;
 
-  Scratch(const DeformProblem& p, bool in_order, const Tensor& like)
+  // `offsets_of` tells how many offsets a problem has, or is null: then there are ranks.
+  Scratch(const DeformProblem& p, bool in_order, int64_t (*offsets_of)(const DeformProblem&), const Tensor& like)
       : part(of_some_images(p, in_order)),
         starts(bytes(like, starts_size(part) * sizeof(int32_t))),
-        ranks(bytes(like, maps_of(part) * samples_of_map(p) * sizeof(int32_t))),
+        ranks(bytes(like, offsets_of == nullptr ? maps_of(part) * samples_of_map(p) * sizeof(int32_t) : 0)),
+        offsets(bytes(like, offsets_of == nullptr ? 0 : offsets_of(part) * sizeof(int32_t))),
         samples(bytes(like, maps_of(part) * samples_of_map(p) * sizeof(SortedSample<A>))),
         ordered(bytes(like, in_order ? maps_of(part) * samples_of_map(p) * sizeof(SortedSample<A>) : 0)) {}
 
   DeformScratch<A> pointers() const {
-    return {mutable_data<int32_t>(starts), mutable_data<int32_t>(ranks), mutable_data<SortedSample<A>>(samples),
-            mutable_data<SortedSample<A>>(ordered)};
+    return {mutable_data<int32_t>(starts), mutable_data<int32_t>(ranks), mutable_data<int32_t>(offsets),
+            mutable_data<SortedSample<A>>(samples), mutable_data<SortedSample<A>>(ordered)};
   }
 
  private:
@@ -200,14 +203,18 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
     };
     const bool in_tiles = deformable_tiles > 0 && is_served<kOldestTensorCores>(value.get_device_index()) &&
                           fits_tiles<T>(p, data<T>(values), data<T>(grads));
-    const bool sorted = pays_to_sort(p) && (in_tiles || fits_sorted<T>(p, data<T>(values), data<T>(grads)));
+    const bool shared_sort = deformable_shared_sort > 0;
+    const bool sorted =
+        pays_to_sort(p, shared_sort) && (in_tiles || fits_sorted<T>(p, data<T>(values), data<T>(grads)));
     const auto backward_sorted = in_tiles ? &launch_deform_backward_tiles<T> : &launch_deform_backward_sorted<T>;
     if (!deterministic && !sorted) {
       STD_CUDA_CHECK(backward(mutable_data<A>(grad_value)));
       return;
     }
     if (deterministic) STD_CUDA_CHECK(backward(nullptr));
-    const Scratch<A> scratch(p, deterministic, value);
+    const bool tiles_serve = in_tiles && !deterministic;
+    const auto offsets_of = !shared_sort ? nullptr : tiles_serve ? &offsets_size<kTileCells> : &offsets_size<1>;
+    const Scratch<A> scratch(p, deterministic, offsets_of, value);
     DeformProblem part = scratch.part;
     for (int64_t first = 0; first < p.images; first += scratch.part.images) {
       part.images = static_cast<int32_t>(std::min<int64_t>(scratch.part.images, p.images - first));

@@ -7,7 +7,7 @@
 // Free of torch: pointers and sizes only.
 #pragma once
 
-#include "ms_deform_attn_cells.cuh"
+#include "ms_deform_attn_sorting.cuh"
 
 namespace groupdetr {
 namespace {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu import deformable_tiles, loops
-from gpu.operators import goes_by_tiles
+from gpu.operators import goes_by_tiles, sorts_samples
 from harness import cases
 
 CASE = replace(cases.Deformable(40, near=True), batch=1, heads=2, levels=((5, 7), (3, 1)), points=3)
@@ -32,8 +32,22 @@ def test_walks_are_those_of_a_walk_sample_by_sample(cells, run, at_once):
                 columns = [x for x in range(column * cells - 1, column * cells + cells) if 0 <= x < width]
                 pixels += len(rows) * len(columns)
     found = deformable_tiles._walks(CASE, cells, run=run, at_once=at_once)
-    assert found == (samples, turns, beginnings, pixels)
+    assert found[:4] == (samples, turns, beginnings, pixels)
     assert samples < locations.size / 2  # some lie outside
+
+
+@pytest.mark.parametrize("constant", [1, 100, 10000])
+def test_a_chunk_counts_each_of_its_bins_once(monkeypatch, constant):
+    """The maps have 6 * 3 + 4 = 22 bins of three cells, and a chunk at least twice as many samples, 6 a query."""
+    monkeypatch.setattr(deformable_tiles, "constant", lambda name: {"kChunkSamples": constant}[name])
+    queries = min(-(-max(constant, 44) // 6), 40)
+    locations = CASE.make()[1].detach().numpy()
+    expected = sum(
+        len(set(bins_of(locations[0, first : first + queries, head], 3)))
+        for head in range(CASE.heads)
+        for first in range(0, 40, queries)
+    )
+    assert deformable_tiles._walks(CASE, 3, run=16, at_once=4).counts == expected
 
 
 def bins_of(locations, cells):
@@ -49,6 +63,8 @@ def test_what_tiles_are_for():
     assert by_name == {"encoder near": True, "encoder": True, "decoder2700 near": False, "decoder9900 near": True}
     assert not goes_by_tiles(cases.GPU_DEFORMABLE[0], torch.float32)
     assert loops.constant("kSamplesOfPixel") == 4
+    assert all(sorts_samples(case, shared_sort=True) for case in cases.GPU_DEFORMABLE)
+    assert not sorts_samples(replace(cases.GPU_DEFORMABLE[0], queries=900), shared_sort=True)
 
 
 def test_a_walk_and_its_constants():

@@ -170,6 +170,7 @@ def test_contenders_agree_and_are_timed(recorder, name):
     assert len(contenders) > 1
     for way in ("products", "without tiles"):
         assert (f"{OURS}, {way}" in contenders) == (name == "deformable, half")
+    assert (f"{OURS}, shared sort" in contenders) == name.startswith("deformable")
     assert not recorder.found_wrong
     for row in timed:
         assert row["wall"] >= row["host"] > 0

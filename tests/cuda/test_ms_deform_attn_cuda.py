@@ -16,6 +16,7 @@ from groupdetr_fast.testing import ms_deform_attn_inputs as make_inputs
 KERNEL = "cuda/ms_deform_attn.cuh"
 SAMPLES = "cuda/ms_deform_attn_samples.cuh"
 CELLS = "cuda/ms_deform_attn_cells.cuh"
+SORTING = "cuda/ms_deform_attn_sorting.cuh"
 SORTED = "cuda/ms_deform_attn_sorted.cuh"
 IN_ORDER = "cuda/ms_deform_attn_in_order.cuh"
 OP = torch.ops.groupdetr_fast.ms_deform_attn
@@ -245,12 +246,12 @@ NO_BARRIER = {
     "before the sums of warps are read": (
         "totals[warp] = up_to_lane;\n      __syncthreads();",
         "totals[warp] = up_to_lane;",
-        CELLS,
+        SORTING,
     ),
     "before the sums of warps are overwritten": (
         "        start += items[k];\n      }\n      __syncthreads();",
         "        start += items[k];\n      }",
-        CELLS,
+        SORTING,
     ),
     "before the weights are read": (
         "          }\n          __syncwarp();\n          const int32_t end",
@@ -289,7 +290,7 @@ PLAIN_UPDATE = (
             KERNEL,
         ),
         ("(group.lane < 4) sums", "(true) sums", "race in shared memory", KERNEL),
-        ("rank[k] = atomicAdd(&of_map[bin[k]], 1)", "rank[k] = of_map[bin[k]]++", "race in global memory", CELLS),
+        ("rank[k] = atomicAdd(&of_map[bin[k]], 1)", "rank[k] = of_map[bin[k]]++", "race in global memory", SORTING),
         ("if (!__any_sync(kAllLanes, exists)) break;", "if (!exists) break;", "does not take part", SORTED),
     ],
     ids=["mask", "skipped sample", "all lanes", "rank", "some lanes leave"],
@@ -334,11 +335,11 @@ def assert_equal_to_cpu_every_way(kernel, grad, inputs):
         ("low_row + x.high;", "low_row + x.low;", SAMPLES),
         ("high += __shfl_xor_sync(kAllLanes, odd ? own[2] : own[3], 1)", "high += odd ? own[2] : own[3]", SAMPLES),
         ("step = kMinGroup; step <", "step = kMinGroup; 2 * step <", SAMPLES),
-        ("if (lane >= step) up_to_lane += lower;", "if (lane > step) up_to_lane += lower;", CELLS),
-        ("if (w < warp) start += totals[w];", "if (w + 1 < warp) start += totals[w];", CELLS),
+        ("if (lane >= step) up_to_lane += lower;", "if (lane > step) up_to_lane += lower;", SORTING),
+        ("if (w < warp) start += totals[w];", "if (w + 1 < warp) start += totals[w];", SORTING),
         ("below = above + size.width + 1;", "below = above + size.width;", IN_ORDER),
         (" || shared.pixel[3] != pixels[3]", "", SORTED),
-        ("other < of_map[bin + 1]; ++other", "other < of_map[bin + 1] - 1; ++other", CELLS),
+        ("other < of_map[bin + 1]; ++other", "other < of_map[bin + 1] - 1; ++other", SORTING),
     ],
     ids=["corner", "missing shuffle", "last step", "scan", "warps of a scan", "row", "cell", "last of a cell"],
 )
@@ -360,7 +361,7 @@ def test_wrong_number_is_found(old, new, file):
         ("bool has_channels = channel < p.channels;", "bool has_channels = channel <= p.channels;", KERNEL),
         ("if (channel < channels) run", "if (channel <= channels) run", SAMPLES),
         ("bins.count += (map.height + int64_t{1})", "bins.count += (map.height + int64_t{0})", CELLS),
-        ("begin + k <= bins ? of_map", "begin + k <= bins + 1 ? of_map", CELLS),
+        ("begin + k <= bins ? of_map", "begin + k <= bins + 1 ? of_map", SORTING),
         ("channels % kVectorSize<T> == 0 &&", "channels % 2 == 0 &&", SAMPLES),
     ],
     ids=["corner", "row", "channel", "added channel", "cells", "scan", "vector"],

@@ -19,6 +19,7 @@ TILES = "cuda/ms_deform_attn_tiles.cuh"
 CORES = "cuda/tensor_cores.cuh"
 SAMPLES = "cuda/ms_deform_attn_samples.cuh"
 CELLS = "cuda/ms_deform_attn_cells.cuh"
+SORTING = "cuda/ms_deform_attn_sorting.cuh"
 OP = torch.ops.groupdetr_fast.ms_deform_attn
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
 
@@ -277,7 +278,7 @@ WRONG_NUMBERS = {
         "false, p.channels, lane);\n    }\n",
         TILES,
     ),
-    "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", CELLS),
+    "bins": ("cell_on_axis(x) / kCells", "(cell_on_axis(x) + 1) / kCells", SORTING),
     "large weights": ("kLargest = 0x1p100f", "kLargest = 3.40282347e38f", CORES),
     "head": ("p.heads + head) * samples", "p.heads) * samples", TILES),
 }

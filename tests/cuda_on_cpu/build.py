@@ -41,6 +41,12 @@ class Library:
         if getattr(self._functions, function)(*arguments) != 0:
             raise KernelError(self._with_lines(self._functions.cuda_on_cpu_error().decode()))
 
+    def size(self, function, *arguments):
+        """Call a function that returns an ``int64_t`` and launches nothing."""
+        called = getattr(self._functions, function)
+        called.restype = ctypes.c_int64
+        return called(*arguments)
+
     def _with_lines(self, message):
         def line(match):
             command = ["addr2line", "-e", str(self._path), hex(int(match[1], 16) - 1)]

@@ -22,7 +22,7 @@ from groupdetr_fast.ops.cross_attention import op as cross_attention
 from groupdetr_fast.ops.linear_assignment.reference import linear_assignment_reference
 from groupdetr_fast.ops.ms_deform_attn.reference import ms_deform_attn_backward_reference
 from groupdetr_fast.ops.serving import kinds_of
-from groupdetr_fast.testing import assignment_way, deformable_products, deformable_tiles
+from groupdetr_fast.testing import assignment_way, deformable_products, deformable_shared_sort, deformable_tiles
 
 ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(gpus.extension() is None, reason="groupdetr_fast was built without its kernels")
@@ -99,35 +99,36 @@ def test_which_gpus_code_for_tensor_cores_of_8_0_serves(architectures, served, n
     assert [capability for capability in not_served if has_code(architectures, capability, 80)] == []
 
 
+CHOICES = {  # and what is chosen where the environment does not say
+    "deformable_tiles": 1,
+    "deformable_shared_sort": 0,
+    "deformable_products": 0,
+    "assignment_shared_costs": 1,
+    "assignment_fixed_point": -1,
+}
+
+
 @compiled
-@pytest.mark.parametrize(
-    ("choice", "otherwise"),
-    [
-        ("deformable_tiles", 1),
-        ("deformable_products", 0),
-        ("assignment_shared_costs", 1),
-        ("assignment_fixed_point", -1),
-    ],
-)
 @pytest.mark.parametrize("value", [None, "1", "0", "", "2"])
-def test_the_environment_chooses_between_kernels(choice, otherwise, value):
+def test_the_environment_chooses_between_kernels(value):
     program = f"""
 from groupdetr_fast import _gpus, ops
-choose = _gpus.extension().choose_{choice}
-print(choose(True), choose(-1), choose(False), choose(False))
+for choice in {list(CHOICES)}:
+    choose = getattr(_gpus.extension(), f"choose_{{choice}}")
+    print(choice, choose(True), choose(-1), choose(False), choose(False))
 """
-    variable = f"GROUPDETR_FAST_{choice.upper()}"
-    environment = {name: text for name, text in os.environ.items() if name != variable}
-    environment |= {} if value is None else {variable: value}
+    variables = {choice: f"GROUPDETR_FAST_{choice.upper()}" for choice in CHOICES}
+    environment = {name: text for name, text in os.environ.items() if name not in variables.values()}
+    environment |= {} if value is None else dict.fromkeys(variables.values(), value)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    chosen = {"1": 1, "0": 0}.get(value, otherwise)
-    assert done.stdout.split() == [str(chosen), "1", "-1", "0"]
+    chosen = {choice: {"1": 1, "0": 0}.get(value, otherwise) for choice, otherwise in CHOICES.items()}
+    assert done.stdout.splitlines() == [f"{choice} {before} 1 -1 0" for choice, before in chosen.items()]
 
 
 def choices():
     """What each choice is, asked without a change of it."""
     found = {}
-    for name in ("deformable_tiles", "deformable_products", "assignment_shared_costs", "assignment_fixed_point"):
+    for name in CHOICES:
         choose = getattr(gpus.extension(), f"choose_{name}")
         found[name] = choose(0)
         choose(found[name])
@@ -137,19 +138,26 @@ def choices():
 @compiled
 def test_choices_for_a_while_nest_and_end_with_errors():
     before = choices()
-    with deformable_tiles(True), deformable_products(True), assignment_way(shared_costs=True, fixed_point=False):
-        with deformable_tiles(False), assignment_way(fixed_point=True):
-            assert choices() == (0, 1, 1, 1)
-        assert choices() == (1, 1, 1, 0)
+    with (
+        deformable_tiles(True),
+        deformable_shared_sort(True),
+        deformable_products(True),
+        assignment_way(shared_costs=True, fixed_point=False),
+    ):
+        with deformable_tiles(False), deformable_shared_sort(False), assignment_way(fixed_point=True):
+            assert choices() == (0, 0, 1, 1, 1)
+        assert choices() == (1, 1, 1, 1, 0)
         with pytest.raises(KeyError), deformable_products(False), assignment_way(shared_costs=False):
             raise KeyError
-        assert choices() == (1, 1, 1, 0)
+        assert choices() == (1, 1, 1, 1, 0)
     assert choices() == before
 
 
 def test_without_compiled_kernels_there_is_nothing_to_choose(machine):
     machine(extension=None)
-    with deformable_tiles(True), deformable_products(True), assignment_way(shared_costs=True, fixed_point=True):
+    with deformable_tiles(True), deformable_shared_sort(True), deformable_products(True):
+        pass
+    with assignment_way(shared_costs=True, fixed_point=True):
         pass
 
 
