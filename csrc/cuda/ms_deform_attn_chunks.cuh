@@ -28,9 +28,12 @@ namespace {
 
 constexpr int kAtOnce = 4;  // samples, or bins, that a lane works on at once
 constexpr int kChunkThreads = 512;
-constexpr int kChunkBlocks = 3;            // of a multiprocessor
 constexpr int64_t kChunkSamples = 16384;   // of a chunk, unless there are many bins
 constexpr int64_t kWindowBins = 12 << 10;  // 48 KiB of shared memory, which every GPU gives without asking
+
+// As many share a multiprocessor as registers allow without spills.
+template <typename A>
+constexpr int kChunkBlocks = sizeof(A) == sizeof(float) ? 3 : 2;
 
 }  // namespace
 
@@ -148,7 +151,7 @@ __device__ __forceinline__ void for_samples(const DeformProblem& p, const Deform
 // Counts the samples of each bin, and gives each chunk its offsets: where, among the samples of a bin, its own begin.
 // Gradients of samples that touch no pixel become 0, unless their pointers are null.
 template <typename A, int kCells>
-__global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
+__global__ void __launch_bounds__(kChunkThreads, kChunkBlocks<A>)
     deform_count_chunks(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformChunks chunks,
                         const __grid_constant__ DeformBins bins, const A* __restrict__ locations,
                         int32_t* __restrict__ counts, int32_t* __restrict__ offsets, A* __restrict__ grad_locations,
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
 
 // Writes every sample that touches its map to its place among the sorted ones.
 template <typename A, int kCells>
-__global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
+__global__ void __launch_bounds__(kChunkThreads, kChunkBlocks<A>)
     deform_scatter_chunks(const __grid_constant__ DeformProblem p, const __grid_constant__ DeformChunks chunks,
                           const __grid_constant__ DeformBins bins, const A* __restrict__ locations,
                           const A* __restrict__ weights, const int32_t* __restrict__ starts,
