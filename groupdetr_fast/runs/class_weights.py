@@ -12,8 +12,8 @@ from ..build import build_criterion
 from ..data import CocoDataset
 from ..data.rare_classes import balanced_weights
 from ..prediction import class_table
+from ..yaml_files import read_yaml
 from .config import BALANCED, CocoTrainingConfig
-from .config_file import read_yaml
 
 __all__ = ["ClassWeights", "class_weights_of", "criterion_of"]
 
