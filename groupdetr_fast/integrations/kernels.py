@@ -23,6 +23,8 @@ __all__ = [
     "exchange_parts",
     "has_kernel",
     "is_tested",
+    "locations_around",
+    "project",
     "serves",
     "serves_everywhere",
 ]
@@ -71,21 +73,39 @@ def attend_as(
     Returns:
         ``[B, Lq, d]``.
     """
+    value, offsets, weights = project(module, query, tokens, padding)
+    if points.shape[-1] == 2:
+        locations = locations_around(points, offsets, spatial_shapes, sizes)
+    else:
+        center, size = points[:, :, None, :, None].split(2, dim=-1)
+        locations = center + offsets / module.n_points * size * 0.5
+    return module.output_proj(attend(value, spatial_shapes, locations, weights))
+
+
+def project(
+    module: Any, query: Tensor, tokens: Tensor, padding: Tensor | None = None, position: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values ``[B, S, H, D]``, offsets ``[B, Lq, H, levels, P, 2]`` and weights ``[B, Lq, H, levels, P]``.
+
+    Arguments are those of :func:`attend_as`, and ``position`` ``[B, Lq, d]``, which is added to the query.
+    """
+    query = query if position is None else query + position
     value = module.value_proj(tokens)
     if padding is not None:
         value = value.masked_fill(padding[..., None], 0)
     samples = (module.n_levels, module.n_points)
     offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, *samples, 2))
     weights = module.attention_weights(query).unflatten(-1, (module.n_heads, -1)).softmax(-1)
-    places = points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
-    if places.shape[-1] == 2:
-        sizes = offsets.new_tensor(spatial_shapes) if sizes is None else sizes
-        locations = places + offsets / sizes.flip(-1)[:, None]
-    else:
-        center, size = places.split(2, dim=-1)
-        locations = center + offsets / module.n_points * size * 0.5
-    value, weights = value.unflatten(-1, (module.n_heads, -1)), weights.unflatten(-1, samples)
-    return module.output_proj(attend(value, spatial_shapes, locations, weights))
+    return value.unflatten(-1, (module.n_heads, -1)), offsets, weights.unflatten(-1, samples)
+
+
+def locations_around(points: Tensor, offsets: Tensor, spatial_shapes: Shapes, sizes: Tensor | None = None) -> Tensor:
+    """Locations ``[B, Lq, H, levels, P, 2]`` at offsets, in pixels of each level, from points of two numbers.
+
+    Arguments are those of :func:`attend_as`, and the offsets of :func:`project`.
+    """
+    sizes = offsets.new_tensor(spatial_shapes) if sizes is None else sizes
+    return points[:, :, None, :, None] + offsets / sizes.flip(-1)[:, None]
 
 
 def has_kernel(device: torch.device) -> bool:
