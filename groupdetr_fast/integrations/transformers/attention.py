@@ -18,7 +18,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.models.oneformer.modeling_oneformer import OneFormerPixelDecoderEncoderMultiscaleDeformableAttention
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2MultiscaleDeformableAttention
 
-from ..kernels import DEVICES, Shapes, attend, has_kernel, locations_around, project
+from ..deformable_attention import Shapes, attend, locations_around, project
+from ..kernels import DEVICES, has_kernel
 
 __all__ = ["DEVICES", "exchange", "put_back"]
 
