@@ -296,12 +296,15 @@ def _label_space(
     annotations: Annotations, labels: Literal["contiguous", "category_id"]
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Name and category id of each label, and the label of each object."""
-    categories, of_objects = annotations.categories, annotations.category_ids
-    for extreme in (categories[0]["id"], categories[-1]["id"]) if labels == "category_id" else ():
-        if not 0 <= extreme <= _LARGEST_LABEL:
+    if labels == "contiguous":
+        names, ids = class_table(annotations.categories, labels)
+        category_ids = torch.tensor(ids)
+        return names, category_ids, torch.searchsorted(category_ids, annotations.category_ids)
+    for category in (annotations.categories[0], annotations.categories[-1]):
+        if not 0 <= category["id"] <= _LARGEST_LABEL:
             raise DataError(
-                f'annotation file {annotations.path}: category id {extreme} cannot be a label; use labels="contiguous"'
+                f"annotation file {annotations.path}: category id {category['id']} cannot be a label; use "
+                'labels="contiguous"'
             )
-    names, ids = class_table(categories, labels)
-    category_ids = torch.tensor(ids)
-    return names, category_ids, of_objects if labels == "category_id" else torch.searchsorted(category_ids, of_objects)
+    names, ids = class_table(annotations.categories, labels)
+    return names, torch.tensor(ids), annotations.category_ids
