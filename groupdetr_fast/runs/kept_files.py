@@ -12,7 +12,15 @@ from .class_weights import ClassWeights
 from .config import BALANCED, ROOMS, CocoTrainingConfig
 from .config_file import from_yaml
 
-__all__ = ["CONFIG_FILE", "begun_with", "keep_files", "was_begun", "with_kept_files"]
+__all__ = [
+    "CLASS_WEIGHTS_FILE",
+    "CONFIG_FILE",
+    "TRANSFORMS_FILE",
+    "begun_with",
+    "keep_files",
+    "was_begun",
+    "with_kept_files",
+]
 
 logger = logging.getLogger(__name__)
 

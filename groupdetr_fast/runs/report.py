@@ -23,7 +23,7 @@ from ..training.selection import best_epoch
 from .config import CocoTrainingConfig
 from .kept_files import CONFIG_FILE
 
-__all__ = ["PAGE", "THRESHOLDS", "write_report"]
+__all__ = ["PAGE", "PICTURES", "THRESHOLDS", "write_report"]
 
 logger = logging.getLogger(__name__)
 
