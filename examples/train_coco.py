@@ -23,7 +23,7 @@ from groupdetr_fast.cli import run
 from groupdetr_fast.commands.parsing import parse, read_flags
 from groupdetr_fast.commands.train import TrainCommand, training_defaults
 from groupdetr_fast.data.config import DataPaths
-from groupdetr_fast.runs.recipes import digits_demo, with_digits
+from groupdetr_fast.runs.demo import digits_demo, with_digits
 
 
 def command() -> TrainCommand:

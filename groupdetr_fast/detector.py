@@ -15,7 +15,7 @@ from .data.config import Split
 from .data.images import ImageLike
 from .engines import EngineSettings
 from .exporting import export_file
-from .models.checkpoints import CheckpointHeader
+from .models.checkpoints import CheckpointHeader, find_weights
 from .models.detector import Detector as Model
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
@@ -25,7 +25,7 @@ from .runs.find_rate import find_rate
 from .runs.kept_files import begun_with
 from .runs.recipes import launched_recipe
 from .runs.train import train
-from .training.checkpoint import BEST, WEIGHTS, latest_checkpoint, write_weights
+from .training.checkpoint import BEST, WEIGHTS, write_weights
 from .training.rate_finder import RateSweep, SweepSettings
 
 if TYPE_CHECKING:
@@ -166,10 +166,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         changed = {**places, **settings}
         run = self._training(recipe, **changed) if begun is None else begun.with_settings(**changed)
         results = train(run)
-        best = run.output / "checkpoints" / BEST
-        trained = best if best.exists() else latest_checkpoint(run.output)
-        if trained is not None:
-            self._load(trained, None, None, {"accelerate_kernels": run.model.accelerate_kernels})
+        self._load(find_weights(run.output), None, None, {"accelerate_kernels": run.model.accelerate_kernels})
         return results
 
     def find_rate(

@@ -24,8 +24,8 @@ import groupdetr_fast as gd
 from cpu.originals.dab_detr import dab_detr
 from groupdetr_fast.data import Batch
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
+from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.runs.loaders import evaluation_loader, evaluation_set, training_loader, training_set
-from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.training.optimization import build_optimizer, build_scheduler
 
 __all__ = ["rows"]

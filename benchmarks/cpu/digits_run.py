@@ -21,9 +21,9 @@ import torch
 from cpu.step_host import Operators
 from groupdetr_fast.analysis.steps import trainer_of
 from groupdetr_fast.runs.config import CocoTrainingConfig
+from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.runs.evaluate import evaluate
 from groupdetr_fast.runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
-from groupdetr_fast.runs.recipes import digits_demo
 from harness.documents import table, write_section
 from harness.places import DOCS
 from harness.results import processor

@@ -32,6 +32,7 @@ __all__ = ["Operators", "parts_of_a_step", "rows"]
 
 DECAY = 0.9997
 PLAIN, HERE = "plain", "here"
+Ways = dict[str, Callable[[], Any]]
 
 
 class Operators(TorchDispatchMode):
@@ -53,41 +54,29 @@ def cut_down(model: nn.Module) -> nn.Module:
     return model
 
 
-def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """What a step does beside the model, by name, in both ways.
-
-    Args:
-        model: cut down.
-        losses: of a step.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    gradients = [parameter.grad for parameter in parameters]
-    average, plain_average = AveragedWeights(model, DECAY), {n: t.clone() for n, t in model.state_dict().items()}
-    statistics_of_norms = RunningStatistics(model)
-    sums = {PLAIN: {name: torch.zeros(()) for name in losses}, HERE: Losses.of(losses)}
-
-    cast_in = [
-        (module, name, weight)
-        for module in model.modules()
-        if type(module) in CAST
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.requires_grad
-    ]
-    trained = [weight for _, _, weight in cast_in]
-    of_halves = [torch.ones_like(weight, dtype=torch.bfloat16) for weight in trained]
+def casts(model: nn.Module) -> Ways:
+    """Casts of weights to bfloat16, and of their gradients back."""
+    layers = [module for module in model.modules() if type(module) in CAST]
+    places = [(layer, name) for layer in layers for name, weight in layer.named_parameters() if weight.requires_grad]
+    weights = [getattr(layer, name) for layer, name in places]
+    gradients = [torch.ones_like(weight, dtype=torch.bfloat16) for weight in weights]
     half_weights = HalfWeights(model, torch.bfloat16)
-    half_weights.take(module for module in model.modules() if type(module) in CAST)
+    half_weights.take(layers)
 
-    def cast_plainly() -> None:
-        torch.autograd.grad([weight.to(torch.bfloat16) for weight in trained], trained, of_halves)
+    def plainly() -> None:
+        torch.autograd.grad([weight.to(torch.bfloat16) for weight in weights], weights, gradients)
 
-    def cast() -> None:
+    def here() -> None:
         with half_weights.cast():
-            torch.autograd.grad([getattr(module, name) for module, name, _ in cast_in], trained, of_halves)
+            torch.autograd.grad([getattr(layer, name) for layer, name in places], weights, gradients)
 
-    def update_plainly() -> None:
+    return {PLAIN: plainly, HERE: here}
+
+
+def averaged_weights(model: nn.Module) -> Ways:
+    average, plain_average = AveragedWeights(model, DECAY), {n: t.clone() for n, t in model.state_dict().items()}
+
+    def plainly() -> None:
         state = model.state_dict()
         moving = [name for name, tensor in state.items() if tensor.is_floating_point()]
         averages, weights = ([tensors[name] for name in moving] for tensors in (plain_average, state))
@@ -97,59 +86,98 @@ def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, di
         for name in state.keys() - set(moving):
             plain_average[name].copy_(state[name])
 
-    def scan() -> list[Tensor]:
+    return {PLAIN: plainly, HERE: lambda: average.update(unless=torch.tensor(False))}
+
+
+def statistics_of_norms(model: nn.Module) -> Ways:
+    def plainly() -> list[Tensor]:
         norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         return [buffer for norm in norms if norm.training for buffer in norm.buffers(recurse=False)]
 
-    def add_plainly() -> None:
+    return {PLAIN: plainly, HERE: RunningStatistics(model).copies}
+
+
+def sums_of_losses(losses: dict[str, Tensor]) -> Ways:
+    plain_sums, sums = {name: torch.zeros(()) for name in losses}, [Losses.of(losses)]
+
+    def plainly() -> None:
         for name, value in losses.items():
-            sums[PLAIN][name] = sums[PLAIN][name] + value
+            plain_sums[name] = plain_sums[name] + value
 
-    def add() -> None:
-        sums[HERE] = sums[HERE] + Losses.of(losses)
+    def here() -> None:
+        sums[0] = sums[0] + Losses.of(losses)
 
-    parts = {
-        "casts of weights to bfloat16, and of their gradients back": {PLAIN: cast_plainly, HERE: cast},
-        "averaged weights": {PLAIN: update_plainly, HERE: lambda: average.update(unless=torch.tensor(False))},
-        "statistics of batch norms": {PLAIN: scan, HERE: statistics_of_norms.copies},
-        "sums of losses": {PLAIN: add_plainly, HERE: add},
-        "norm of the gradient": {
-            PLAIN: lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
-            HERE: lambda: nn.utils.clip_grad_norm_(parameters, 0.1),
-        },
+    return {PLAIN: plainly, HERE: here}
+
+
+def norm_of_the_gradient(model: nn.Module) -> Ways:
+    parameters = trained(model)
+    return {
+        PLAIN: lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        HERE: lambda: nn.utils.clip_grad_norm_(parameters, 0.1),
     }
-    config = OptimizationConfig()
-    optimizer, plain_optimizer = build_optimizer(model, config), build_optimizer(model, config)
 
-    def step_plainly() -> None:
-        scan()
-        cast_plainly()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def parts_of_a_step(model: nn.Module, losses: dict[str, Tensor]) -> dict[str, Ways]:
+    """What a step does beside the model, by name, in both ways.
+
+    Args:
+        model: cut down; its parameters get gradients.
+        losses: of a step.
+    """
+    for parameter in trained(model):
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    parts = {
+        "casts of weights to bfloat16, and of their gradients back": casts(model),
+        "averaged weights": averaged_weights(model),
+        "statistics of batch norms": statistics_of_norms(model),
+        "sums of losses": sums_of_losses(losses),
+        "norm of the gradient": norm_of_the_gradient(model),
+    }
+    return {**parts, "all of them, and AdamW": whole_steps(model, losses, *parts.values())}
+
+
+def whole_steps(
+    model: nn.Module, losses: dict[str, Tensor], cast: Ways, average: Ways, norms: Ways, add: Ways, clip: Ways
+) -> Ways:
+    """Steps that are made of all parts; here the loop's own class puts them together."""
+    optimizer, plain_optimizer = (build_optimizer(model, OptimizationConfig()) for _ in range(2))
+    gradients = [(parameter, parameter.grad) for parameter in trained(model)]
+    sums = [Losses.of(losses)]
+
+    def give_back() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    def plainly() -> None:
+        norms[PLAIN]()
+        cast[PLAIN]()
+        norm = clip[PLAIN]()
         if (losses["loss"] + norm).isfinite():
             plain_optimizer.step()
-            add_plainly()
-            update_plainly()
+            add[PLAIN]()
+            average[PLAIN]()
         plain_optimizer.zero_grad()
         give_back()
 
-    def give_back() -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def add_gradients(_: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        cast[HERE]()
+        return [losses], clip[HERE]()
 
-    def add_gradients(batches: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
-        cast()
-        return [losses], nn.utils.clip_grad_norm_(parameters, 0.1)
+    step = DeviceStep(add_gradients, model, optimizer, AveragedWeights(model, DECAY))
 
-    step = DeviceStep(add_gradients, model, optimizer, average)
-
-    def step_here() -> None:
-        sums[HERE] = sums[HERE] + step([None]).losses
+    def here() -> None:
+        sums[0] = sums[0] + step([None]).losses
         give_back()
 
-    return {**parts, "all of them, and AdamW": {PLAIN: step_plainly, HERE: step_here}}
+    return {PLAIN: plainly, HERE: here}
 
 
-def cpu_milliseconds(ways: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
+def cpu_milliseconds(ways: Ways, rounds: int, calls: int) -> dict[str, float]:
     """CPU time of a call in each way, the median of some rounds, in which they take turns."""
     found: dict[str, list[float]] = {way: [] for way in ways}
     for run in ways.values():

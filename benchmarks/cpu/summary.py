@@ -289,8 +289,10 @@ def plot(name: str, rows: list[Row], caption: str, folder: Path) -> None:
 
     rows = [row for row in rows if row["status"] == "ok"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    draw = draw_lines if name in X_LABELS else draw_bars
-    draw(axes, rows, X_LABELS.get(name))
+    if name in X_LABELS:
+        draw_lines(axes, rows, X_LABELS[name])
+    else:
+        draw_bars(axes, rows)
     figure.suptitle(TITLES[name], fontsize=11)
     figure.supxlabel(caption.replace("`", ""), fontsize=7, color="0.35")
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +321,7 @@ def draw_lines(axes, rows, x_label):
     axes.legend(fontsize=8)
 
 
-def draw_bars(axes, rows, x_label):
+def draw_bars(axes, rows):
     labels = [
         row["contender"] if len({r["case"] for r in rows}) == 1 else f"{row['contender']}, {row['case']}"
         for row in rows

@@ -1,1 +1,1 @@
-"""The paper's measurements, one command each: ``groupdetr analyze``."""
+"""The paper's measurements, which the commands of ``groupdetr analyze`` ask for."""

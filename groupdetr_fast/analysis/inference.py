@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
@@ -15,12 +14,11 @@ from torchvision.ops import batched_nms
 from ..data import CocoDataset
 from ..groups import QueryGroups
 from ..models import DetectorOutput, SegmentationOutput, postprocess
-from ..models.checkpoints import find_weights
+from ..models.checkpoints.read import read_checkpoint
 from ..models.detector import Detector
 from ..runs.config import CocoTrainingConfig
 from ..runs.evaluate import evaluator_of
 from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
-from ..training.checkpoint import WEIGHTS
 
 __all__ = ["evaluate_groups", "evaluate_usages", "inference_groups", "load_weights", "suppress_duplicates"]
 
@@ -135,8 +133,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         model: the detector.
         checkpoint: a file, a folder that holds one, or the folder of a run.
     """
-    found = find_weights(checkpoint)
-    model.load_state_dict(load_file(found / WEIGHTS if found.is_dir() else found))
+    model.load_state_dict(read_checkpoint(checkpoint).state)
 
 
 def _load(config: CocoTrainingConfig, checkpoint: Path, data: _EvaluationData) -> Detector:

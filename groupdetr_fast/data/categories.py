@@ -1,13 +1,26 @@
-"""How two tables of categories differ: those of data to train and to evaluate on, of a checkpoint and of data."""
+"""Tables of categories: the classes of their labels, and how two of them differ."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-__all__ = ["CategoryDifference", "category_differences", "difference_in_words"]
+__all__ = ["CategoryDifference", "category_differences", "class_table", "difference_in_words"]
 
 MOST_TOLD = 3
 LONGEST_NAME = 40  # characters
+
+
+def class_table(categories: Sequence[Mapping[str, Any]], labels: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and category ids of the classes, by label.
+
+    Args:
+        categories: COCO's entries, ascending by id.
+        labels: "contiguous" or "category_id", see ``CocoDataset``; in the second mode, labels that are the id of no
+            category have their number as name.
+    """
+    names = {category["id"]: str(category["name"]) for category in categories}
+    ids = tuple(names) if labels == "contiguous" else tuple(range(max(names, default=-1) + 1))
+    return tuple(names.get(category_id, str(category_id)) for category_id in ids), ids
 
 
 class CategoryDifference(NamedTuple):

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from ..boxes import xyxy_to_cxcywh
 from .annotation_cache import load_annotations
 from .annotations import WITHOUT_MASK, Annotations, DataError
+from .categories import class_table
 from .copy_paste import CopyPaste
 from .images import decode_rgb, is_turned, open_image, size_fault
 from .rare_classes import repeat_factors
@@ -68,6 +69,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         num_objects: of all images; crowd regions and what is dropped do not count.
         num_classes: size of the label space; in mode ``"category_id"`` the largest id plus 1.
         category_ids: ``[num_classes]`` int64, the category id of each label.
+        class_names: the name of each label; its number where it is the id of no category.
 
     Raises:
         DataError: on construction, for a fault in the folder or the annotation file; on access, for an image file
@@ -113,7 +115,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.image_ids: list[int] = self._annotations.image_ids.tolist()
         self.categories = self._annotations.categories
         self.num_objects = len(self._annotations.boxes)
-        self.category_ids, self._labels = _label_space(self._annotations, labels)
+        self.class_names, self.category_ids, self._labels = _label_space(self._annotations, labels)
         self.num_classes = len(self.category_ids)
 
         self._cache: dict[int, Tensor] | None = None
@@ -290,14 +292,19 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         raise DataError(f"{name} {fault}; correct the file or the entry")
 
 
-def _label_space(annotations: Annotations, labels: Literal["contiguous", "category_id"]) -> tuple[Tensor, Tensor]:
-    """The category id of each label, and the label of each object."""
-    ids = torch.tensor([category["id"] for category in annotations.categories])
+def _label_space(
+    annotations: Annotations, labels: Literal["contiguous", "category_id"]
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Name and category id of each label, and the label of each object."""
     if labels == "contiguous":
-        return ids, torch.searchsorted(ids, annotations.category_ids)
-    for extreme in (ids[0], ids[-1]):
-        if not 0 <= extreme <= _LARGEST_LABEL:
+        names, ids = class_table(annotations.categories, labels)
+        category_ids = torch.tensor(ids)
+        return names, category_ids, torch.searchsorted(category_ids, annotations.category_ids)
+    for category in (annotations.categories[0], annotations.categories[-1]):
+        if not 0 <= category["id"] <= _LARGEST_LABEL:
             raise DataError(
-                f'annotation file {annotations.path}: category id {extreme} cannot be a label; use labels="contiguous"'
+                f"annotation file {annotations.path}: category id {category['id']} cannot be a label; use "
+                'labels="contiguous"'
             )
-    return torch.arange(int(ids[-1]) + 1), annotations.category_ids
+    names, ids = class_table(annotations.categories, labels)
+    return names, torch.tensor(ids), annotations.category_ids

@@ -1,7 +1,6 @@
-"""Groups, matching, losses and kernels for detectors of others: the DETR family, transformers, RF-DETR, LibreYOLO.
+"""Groups, matching, losses and kernels for detectors of others.
 
-Import the module that is needed, ``groupdetr_fast.integrations.detr``, ``groupdetr_fast.integrations.multihead``
-(groups inside torch's own attention), ``groupdetr_fast.integrations.transformers``,
-``groupdetr_fast.integrations.rfdetr`` or ``groupdetr_fast.integrations.libreyolo``; the latter three need the package
-of their name.
+Import the module that is needed: ``groupdetr_fast.integrations.detr`` (scripts of the DETR family) and
+``groupdetr_fast.integrations.multihead`` (groups inside torch's own attention) need nothing besides;
+``transformers``, ``rfdetr``, ``ultralytics`` and ``libreyolo`` beside them need the package of their name.
 """

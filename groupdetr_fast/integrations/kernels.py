@@ -1,31 +1,18 @@
 """What every integration asks before it puts kernels of this package into a model of another one.
 
-Where there are kernels, which versions of the other package were tried, and the deformable attention that stands in.
+Where there are kernels, and which versions of the other package were tried.
 """
 
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import ops
 from ..ops import serving
 
-__all__ = [
-    "DEVICES",
-    "Shapes",
-    "attend",
-    "attend_as",
-    "can_serve",
-    "exchange_parts",
-    "has_kernel",
-    "is_tested",
-    "serves",
-    "serves_everywhere",
-]
+__all__ = ["DEVICES", "can_serve", "exchange_parts", "has_kernel", "is_tested", "serves", "serves_everywhere"]
 
 # Types of devices for which a kernel of ops.ms_deform_attn was built. No GPU is asked, as importing must not initialise
 # CUDA; has_kernel does that.
@@ -36,56 +23,7 @@ DEVICES = frozenset(
 )
 _COMPILED = ("C++", "CUDA")
 
-Shapes = Sequence[tuple[int, int]]
 Version = tuple[int, ...]  # major, minor and, where it matters, the last number
-
-
-def attend(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The op, with the dtypes that it wants: autocast leaves locations and weights in a half type beside float32."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    locations, weights = (x if x.dtype == value.dtype else x.to(dtype) for x in (locations, weights))
-    return ops.ms_deform_attn(value, spatial_shapes, locations, weights)
-
-
-def attend_as(
-    module: Any,
-    query: Tensor,
-    points: Tensor,
-    tokens: Tensor,
-    spatial_shapes: Shapes,
-    padding: Tensor | None = None,
-    sizes: Tensor | None = None,
-) -> Tensor:
-    """What Deformable DETR's attention module computes, whose parts have these names in other packages, too.
-
-    Args:
-        module: with ``value_proj``, ``sampling_offsets``, ``attention_weights``, ``output_proj``, ``n_heads``,
-            ``n_levels`` and ``n_points``.
-        query: ``[B, Lq, d]``.
-        points: ``[B, Lq, levels or 1, 2 or 4]``, reference points, or boxes around them.
-        tokens: ``[B, S, d]``.
-        spatial_shapes: ``(h, w)`` of each level.
-        padding: ``[B, S]`` bool, tokens whose values count as zero.
-        sizes: ``[levels, 2]``, ``spatial_shapes`` on the device, where it is at hand; read with points of two numbers.
-
-    Returns:
-        ``[B, Lq, d]``.
-    """
-    value = module.value_proj(tokens)
-    if padding is not None:
-        value = value.masked_fill(padding[..., None], 0)
-    samples = (module.n_levels, module.n_points)
-    offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, *samples, 2))
-    weights = module.attention_weights(query).unflatten(-1, (module.n_heads, -1)).softmax(-1)
-    places = points[:, :, None, :, None]  # [B, Lq, 1, levels or 1, 1, 2 or 4]
-    if places.shape[-1] == 2:
-        sizes = offsets.new_tensor(spatial_shapes) if sizes is None else sizes
-        locations = places + offsets / sizes.flip(-1)[:, None]
-    else:
-        center, size = places.split(2, dim=-1)
-        locations = center + offsets / module.n_points * size * 0.5
-    value, weights = value.unflatten(-1, (module.n_heads, -1)), weights.unflatten(-1, samples)
-    return module.output_proj(attend(value, spatial_shapes, locations, weights))
 
 
 def has_kernel(device: torch.device) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import DEVICES, attend, has_kernel
+from .deformable_attention import attend
+from .kernels import DEVICES, has_kernel
 
 __all__ = ["register_kernels", "unregister_kernels"]
 

@@ -5,7 +5,7 @@ from .for_supervision import to_supervision
 from .images import predict
 from .loading import describe_model, load_model
 from .options import Options, PredictOptions
-from .settings import InferenceSettings, class_table, settings_of
+from .settings import InferenceSettings, settings_of
 from .video import predict_video
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "InferenceSettings",
     "Options",
     "PredictOptions",
-    "class_table",
     "describe_model",
     "load_model",
     "predict",

@@ -45,11 +45,11 @@ class Options:
     top_k: int = 100
     batch_size: int = 4
     tile: int | None = None
-    tile_overlap: float = 0.2
-    tile_whole: bool = True
-    tile_merge: Merge = "nmm"
-    tile_metric: Metric = "ios"
-    tile_match: float = 0.5
+    tile_overlap: float = Tiling.overlap
+    tile_whole: bool = Tiling.whole
+    tile_merge: Merge = Tiling.merge
+    tile_metric: Metric = Tiling.metric
+    tile_match: float = Tiling.match
     settings: InferenceSettings | None = None
 
     def __post_init__(self) -> None:

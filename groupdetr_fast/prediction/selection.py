@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from torch import Tensor
 
 from ..models.postprocess import check_selection
+from ..yaml_files import read_yaml
 from .settings import InferenceSettings
 
 __all__ = ["Classes", "Selection", "Thresholds"]
@@ -165,14 +165,14 @@ def _table(thresholds: Thresholds) -> Mapping[Any, Any]:
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
+    is_json = path.suffix.lower() == ".json"
     try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        content = json.loads(path.read_text()) if is_json else read_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"class_thresholds: there is no file {path}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"class_thresholds: {path} cannot be read ({reason})") from None
+    except (OSError, ValueError) as error:
+        reason = f"{path} cannot be read ({error})" if is_json else str(error)
+        raise ValueError(f"class_thresholds: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"class_thresholds: {path} must hold a table of classes and their thresholds")
     return content

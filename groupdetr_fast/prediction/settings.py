@@ -7,22 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..data import AugmentationConfig
+from ..data.categories import class_table
 from ..models.checkpoints import CheckpointHeader
 
-__all__ = ["InferenceSettings", "class_table", "settings_of"]
-
-
-def class_table(categories: Sequence[Mapping[str, Any]], labels: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and category ids of the classes, by label.
-
-    Args:
-        categories: COCO's entries, ascending by id.
-        labels: "contiguous" or "category_id", see ``CocoDataset``; in the second mode, labels that are the id of no
-            category have their number as name.
-    """
-    names = {category["id"]: str(category["name"]) for category in categories}
-    ids = tuple(names) if labels == "contiguous" else tuple(range(max(names, default=-1) + 1))
-    return tuple(names.get(category_id, str(category_id)) for category_id in ids), ids
+__all__ = ["InferenceSettings", "settings_of"]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from torch import nn
 from ..build import build_criterion
 from ..data import CocoDataset
 from ..data.rare_classes import balanced_weights
-from ..prediction import class_table
+from ..yaml_files import read_yaml
 from .config import BALANCED, CocoTrainingConfig
-from .config_file import read_yaml
 
 __all__ = ["ClassWeights", "class_weights_of", "criterion_of"]
 
@@ -42,7 +41,7 @@ def class_weights_of(config: CocoTrainingConfig, dataset: CocoDataset) -> ClassW
     """
     if config.class_weights is None:
         return None
-    names, _ = class_table(dataset.categories, config.data.labels)
+    names = dataset.class_names
     if config.class_weights == BALANCED:
         return ClassWeights(names, balanced_weights(dataset.objects_of_classes(), config.class_weights_beta))
     given = _read(Path(config.class_weights), names)

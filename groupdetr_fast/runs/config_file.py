@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import re
 import reprlib
 import sys
 import types
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-import yaml
 
-__all__ = ["from_plain", "from_python", "from_yaml", "has_layout", "read_yaml", "to_json", "to_plain", "to_yaml"]
+from ..yaml_files import read_yaml, yaml_text
+
+__all__ = ["from_plain", "from_python", "from_yaml", "to_json", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _NAMES = {
     bool: "true or false",
     float: "a number",
@@ -31,28 +30,6 @@ _NAMES = {
 _NAMES_IN_PYTHON = _NAMES | {bool: "True or False", type(None): "None"}
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes tuples in one line, and in quotes the texts that YAML 1.1 or :class:`_Loader` would take for others."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads booleans and numbers as YAML 1.2 does: ``no`` is a text, and ``1e-4`` a number."""
-
-
-_Dumper.add_representer(
-    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
-for _side in (_Dumper, _Loader):
-    _side.add_implicit_resolver(
-        _FLOAT, re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf)\Z"), list("-+.0123456789")
-    )
-
-
 def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
     """A dataclass, whose fields may be dataclasses, tuples and paths, as yaml.
 
@@ -60,17 +37,7 @@ def to_yaml(config: Any, *, omit: tuple[str, ...] = ()) -> str:
         config: the dataclass.
         omit: fields to leave out.
     """
-    values = {name: value for name, value in to_plain(config).items() if name not in omit}
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def has_layout(text: str) -> bool:
-    """Whether a yaml text is laid out as :func:`to_yaml` lays out its content, which leaves no comments.
-
-    Raises:
-        yaml.YAMLError: if it is not yaml.
-    """
-    return yaml.serialize(yaml.compose(text, Loader=_Loader), Dumper=_Dumper, allow_unicode=True) == text
+    return yaml_text({name: value for name, value in to_plain(config).items() if name not in omit})
 
 
 def from_yaml(kind: type[T], path: Path) -> T:
@@ -84,23 +51,6 @@ def from_yaml(kind: type[T], path: Path) -> T:
     content = read_yaml(path)
     try:
         return from_plain(kind, {} if content is None else content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a yaml file, with booleans and numbers as YAML 1.2 has them.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is not yaml; the message names the file.
-    """
-    try:
-        return yaml.load(path.read_text(), Loader=_Loader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as yaml: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{path} cannot be read as yaml: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

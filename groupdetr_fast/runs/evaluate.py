@@ -21,7 +21,7 @@ from ..evaluation.visualize import draw_detections
 from ..files import write_json, write_whole
 from ..models import postprocess
 from ..models.checkpoints import CheckpointMismatch
-from ..prediction import class_table, describe_model
+from ..prediction import describe_model
 from ..random_state import random_state_kept
 from ..training.display import Display
 from ..training.engine import build_accelerator
@@ -235,7 +235,7 @@ def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], 
         [dataset.image(index) for index in indices],
         [dataset.ground_truth(index) for index in indices],
         [detections[dataset.image_ids[index]] for index in indices],
-        class_table(dataset.categories, config.data.labels)[0],
+        dataset.class_names,
         config.output / "predictions.png",
         score_threshold=PICTURE_THRESHOLD,
     )

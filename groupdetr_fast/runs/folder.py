@@ -12,7 +12,9 @@ from accelerate import Accelerator
 
 from ..files import read_json
 from ..training.processes import on_main_process
-from .kept_files import was_begun
+from ..training.tracking import IDENTITIES
+from .kept_files import CLASS_WEIGHTS_FILE, TRANSFORMS_FILE, was_begun
+from .report import PAGE, PICTURES, THRESHOLDS
 
 __all__ = ["clear", "holds_run", "reserved"]
 
@@ -26,12 +28,12 @@ FILES_OF_A_RUN = (
     RESULTS,
     "detections.json",
     "predictions.png",
-    "index.html",
-    "class_thresholds.json",
-    "report/*.png",
-    "trackers.json",
-    "transforms_used.py",
-    "class_weights_used.yaml",
+    PAGE,
+    THRESHOLDS,
+    f"{PICTURES}/*.png",
+    IDENTITIES,
+    TRANSFORMS_FILE,
+    CLASS_WEIGHTS_FILE,
 )
 
 
@@ -75,7 +77,7 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
     for path in [path for pattern in FILES_OF_A_RUN for path in folder.glob(pattern) if path.is_file()]:
         path.unlink()
-    for path in _folders(folder, ("checkpoints", "report")):
+    for path in _folders(folder, ("checkpoints", PICTURES)):
         if not (path.is_symlink() or any(path.iterdir())):
             path.rmdir()
 

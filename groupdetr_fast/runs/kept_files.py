@@ -5,15 +5,22 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from ..data.own_transforms import OwnTransforms, split_name
 from ..files import write_whole
+from ..yaml_files import has_layout, read_yaml, yaml_text
 from .class_weights import ClassWeights
 from .config import BALANCED, ROOMS, CocoTrainingConfig
-from .config_file import from_yaml, has_layout, read_yaml
+from .config_file import from_yaml
 
-__all__ = ["CONFIG_FILE", "begun_with", "keep_files", "was_begun", "with_kept_files"]
+__all__ = [
+    "CLASS_WEIGHTS_FILE",
+    "CONFIG_FILE",
+    "TRANSFORMS_FILE",
+    "begun_with",
+    "keep_files",
+    "was_begun",
+    "with_kept_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +67,7 @@ def keep_files(config: CocoTrainingConfig, own: OwnTransforms | None, weights: C
     """
     texts = {
         TRANSFORMS_FILE: None if own is None else own.source,
-        CLASS_WEIGHTS_FILE: None
-        if weights is None
-        else yaml.safe_dump(dict(zip(*weights, strict=True)), sort_keys=False),
+        CLASS_WEIGHTS_FILE: None if weights is None else yaml_text(dict(zip(*weights, strict=True))),
     }
     for name, text in texts.items():
         path = config.output / name

@@ -1,4 +1,4 @@
-"""Runs by name: those of the paper, one for each row of its tables that this package can train, and the demo.
+"""Runs of the paper by name, one for each row of its tables that this package can train.
 
 Numbers are those of the ICCV edition (tables 3, 4 and 6), and of table 1 of the first edition for other numbers of
 groups. Batch sizes and the number of detections that are evaluated are those of the base models' repositories.
@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data import AugmentationConfig, DigitsConfig, digits_dataset
+from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..models.registry import model_config
 from ..training.config import OptimizationConfig
 from .config import CocoTrainingConfig, ModelConfig
 
-__all__ = ["RECIPES", "Recipe", "digits_demo", "find_recipe", "launched_recipe", "with_digits"]
+__all__ = ["RECIPES", "Recipe", "find_recipe", "launched_recipe"]
 
-DEMO_DIGITS = DigitsConfig(image_size=64, min_digit=14, max_digit=36, max_objects=5)
 IMAGES_PER_PROCESS = 2  # at a time; the rest of a step's images are accumulated
 
 
@@ -173,41 +172,3 @@ def launched_recipe(name: str) -> CocoTrainingConfig:
         ValueError: if there is none, or these processes cannot share a step's images evenly.
     """
     return find_recipe(name).config(processes=int(os.environ.get("WORLD_SIZE", "1")))
-
-
-def digits_demo(*, compose: bool = True) -> CocoTrainingConfig:
-    """The run of ``make demo``: a small Conditional DETR with groups on the embedded digits, minutes on two CPU cores.
-
-    Args:
-        compose: find the data set, composing it on first use; without, the configuration names no files.
-    """
-    data = DataConfig(workers=0, cache_images=True)
-    size = DEMO_DIGITS.image_size
-    return CocoTrainingConfig(
-        data=with_digits(data) if compose else data,
-        model=ModelConfig(
-            num_groups=5,
-            num_queries=15,
-            d_model=128,
-            num_heads=4,
-            encoder_layers=1,
-            decoder_layers=3,
-            dim_feedforward=256,
-            dropout=0.0,
-            backbone="conv:32-64-128",
-        ),
-        # a mirrored digit is another character
-        augmentation=AugmentationConfig(
-            short_sides=(size,), flip=0.0, crop=0.0, eval_short_side=size, max_size=None, eval_max_size=None
-        ),
-        optimization=OptimizationConfig(
-            epochs=15, decay="cosine", warmup_steps=100, lr=1e-3, backbone_lr=1e-3, batch_size=16
-        ),
-        output=Path("runs/demo"),
-        evaluate_every=5,
-    )
-
-
-def with_digits(data: DataConfig) -> DataConfig:
-    """The same settings with the data set of the demo, which is composed on first use."""
-    return replace(data, **digits_dataset(config=DEMO_DIGITS)._asdict())

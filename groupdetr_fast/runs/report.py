@@ -19,12 +19,11 @@ from ..evaluation.plots import draw_confusion, draw_curves, draw_errors, draw_pr
 from ..evaluation.visualize import draw_detections
 from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
-from ..prediction import class_table
 from ..training.selection import best_epoch
 from .config import CocoTrainingConfig
 from .kept_files import CONFIG_FILE
 
-__all__ = ["PAGE", "THRESHOLDS", "write_report"]
+__all__ = ["PAGE", "PICTURES", "THRESHOLDS", "write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def _write(
         sections += ["<h2>Training</h2>", embedded_picture(folder / "curves.png", "training loss and AP by epoch")]
     sections += _of_classes(diagnosis, metrics, folder)
     sections += _of_errors(diagnosis, folder)
-    sections += _of_images(diagnosis, results, dataset, config, folder)
+    sections += _of_images(diagnosis, results, dataset, folder)
     sections += ["<h2>Settings</h2>", _command(config, history), f"<pre>{html.escape(config.as_yaml())}</pre>"]
     write_whole(config.output / PAGE, html_page(f"{config.model.model}: {config.output.name}", "\n".join(sections)))
     return config.output / PAGE
@@ -146,20 +145,15 @@ def _of_errors(diagnosis: Diagnosis, folder: Path) -> list[str]:
 
 
 def _of_images(
-    diagnosis: Diagnosis,
-    results: Sequence[Mapping[str, Any]],
-    dataset: CocoDataset,
-    config: CocoTrainingConfig,
-    folder: Path,
+    diagnosis: Diagnosis, results: Sequence[Mapping[str, Any]], dataset: CocoDataset, folder: Path
 ) -> list[str]:
     """The images with the most errors, with their objects and the detections that are kept."""
     worst = [image for image in diagnosis.images[:WORST_IMAGES] if image.wrong + image.missed]
     if not worst:
         return []
-    names, ids = class_table(dataset.categories, config.data.labels)
-    labels = {category_id: label for label, category_id in enumerate(ids)}
-    ordered = sorted(dataset.categories, key=lambda category: category["id"])
-    thresholds = {category["id"]: each.threshold for category, each in zip(ordered, diagnosis.classes, strict=True)}
+    labels = {category_id: label for label, category_id in enumerate(dataset.category_ids.tolist())}
+    classes = zip(dataset.categories, diagnosis.classes, strict=True)  # both ascending by id
+    thresholds = {category["id"]: each.threshold for category, each in classes}
     kept = defaultdict(list)
     for result in results:
         threshold = thresholds.get(result["category_id"])
@@ -171,7 +165,7 @@ def _of_images(
         [dataset.image(index) for index in indices],
         [dataset.ground_truth(index) for index in indices],
         [_as_detections(kept[image.image_id], labels) for image in worst],
-        names,
+        dataset.class_names,
         folder / "worst.png",
         score_threshold=0.0,
     )

@@ -17,7 +17,7 @@ from ..data.images import as_rgb
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
 from ..models.checkpoints import CheckpointHeader
-from ..prediction import EVAL_SETTINGS, class_table
+from ..prediction import EVAL_SETTINGS
 from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
 from ..training.display import logged_to
@@ -187,7 +187,7 @@ def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> Che
     """What the checkpoints of a run say of their detector."""
     described = {}
     if config.model.of_transformers:
-        model.name_classes(class_table(val_set.categories, config.data.labels)[0])
+        model.name_classes(val_set.class_names)
         described = model.describe()
     return CheckpointHeader(
         model=config.model.model,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import read_json, write_json
 
-__all__ = ["TrackerName", "check_trackers", "log_picture", "start_trackers"]
+__all__ = ["IDENTITIES", "TrackerName", "check_trackers", "log_picture", "start_trackers"]
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 

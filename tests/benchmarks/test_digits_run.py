@@ -8,7 +8,7 @@ from cpu.digits_run import rows
 from groupdetr_fast.data import DigitsConfig, digits_dataset
 from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.runs.config import ModelConfig
-from groupdetr_fast.runs.recipes import digits_demo
+from groupdetr_fast.runs.demo import digits_demo
 
 
 def test_images_on_the_device_take_fewer_operators_of_a_step(tmp_path):

@@ -14,9 +14,9 @@ from groupdetr_fast.analysis import cost
 from groupdetr_fast.analysis.run import RunResults
 from groupdetr_fast.commands import analyze
 from groupdetr_fast.data import DigitsConfig, digits_dataset
-from groupdetr_fast.runs import recipes
+from groupdetr_fast.runs import demo
 from groupdetr_fast.runs.config import ModelConfig
-from groupdetr_fast.runs.recipes import digits_demo
+from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.training.config import OptimizationConfig
 
 METRICS = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
@@ -56,7 +56,7 @@ def test_a_detector_that_there_is_not_is_refused_before_any_run(flags, tmp_path)
     ],
 )
 def test_what_cannot_be_is_refused_before_digits_are_composed(arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(recipes, "digits_dataset", lambda **_: pytest.fail("digits are composed"))
+    monkeypatch.setattr(demo, "digits_dataset", lambda **_: pytest.fail("digits are composed"))
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         cli.main(["analyze", *arguments.split(), "--output", str(tmp_path / "analysis")])
     assert not (tmp_path / "analysis").exists()

@@ -8,7 +8,8 @@ import pytest
 from groupdetr_fast import cli
 from groupdetr_fast.commands import train
 from groupdetr_fast.runs.config import CocoTrainingConfig
-from groupdetr_fast.runs.recipes import RECIPES, digits_demo
+from groupdetr_fast.runs.demo import digits_demo
+from groupdetr_fast.runs.recipes import RECIPES
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""How two tables of categories differ."""
+"""Tables of categories."""
 
 import pytest
 
-from groupdetr_fast.data.categories import difference_in_words
+from groupdetr_fast.data.categories import class_table, difference_in_words
 
 CALLED = ("this", "that")
 
@@ -10,6 +10,13 @@ CALLED = ("this", "that")
 def table(**names):
     """COCO's entries: category_3="car" is the category with the id 3."""
     return [{"id": int(key.removeprefix("category_")), "name": name} for key, name in names.items()]
+
+
+def test_names_by_label():
+    categories = table(category_1="cat", category_3="dog")
+    assert class_table(categories, "contiguous") == (("cat", "dog"), (1, 3))
+    assert class_table(categories, "category_id") == (("0", "cat", "2", "dog"), (0, 1, 2, 3))
+    assert class_table([], "category_id") == ((), ())
 
 
 def test_equal_tables_do_not_differ():

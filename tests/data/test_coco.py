@@ -90,7 +90,8 @@ def test_annotations_of_the_stored_pixels_are_called_that(content, write):
 
 def test_labels_can_be_category_ids(content, write):
     dataset = CocoDataset(*write(content), labels="category_id")
-    assert dataset.num_classes == 91
+    assert dataset.num_classes == len(dataset.class_names) == 91
+    assert dataset.class_names[3] == dataset.categories[0]["name"]
     assert dataset[0][1]["labels"].tolist() == [90, 3]
     assert dataset.label_to_category_id(90) == 90
     assert dataset.label_to_category_id(torch.tensor([[3], [17]])).tolist() == [[3], [17]]
@@ -101,6 +102,7 @@ def test_labels_map_back_to_category_ids(content, write):
     assert [dataset.label_to_category_id(label) for label in range(3)] == [3, 17, 90]
     assert dataset.label_to_category_id(torch.tensor([2, 0])).tolist() == [90, 3]
     assert dataset.category_ids.tolist() == [3, 17, 90]
+    assert dataset.class_names == tuple(category["name"] for category in dataset.categories)
 
 
 def test_unknown_label_mode_is_refused(content, write):

@@ -102,11 +102,18 @@ def test_thresholds_that_cannot_be(thresholds, message):
         select(None, thresholds)
 
 
+def test_names_that_older_yaml_takes_for_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("no: 0.25\non: 0.75\n")
+    found = Selection.of(InferenceSettings(("no", "on"), (1, 2)), 2, 0.3, None, tmp_path / "a.yaml")
+    assert found.thresholds == ((0, 0.25), (1, 0.75))
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
 @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[0.3]", "must hold a table")])
-def test_files_that_are_no_tables(tmp_path, text, message):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=f"class_thresholds: .*a.json {message}"):
-        select(None, tmp_path / "a.json")
+def test_files_that_are_no_tables(tmp_path, suffix, text, message):
+    (tmp_path / f"a.{suffix}").write_text(text)
+    with pytest.raises(ValueError, match=f"class_thresholds: .*a.{suffix} {message}"):
+        select(None, tmp_path / f"a.{suffix}")
 
 
 def test_classes_and_thresholds_of_predictions():

@@ -24,7 +24,7 @@ from groupdetr_fast.data import (
     eval_transforms,
 )
 from groupdetr_fast.data.config import DataConfig
-from groupdetr_fast.prediction import InferenceSettings, Options, PredictOptions, class_table
+from groupdetr_fast.prediction import InferenceSettings, Options, PredictOptions
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.config import OptimizationConfig
@@ -208,13 +208,6 @@ def test_the_package_itself_does_not_need_the_extra():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="has no attribute 'predictions'"):
         _ = gd.predictions
-
-
-def test_names_by_label():
-    categories = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}]
-    assert class_table(categories, "contiguous") == (("cat", "dog"), (1, 3))
-    assert class_table(categories, "category_id") == (("0", "cat", "2", "dog"), (0, 1, 2, 3))
-    assert class_table([], "category_id") == ((), ())
 
 
 @pytest.mark.parametrize(

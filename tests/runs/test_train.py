@@ -17,8 +17,8 @@ from groupdetr_fast.data.config import DataConfig
 from groupdetr_fast.models.checkpoints import read_header
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.runs.find_rate import find_rate
-from groupdetr_fast.runs.recipes import digits_demo
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine
 from groupdetr_fast.training.checkpoint import latest_checkpoint

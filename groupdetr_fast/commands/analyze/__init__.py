@@ -10,7 +10,7 @@ import tyro
 from ...data import AugmentationConfig
 from ...data.config import DataConfig, DataPaths
 from ...runs.config import CocoTrainingConfig
-from ...runs.recipes import digits_demo
+from ...runs.demo import digits_demo
 from ..parsing import parse, read_flags, unknown_command
 from .ablation import AblationCommand
 from .agreement import AgreementCommand

@@ -20,7 +20,7 @@ from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
 from ...runs.config import CocoTrainingConfig, ModelConfig
 from ...runs.config_file import to_json
-from ...runs.recipes import with_digits
+from ...runs.demo import with_digits
 from ...training.config import OptimizationConfig
 
 __all__ = ["USAGES", "Analysis", "OfCheckpoint", "OverSteps", "Sweep", "count_of", "header_of", "require_groups"]

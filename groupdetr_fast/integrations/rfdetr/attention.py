@@ -3,7 +3,8 @@
 from rfdetr.models.ops.modules import MSDeformAttn
 from torch import Tensor, nn
 
-from ..kernels import DEVICES, attend_as, has_kernel
+from ..deformable_attention import attend_as
+from ..kernels import DEVICES, has_kernel
 
 __all__ = ["DEVICES", "exchange", "is_exchanged", "put_back"]
 

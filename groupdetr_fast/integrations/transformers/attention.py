@@ -18,7 +18,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.models.oneformer.modeling_oneformer import OneFormerPixelDecoderEncoderMultiscaleDeformableAttention
 from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2MultiscaleDeformableAttention
 
-from ..kernels import DEVICES, Shapes, attend, has_kernel
+from ..deformable_attention import Shapes, attend, locations_around, project
+from ..kernels import DEVICES, has_kernel
 
 __all__ = ["DEVICES", "exchange", "put_back"]
 
@@ -149,7 +150,7 @@ class _RTDetrV2Attention(RTDetrV2MultiscaleDeformableAttention):
                 **kwargs,
             )
         padding = None if attention_mask is None else ~attention_mask
-        value, offsets, weights = _project(self, hidden_states, position_embeddings, encoder_hidden_states, padding)
+        value, offsets, weights = project(self, hidden_states, encoder_hidden_states, padding, position_embeddings)
         center, size = reference_points[:, :, None, :, None].split(2, dim=-1)
         scale = self.n_points_scale.to(offsets.dtype).view(self.n_levels, self.n_points, 1)
         locations = center + offsets * scale * size * self.offset_scale
@@ -183,9 +184,8 @@ class _PixelDecoderAttention:
                 **kwargs,
             )
         padding = attention_mask  # True where there is no image, other than in the detectors
-        value, offsets, weights = _project(self, hidden_states, position_embeddings, encoder_hidden_states, padding)
-        sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes_list])
-        locations = reference_points[:, :, None, :, None] + offsets / sizes[:, None]
+        value, offsets, weights = project(self, hidden_states, encoder_hidden_states, padding, position_embeddings)
+        locations = locations_around(reference_points, offsets, spatial_shapes_list)
         out = attend(value, spatial_shapes_list, locations, weights)
         return self.output_proj(out), weights
 
@@ -199,24 +199,3 @@ class _OneFormerAttention(_PixelDecoderAttention, OneFormerPixelDecoderEncoderMu
 
 
 _SUBCLASSES = {cls.__bases__[-1]: cls for cls in (_RTDetrV2Attention, _Mask2FormerAttention, _OneFormerAttention)}
-
-
-def _project(
-    attention: nn.Module, states: Tensor, position: Tensor | None, tokens: Tensor, padding: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values ``[B, S, H, D]``, offsets ``[B, Lq, H, levels, P, 2]`` and weights ``[B, Lq, H, levels, P]``.
-
-    Args:
-        states: ``[B, Lq, d]``.
-        position: ``[B, Lq, d]``, added to the states.
-        tokens: ``[B, S, d]``.
-        padding: ``[B, S]`` bool, tokens whose values count as zero.
-    """
-    query = states if position is None else states + position
-    value = attention.value_proj(tokens)
-    if padding is not None:
-        value = value.masked_fill(padding[..., None], 0)
-    samples = (attention.n_levels, attention.n_points)
-    offsets = attention.sampling_offsets(query).unflatten(-1, (attention.n_heads, *samples, 2))
-    weights = attention.attention_weights(query).unflatten(-1, (attention.n_heads, -1)).softmax(-1)
-    return value.unflatten(-1, (attention.n_heads, -1)), offsets, weights.unflatten(-1, samples)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.transformer import MSDeformAttn
 
-from ..kernels import DEVICES, Shapes, attend_as, has_kernel
+from ..deformable_attention import Shapes, attend_as
+from ..kernels import DEVICES, has_kernel
 from .exchange import SavedAsTheirs, set_class
 
 __all__ = ["DEVICES", "exchange", "is_exchanged", "put_back"]
