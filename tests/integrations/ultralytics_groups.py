@@ -459,6 +459,8 @@ def test_what_cannot_be_resumed(folder):
     refused("has the groups of epoch 8, not of 1: resume from last.pt")
     torch.save([{**kept, "checkpoint": "another"}], weights / "groups_of_last.pt")
     refused(r"has the groups of another checkpoint than .*last.pt: both must be from the same training")
+    (weights / "groups_of_last.pt").write_bytes(b"damaged")
+    refused(r"groups_of_last.pt, with the groups of the training to resume, cannot be read: it is damaged")
     (weights / "groups_of_last.pt").unlink()
     refused(r"groups_of_last.pt, with the groups that .*last.pt leaves out, is missing")
 
