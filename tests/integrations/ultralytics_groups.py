@@ -441,6 +441,13 @@ def test_a_folder_that_was_removed(folder):
     assert sorted(names) == ["best.pt", "groups_of_last.pt", "last.pt"]
 
 
+def test_the_function_itself_is_no_trainer(folder):
+    before = contents(folder)
+    with pytest.raises(TypeError, match=r"^trainer=group_trainer passes the function itself.*=group_trainer\(5\)$"):
+        RTDETR(str(folder / "rtdetr-tiny.yaml")).train(**options_of(folder, "run"), trainer=group_trainer)
+    assert contents(folder) == before
+
+
 def test_what_cannot_be_resumed(folder):
     """It is refused before anything is written."""
     stop_after_first_epoch(folder, "run", group_trainer(K))
