@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS, class_table
 from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
+from ..training.config import LoopSettings
 from ..training.display import RunLog
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
@@ -222,18 +223,15 @@ def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> Che
 
 def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mapping[str, str]) -> TrainerSettings:
     """What the training loop needs to know of a run."""
+    loop = {each.name: getattr(config, each.name) for each in fields(LoopSettings)}
+    if config.strict:
+        loop["max_skipped_steps"] = 0
     return TrainerSettings(
         config.optimization,
         config.output,
         header.to_json(),
-        evaluate_every=config.evaluate_every,
-        early_stopping=config.early_stopping,
-        early_stopping_delta=config.early_stopping_delta,
-        checkpoint_every=config.checkpoint_every,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        max_skipped_steps=0 if config.strict else config.max_skipped_steps,
         files=files,
         trackers=config.track,
         tracked=config.by_name(),
+        **loop,
     )

@@ -103,7 +103,7 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
     assert warnings == [
         "resuming with optimization.epochs = 3, which was 1",
-        "resuming with optimization.lr_drop = (1,), which was (2.0,)",
+        "resuming with optimization.lr_drop = (1.0,), which was (2.0,)",
         "resuming with optimization.lr = 0.005, which was 0.001",
         "resuming with optimization.weight_decay = 0.5, which was 0.0001",
     ]
@@ -143,7 +143,7 @@ def test_a_drop_that_follows_the_epochs_is_named_where_it_moves(config, caplog):
     warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
     assert warnings == [
         "resuming with optimization.epochs = 2, which was 1",
-        "resuming with optimization.lr_drop = (1,), which was ()",
+        "resuming with optimization.lr_drop = (1.0,), which was ()",
     ]
 
 

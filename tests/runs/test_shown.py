@@ -36,7 +36,7 @@ def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, mo
     assert all(line.strip() in log for line in printed if line.startswith("epoch "))
     train(replace(config, resume=True, optimization=replace(config.optimization, lr_drop=(1,), epochs=4)))
     log = (config.output / "train.log").read_text().splitlines()
-    assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1,), which was (2.0,)") for line in log)
+    assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1.0,), which was (2.0,)") for line in log)
 
 
 def test_long_evaluations_say_how_far_they_are_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
