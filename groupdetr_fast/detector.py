@@ -19,7 +19,6 @@ from .models.checkpoints import CheckpointHeader, find_weights
 from .models.detector import Detector as Model
 from .prediction import describe_model, load_model, predict, predict_video, settings_of
 from .runs.config import CocoTrainingConfig, ModelConfig
-from .runs.config_file import from_python
 from .runs.evaluate import evaluate_checkpoint
 from .runs.find_rate import find_rate
 from .runs.kept_files import begun_with
@@ -194,7 +193,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         """
         own = {each.name: settings.pop(each.name) for each in fields(SweepSettings) if each.name in settings}
         run = self._training(recipe, **_places(data, output, "rate"), **settings)
-        return find_rate(run, SweepSettings(**from_python(SweepSettings, own)))
+        return find_rate(run, SweepSettings(**own))
 
     def _training(self, recipe: str | None, **settings: Any) -> CocoTrainingConfig:
         """A recipe, or else the detector's own run, with these settings; it begins from the weights, if any."""

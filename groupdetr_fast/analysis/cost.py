@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ..field_types import from_plain
 from ..files import read_json, write_json
 from ..runs.config import CocoTrainingConfig
-from ..runs.config_file import from_plain, to_json
+from ..runs.config_file import to_json
 from ..training.engine import Trainer
 from ..training.progress import peak_memory_mib
 from .steps import trainer_of

@@ -15,11 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..build import build_criterion
+from ..field_types import from_plain
 from ..files import read_json, write_json
 from ..losses.matcher import GroupMatcher
 from ..models.registry import model_config
 from ..runs.config import CocoTrainingConfig
-from ..runs.config_file import from_plain, to_json
+from ..runs.config_file import to_json
 from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped

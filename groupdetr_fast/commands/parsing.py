@@ -213,12 +213,19 @@ def _values(arguments: Sequence[str], flag: str) -> list[str]:
 
 def _most(kind: Any) -> int | None:
     """How many values a flag takes; None if it takes all up to the next flag, whether they fit or not."""
+    if _is_repeated(kind):
+        return 1
     if (values := _of_fixed_length(kind)) is not None:
         return len(get_args(values))
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple or any(get_origin(each) is tuple for each in inner):
         return None
     return 0 if kind is bool else 1
+
+
+def _is_repeated(kind: Any) -> bool:
+    """Whether a flag takes one value each time that it is given."""
+    return tyro.conf.UseAppendAction in getattr(kind, "__metadata__", ())
 
 
 def _of_fixed_length(kind: Any) -> Any:
@@ -233,6 +240,8 @@ def _takes(kind: Any) -> str:
     """What a flag takes, in words."""
     if kind is bool:
         return "no value"
+    if _is_repeated(kind):
+        return f"{_takes(get_args(get_args(kind)[0])[0])} each time"
     kind = _of_fixed_length(kind) or kind
     *others, last = sorted(_alternatives(kind), key=lambda word: word == "None")
     return f"{', '.join(others)} or {last}" if others else last

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from ..field_types import take_field_types
 from .annotations import DataError
 from .layouts import find_data
 
@@ -131,12 +132,11 @@ class DataConfig(DataPaths):
     max_unreadable_images: int = 10
 
     def __post_init__(self) -> None:
+        take_field_types(self, DataConfig)
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.prefetch_factor is not None and self.prefetch_factor < 1:
             raise ValueError(f"prefetch_factor must be at least 1, got {self.prefetch_factor}")
-        if self.cache_on not in ("host", "device", "auto"):
-            raise ValueError(f'cache_on must be "host", "device" or "auto", got {self.cache_on!r}')
         if self.cache_on != "host" and not self.cache_images:
             raise ValueError(f"cache_on {self.cache_on} says where images are kept: give cache_images, too")
         if self.cache_on == "device" and self.workers:

@@ -5,6 +5,7 @@ wherever an image is read, so that training, evaluation and prediction see what 
 """
 
 import os
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -66,6 +67,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# What Pillow raises for tags that have another beginning than a TIFF, end within an entry, or are a text that is not
+# hexadecimal; and for a damaged PNG, which it decodes to look for tags behind the pixels.
+_DAMAGED_TAGS = (SyntaxError, struct.error, ValueError, OSError)
+
 
 def open_image(path: Path) -> Image.Image:
     """Open a raster image; every image file is opened here.
@@ -82,7 +87,7 @@ def open_image(path: Path) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # the parser raises anything on damaged tags, beside which the pixels may be whole
+    except _DAMAGED_TAGS:  # beside which the pixels may be whole
         return 1
 
 

@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ..field_types import take_field_types
 from .normalization import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from .own_transforms import OwnTransforms, split_name
 
@@ -49,9 +50,9 @@ class AugmentationConfig:
         image_std: standard deviation of red, green and blue, likewise.
 
     Raises:
-        ValueError: for an empty list, a size below 8 pixels, limits that are not ascending, a probability outside
-            [0, 1], a scale or a standard deviation that is not positive, a mean or a deviation that is not finite, or
-            ``transforms`` without file and function.
+        ValueError: for a value of another type, an empty list, a size below 8 pixels, limits that are not ascending, a
+            probability outside [0, 1], a scale or a standard deviation that is not positive, a mean or a deviation that
+            is not finite, or ``transforms`` without file and function.
     """
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -78,6 +79,7 @@ class AugmentationConfig:
         return Normalization(self.image_mean, self.image_std)
 
     def __post_init__(self) -> None:
+        take_field_types(self, AugmentationConfig)
         for name in ("short_sides", "crop_short_sides"):
             if not getattr(self, name) or min(getattr(self, name)) < LEAST_SIDE:
                 raise ValueError(f"{name} must hold sizes of at least {LEAST_SIDE} pixels, got {getattr(self, name)}")

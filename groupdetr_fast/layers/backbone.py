@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from ..tensor_files import read_tensors
 from .frozen_batch_norm import FrozenBatchNorm2d
 
 __all__ = ["Backbone"]
@@ -236,12 +237,12 @@ def _load_weights(body: nn.Module, path: Path, name: str) -> None:
     """Load a classifier's or a feature extractor's state dict; heads of classifiers are left out."""
     if not path.is_file():
         raise FileNotFoundError(f"backbone_weights: there is no file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"backbone_weights: {path} cannot be read as a file of tensors: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"backbone_weights: {path} holds a {type(state).__name__}, not a state dict")
     target = body.network if isinstance(body, _TimmNetwork) else body
     missing, _ = target.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]

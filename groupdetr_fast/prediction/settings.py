@@ -30,8 +30,7 @@ class InferenceSettings:
     @classmethod
     def from_header(cls, header: CheckpointHeader) -> "InferenceSettings":
         """The settings in the header of a checkpoint of this package; the defaults where it has none."""
-        described = {name: _as_tuple(value) for name, value in header.evaluation.items()}
-        settings = cls(augmentation=AugmentationConfig(**described))
+        settings = cls(augmentation=AugmentationConfig(**header.evaluation))
         if header.categories:
             settings = settings.with_categories(header.categories, header.labels)
         return settings
@@ -55,7 +54,3 @@ def settings_of(model: nn.Module) -> InferenceSettings:
     """What the checkpoint of a model said that :func:`load_model` made; the defaults for another model."""
     settings = getattr(model, "inference_settings", None)
     return settings if isinstance(settings, InferenceSettings) else InferenceSettings()
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -7,14 +7,15 @@ from typing import Any
 
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
+from ..field_types import take_field_types
 from ..losses.matcher import Assignment
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
 from ..models.registry import model_config
-from ..training.config import OptimizationConfig
+from ..training.config import LoopSettings, OptimizationConfig
 from ..training.tracking import TrackerName
 from ..transformers_detector.families import check_accelerate_kernels, require_transformers
-from .config_file import from_python, to_plain, to_yaml
+from .config_file import to_plain, to_yaml
 from .model import ModelConfig
 
 __all__ = ["BALANCED", "ROOMS", "CocoTrainingConfig", "ModelConfig"]
@@ -25,7 +26,7 @@ STARTED = ("resume", "overwrite", "eval_only")  # how a run is started, not what
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoTrainingConfig:
+class CocoTrainingConfig(LoopSettings):
     """One training run.
 
     Attributes:
@@ -46,15 +47,6 @@ class CocoTrainingConfig:
         overwrite: replace the run that ``output`` holds; without ``resume`` or this, such a folder is refused.
         eval_only: evaluate the weights of ``load`` and stop; needs no data to train on. Where the command line has no
             ``output``, results go to the folder ``eval`` in that of the configuration.
-        evaluate_every: epochs between evaluations.
-        early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
-        early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
-        checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
-        checkpoint_minutes: minutes after which a checkpoint is written within an epoch, so that a run that is killed
-            loses no more than these; 0 for none.
-        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all. The two that
-            can be resumed are kept in any case.
-        max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
         strict: stop at the first unreadable image and the first loss that is not finite.
         eval_batch_size: images per process that are evaluated at a time, padded to one size; None for ``batch_size``.
         top_k: detections per image in evaluation.
@@ -64,7 +56,8 @@ class CocoTrainingConfig:
         report: whether to write ``index.html``, the page about the run, at its end.
 
     Raises:
-        ValueError: for a detector that there is not, and for settings that do not fit together.
+        ValueError: for a detector that there is not, for values of other types, and for settings that do not fit
+            together.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -79,13 +72,6 @@ class CocoTrainingConfig:
     resume: bool = False
     overwrite: bool = False
     eval_only: bool = False
-    evaluate_every: int = 1
-    early_stopping: int = 0
-    early_stopping_delta: float = 0.0
-    checkpoint_every: int = 0
-    checkpoint_minutes: float = 0.0
-    keep_checkpoints: int = 0
-    max_skipped_steps: int = 10
     strict: bool = False
     eval_batch_size: int | None = None
     top_k: int = 100
@@ -94,10 +80,10 @@ class CocoTrainingConfig:
     report: bool = True
 
     def __post_init__(self) -> None:
+        take_field_types(self, CocoTrainingConfig)
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise ValueError("give resume or overwrite, not both")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         check_selection(self.top_k)
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
@@ -115,17 +101,8 @@ class CocoTrainingConfig:
                 "class_weights balanced and repeat_factor_threshold each make up for rare classes, and together twice: "
                 "give one of them"
             )
-        for name in (
-            "checkpoint_every",
-            "checkpoint_minutes",
-            "keep_checkpoints",
-            "early_stopping",
-            "early_stopping_delta",
-            "max_skipped_steps",
-            "pictures",
-        ):
-            if not getattr(self, name) >= 0:  # which also refuses what is not a number
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.pictures < 0:
+            raise ValueError(f"pictures must not be negative, got {self.pictures}")
 
     def with_settings(self, **settings: Any) -> "CocoTrainingConfig":
         """The same run with other settings, each under the name that its flag on the command line has (``lr``).
@@ -143,12 +120,8 @@ class CocoTrainingConfig:
                 close = difflib.get_close_matches(name, owners, n=1)
                 raise ValueError(f"there is no setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
             changes[owners[name]][name] = value
-        replaced = {
-            name: replace(config, **from_python(type(config), changes[name]))
-            for name, config in rooms.items()
-            if changes[name]
-        }
-        return replace(self, **replaced, **from_python(CocoTrainingConfig, changes[""]))
+        replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
+        return replace(self, **replaced, **changes[""])
 
     def with_model(self, name: str, resumed: Path | None = None) -> "CocoTrainingConfig":
         """The same run of another detector; one of transformers brings its sizes of images and number of groups.

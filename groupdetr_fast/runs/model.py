@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.ground_truth import IouType
+from ..field_types import take_field_types
 from ..models import build_model, load_checkpoint, model_config
 from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
 from ..models.detector import Detector
@@ -84,6 +85,7 @@ class ModelConfig:
     accelerate_kernels: bool = True
 
     def __post_init__(self) -> None:
+        take_field_types(self, ModelConfig)
         if self.group_init_noise is not None and not 0 <= self.group_init_noise < math.inf:
             raise ValueError(f"group_init_noise must be at least 0, got {self.group_init_noise}")
 

@@ -6,12 +6,16 @@ from typing import Any
 
 from ..data import CocoDataset
 from ..data.categories import difference_in_words
+from ..files import read_json
 from ..models.checkpoints import read_header
 from ..training.checkpoint import WEIGHTS, resumable_checkpoints
+from ..training.selection import has_ended
 from .config import CocoTrainingConfig
+from .folder import RESULTS
 from .kept_files import CONFIG_FILE, begun_with, was_begun, with_kept_files
+from .report import PAGE
 
-__all__ = ["described_checkpoint", "require_data", "require_same_run", "warn_of_changes"]
+__all__ = ["described_checkpoint", "require_data", "require_same_run", "seems_ended", "warn_of_changes"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,17 @@ def described_checkpoint(run: Path) -> Path | None:
         except ValueError:
             continue
     return None
+
+
+def seems_ended(config: CocoTrainingConfig) -> bool:
+    """Whether the folder has the results of all epochs of the run, and the page about them if there is to be one.
+
+    Its checkpoints may be damaged all the same, so that the run has to go back to an earlier one.
+    """
+    epochs, results = config.optimization.resolved().epochs, read_json(config.output / RESULTS)
+    history = [] if results is None else results["epochs"]
+    ended = has_ended(history, epochs, config.early_stopping, config.early_stopping_delta)
+    return ended and (not config.report or (config.output / PAGE).exists())
 
 
 def require_data(config: CocoTrainingConfig) -> None:

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +15,23 @@ from ..data.device_images import DeviceImages
 from ..data.images import as_rgb
 from ..data.own_transforms import OwnTransforms
 from ..evaluation.coco import format_table
+from ..files import read_json
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
 from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
-from ..training.display import logged_to
+from ..training.config import LoopSettings
+from ..training.display import RunLog
 from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
+from ..training.processes import on_main_process
 from ..training.tracking import check_trackers, log_picture
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
 from .evaluate import evaluate, rehearse_evaluation, warn_of_other_categories
-from .folder import clear, reserved
+from .folder import RESULTS, clear, reserved
 from .kept_files import keep_files
 from .loaders import (
     evaluation_loader,
@@ -39,8 +41,8 @@ from .loaders import (
     training_samples,
     training_set,
 )
-from .report import write_report
-from .resuming import described_checkpoint, require_data, require_same_run, warn_of_changes
+from .report import PAGE, write_report
+from .resuming import described_checkpoint, require_data, require_same_run, seems_ended, warn_of_changes
 
 __all__ = ["train"]
 
@@ -79,7 +81,7 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         deaths_of_processes_explained(),
-        logged_to(config.output / LOG_FILE) if accelerator.is_main_process else nullcontext(),
+        _log(config, accelerator) as log,
     ):
         require_data(config)
         data = _load_data(config, accelerator.device)
@@ -91,7 +93,7 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
         if resuming and accelerator.is_main_process:  # with a number in place of "auto"
             warn_of_changes(config)
         with lack_of_memory_explained(config.optimization.images_per_batch):
-            return _train(config, accelerator, data, newest, observe)
+            return _train(config, accelerator, data, newest, log, observe)
 
 
 class _Data(NamedTuple):
@@ -119,12 +121,24 @@ def _load_data(config: CocoTrainingConfig, device: torch.device) -> _Data:
     return _Data(train_set, val_set, *samples, transforms)
 
 
+def _log(config: CocoTrainingConfig, accelerator: Accelerator) -> RunLog:
+    """The log of a run; one that has ended gets a line only if it goes on all the same."""
+    ended = config.resume and on_main_process(accelerator, lambda: seems_ended(config))
+    return RunLog(config.output / LOG_FILE if accelerator.is_main_process else None, held=ended)
+
+
 def _train(
-    config: CocoTrainingConfig, accelerator: Accelerator, data: _Data, newest: Path | None, observe: Observe | None
+    config: CocoTrainingConfig,
+    accelerator: Accelerator,
+    data: _Data,
+    newest: Path | None,
+    log: RunLog,
+    observe: Observe | None,
 ) -> dict[str, Any]:
     """The training of :func:`train`, once batches have a size and the folder is reserved.
 
-    If the run is resumed, the checkpoint ``newest`` says what its detector is.
+    If the run is resumed, the checkpoint ``newest`` says what its detector is. Nothing is written into a run that has
+    ended, for which the log is held.
     """
     weights = class_weights_of(config, data.train_set)
     model = config.model.build(data.val_set.num_classes, resumed=newest)
@@ -151,6 +165,12 @@ def _train(
     )
     if config.resume and not trainer.resume():
         logger.warning("nothing to resume in %s: starting from the beginning", config.output)
+    if log.held and trainer.has_ended():
+        results: dict[str, Any] = on_main_process(accelerator, lambda: read_json(config.output / RESULTS))
+        if accelerator.is_main_process:
+            _say_results(config, results, config.output / PAGE if config.report else None)
+        return results
+    log.release()
     rehearse_evaluation(accelerator, trainer.state.model, data.val_set, config)
     if accelerator.is_main_process:
         if config.overwrite:  # not before everything that could be refused has been tried
@@ -158,17 +178,19 @@ def _train(
         keep_files(config, data.transforms, weights)
     results = trainer.fit()
     if accelerator.is_main_process:
-        _say_results(config, results, data.val_set)
+        metrics = results["epochs"][-1].get("metrics")
+        write = config.report and metrics is not None
+        page = write_report(config, data.val_set, metrics, results["epochs"]) if write else None
+        _say_results(config, results, page)
     return results
 
 
-def _say_results(config: CocoTrainingConfig, results: dict[str, Any], val_set: CocoDataset) -> None:
-    """Write the page about the training, and print how it ended."""
+def _say_results(config: CocoTrainingConfig, results: dict[str, Any], page: Path | None) -> None:
+    """Print how the training ended, and where the page about it is."""
     if "metrics" in results["epochs"][-1]:  # not so if it has fewer epochs to train than it has begun
-        metrics = results["epochs"][-1]["metrics"]
-        print(format_table(metrics))
-        if config.report and (page := write_report(config, val_set, metrics, results["epochs"])):
-            print(f"report: {page}")
+        print(format_table(results["epochs"][-1]["metrics"]))
+    if page is not None:
+        print(f"report: {page}")
     if results["best_epoch"] is not None:
         print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
     print(f"results: {config.output}")
@@ -201,18 +223,15 @@ def _header(config: CocoTrainingConfig, model: Any, val_set: CocoDataset) -> Che
 
 def _settings(config: CocoTrainingConfig, header: CheckpointHeader, files: Mapping[str, str]) -> TrainerSettings:
     """What the training loop needs to know of a run."""
+    loop = {each.name: getattr(config, each.name) for each in fields(LoopSettings)}
+    if config.strict:
+        loop["max_skipped_steps"] = 0
     return TrainerSettings(
         config.optimization,
         config.output,
         header.to_json(),
-        evaluate_every=config.evaluate_every,
-        early_stopping=config.early_stopping,
-        early_stopping_delta=config.early_stopping_delta,
-        checkpoint_every=config.checkpoint_every,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        max_skipped_steps=0 if config.strict else config.max_skipped_steps,
         files=files,
         trackers=config.track,
         tracked=config.by_name(),
+        **loop,
     )

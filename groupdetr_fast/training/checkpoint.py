@@ -11,7 +11,6 @@ exists is whole whenever the process or the machine stops.
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import force_to_disk
+from ..tensor_files import read_tensors
 
 __all__ = [
     "CheckpointError",
@@ -142,10 +142,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: if a file is missing, damaged, or not what this package writes.
     """
     try:
-        weights = load_file(folder / WEIGHTS)
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from None
+        weights, state = (read_tensors(folder / name) for name in (WEIGHTS, STATE))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {folder} cannot be read: {STATE} holds no state of a training")
     return weights, state
@@ -214,7 +213,3 @@ def _remove_superseded(run: Path, newest: Path, keep: int) -> None:
 def _whats_left(run: Path) -> str:
     latest = latest_checkpoint(run)
     return "there is no earlier one" if latest is None else f"{latest} is intact and can be resumed"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..field_types import take_field_types
 from .graph_sizes import GraphSizes
 
-__all__ = ["SCHEDULES", "OptimizationConfig", "TrainerSettings"]
+__all__ = ["SCHEDULES", "LoopSettings", "OptimizationConfig", "TrainerSettings"]
 
 PRECISIONS = ("bf16", "fp16")  # besides float32
 LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # the variable in which accelerate launch passes it on
@@ -55,6 +56,9 @@ class OptimizationConfig:
         graph_image_multiple: with ``cuda_graphs``: pad heights and widths of images to multiples of this.
         graph_targets: with ``cuda_graphs``: numbers of targets per image to pad to, rising.
         seed: of weights, data order, augmentation and dropout.
+
+    Raises:
+        ValueError: for a value of another type or out of bounds.
     """
 
     schedule: Literal["12e", "50e"] | None = None
@@ -85,11 +89,10 @@ class OptimizationConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        take_field_types(self, OptimizationConfig)
         for name in ("epochs", "batch_size", "accumulate", "images_per_step"):
             value = getattr(self, name)
-            if name == "batch_size" and value == "auto":
-                continue
-            if isinstance(value, str) or value < 1:
+            if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1{' or auto' * (name == 'batch_size')}, got {value}")
         for name in (
             "warmup_steps",
@@ -99,6 +102,7 @@ class OptimizationConfig:
             "weight_decay",
             "groups_per_pass",
             "cuda_graphs",
+            "seed",
         ):
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # which also refuses what is not a number
                 raise ValueError(f"{name} must not be negative and must be finite, got {getattr(self, name)}")
@@ -106,17 +110,12 @@ class OptimizationConfig:
             raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
         if self.lr_drop is not None and not all(epoch > 0 for epoch in self.lr_drop):
             raise ValueError(f"lr_drop must hold positive epochs, got {self.lr_drop}")
-        if isinstance(self.freeze, str):
-            raise ValueError(f"freeze must hold names of parts, such as ({self.freeze!r},), got {self.freeze!r}")
-        object.__setattr__(self, "freeze", tuple(self.freeze))  # lists are what one writes in Python
         if not 0 < self.backbone_layer_decay <= 1:
             raise ValueError(f"backbone_layer_decay must be in (0, 1], got {self.backbone_layer_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.cuda_graphs:
             _ = self.graph_sizes  # which checks them
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or None, got {self.schedule!r}")
 
     @property
     def drops(self) -> tuple[float, ...]:
@@ -169,37 +168,65 @@ class OptimizationConfig:
         return replace(config, schedule=None, epochs=epochs, lr_drop=lr_drop)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """When a training evaluates, saves and ends.
+
+    Attributes:
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        early_stopping: epochs without a better AP after which the training ends; 0 to train all of them.
+        early_stopping_delta: by how much AP (0 to 1) must rise to count as better.
+        checkpoint_every: optimiser steps between checkpoints within an epoch; 0 for none but at its end.
+        checkpoint_minutes: minutes after which a checkpoint is written within an epoch, so that a run that is killed
+            loses no more than these; 0 for none.
+        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all. The two that
+            can be resumed are kept in any case.
+        max_skipped_steps: steps of an epoch that may be skipped because their loss is not finite.
+
+    Raises:
+        ValueError: for a value of another type or out of bounds.
+    """
+
+    evaluate_every: int = 1
+    early_stopping: int = 0
+    early_stopping_delta: float = 0.0
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
+    keep_checkpoints: int = 0
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        take_field_types(self, LoopSettings)
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
+        for name in (each.name for each in fields(LoopSettings)):
+            if not getattr(self, name) >= 0:  # which also refuses what is not a number
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
 @dataclass(frozen=True)
-class TrainerSettings:
+class TrainerSettings(LoopSettings):
     """How a training runs, apart from what it trains.
 
     Attributes:
         optimization: how to train, as it is given: the trainer resolves what it leaves open.
         run: folder of the run.
         metadata: what is needed to rebuild the model, kept in every checkpoint and in ``results.json``.
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
-        early_stopping: epochs without a better AP after which the training ends; 0 to train all epochs.
-        early_stopping_delta: by how much AP must rise to count as better.
-        checkpoint_every: optimiser steps between two checkpoints within an epoch; 0 for none but at its end.
-        checkpoint_minutes: minutes between two checkpoints within an epoch; 0 for none but at its end.
-        max_skipped_steps: optimiser steps of one epoch that may be skipped because their loss or gradient is infinite
-            or not a number.
-        keep_checkpoints: epochs whose weights are kept, the newest ones, besides the best; 0 for all.
         files: texts to write beside the weights of every checkpoint, by the name of the file.
         trackers: where curves go, see ``tracking.start_trackers``.
         tracked: settings by name, which trackers show.
+
+    Raises:
+        ValueError: for a value of another type or out of bounds.
     """
 
     optimization: OptimizationConfig
     run: Path
     metadata: dict[str, Any] = field(default_factory=dict)
-    evaluate_every: int = 1
-    early_stopping: int = 0
-    early_stopping_delta: float = 0.0
-    checkpoint_every: int = 0
-    checkpoint_minutes: float = 0
-    max_skipped_steps: int = 10
-    keep_checkpoints: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
     trackers: tuple[str, ...] = ("tensorboard",)
     tracked: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        take_field_types(self, TrainerSettings)
+        super().__post_init__()

@@ -1,10 +1,12 @@
 """Where trainings and evaluations show how far they are: bars on a terminal, and lines elsewhere and in log files."""
 
 import logging
+import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-__all__ = ["Display", "logged_to"]
+__all__ = ["Display", "RunLog"]
 
 SECONDS_BETWEEN_LINES = 30.0  # of an evaluation
 
@@ -95,23 +97,47 @@ class Display:
                 self.console.print(line, soft_wrap=True, highlight=self.console.is_terminal)
 
 
-@contextmanager
-def logged_to(path: Path) -> Iterator[None]:
-    """Inside, a file gets what the package logs and what trainings show; it goes on where it ended.
+class RunLog:
+    """A file that gets, inside, what the package logs and what trainings show; it goes on where it ended.
 
     Where nothing is configured, warnings are printed too, as Python does as long as there is no handler at all.
+
+    Args:
+        path: of the file; None for none, as in all processes but the main one.
+        held: keep what the file is to get until :meth:`release`, or until an error; without either it gets nothing.
     """
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger(__name__.partition(".")[0])
-    added: list[tuple[logging.Logger, logging.Handler]] = [(package, handler), (_shown, handler)]
-    if logging.lastResort is not None and not package.hasHandlers():
-        added.append((package, logging.lastResort))
-    for logger, each in added:
-        logger.addHandler(each)
-    try:
-        yield
-    finally:
-        for logger, each in added:
+
+    def __init__(self, path: Path | None, *, held: bool = False):
+        self.path = path
+        self.held = held
+
+    def __enter__(self) -> "RunLog":
+        self._added: list[tuple[logging.Logger, logging.Handler]] = []
+        if self.path is None:
+            return self
+        self._file = logging.FileHandler(self.path, delay=True)
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._buffer = MemoryHandler(sys.maxsize if self.held else 0, sys.maxsize, self._file, flushOnClose=False)
+        package = logging.getLogger(__name__.partition(".")[0])
+        self._added = [(package, self._buffer), (_shown, self._buffer)]
+        if logging.lastResort is not None and not package.hasHandlers():
+            self._added.append((package, logging.lastResort))
+        for logger, each in self._added:
+            logger.addHandler(each)
+        return self
+
+    def release(self) -> None:
+        """Write what was held, and from now on whatever comes."""
+        self.held = False
+        if self._added:
+            self._buffer.capacity = 0
+            self._buffer.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.release()
+        for logger, each in self._added:
             logger.removeHandler(each)
-        handler.close()
+        if self._added:
+            self._buffer.close()
+            self._file.close()

@@ -37,7 +37,7 @@ from .progress import TrainingProgress, reset_peak_memory
 from .recompute import recompute_decoder_layers
 from .results import results_of, row_of_epoch
 from .scaled_step import ScaledStep
-from .selection import best_epoch, epochs_without_gain
+from .selection import best_epoch, epochs_without_gain, has_ended
 from .setup import build_accelerator, send_buffers_only_if_trained
 from .sharding import check_sharding
 from .state import TrainingState
@@ -172,14 +172,28 @@ class Trainer:
             self._say_what_is_trained()
             self._evaluate_what_was_interrupted()
             if self.state.epoch >= self.config.epochs:
-                self.progress.display.print(
-                    f"nothing to train: the run has {self.state.epoch} epochs, and epochs is {self.config.epochs}; a "
-                    "larger number goes on"
-                )
+                self._say_all_is_trained()
+                self._write_results()  # the process may have ended between an evaluation and this
             while self.state.epoch < self.config.epochs and not self._stops_early():
                 self._run_epoch()
         self.accelerator.end_training()
         return self._results()
+
+    def has_ended(self) -> bool:
+        """Whether nothing is left to train or to evaluate, which is then said. Nothing is written."""
+        settings = self.settings
+        rules = self.config.epochs, settings.early_stopping, settings.early_stopping_delta
+        if not has_ended(self.state.history, *rules):
+            return False
+        if not self._stops_early():
+            self._say_all_is_trained()
+        return True
+
+    def _say_all_is_trained(self) -> None:
+        self.progress.display.print(
+            f"nothing to train: the run has {self.state.epoch} epochs, and epochs is {self.config.epochs}; a "
+            "larger number goes on"
+        )
 
     def _say_what_is_trained(self) -> None:
         """Print the groups of the optimiser if settings change them."""

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..field_types import take_field_types
 from .display import Display
 from .engine import Trainer
 from .faults import TrainingError
@@ -37,6 +38,7 @@ class SweepSettings:
     rate_steps: int = 200
 
     def __post_init__(self) -> None:
+        take_field_types(self, SweepSettings)
         if not 0 < self.rate_from < self.rate_to < math.inf:
             raise ValueError(f"rate_from must be positive and below rate_to, got {self.rate_from} and {self.rate_to}")
         if self.rate_steps < LEAST:

@@ -1,12 +1,12 @@
-"""The best epoch of a run, and when to stop waiting for a better one.
+"""The best epoch of a run, when to stop waiting for a better one, and whether the run has ended.
 
-Both follow from the run's history alone, so that a run that was resumed chooses as one that was not interrupted.
+All follow from the run's history alone, so that a run that was resumed chooses as one that was not interrupted.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["best_epoch", "epochs_without_gain"]
+__all__ = ["best_epoch", "epochs_without_gain", "has_ended"]
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -33,3 +33,17 @@ def epochs_without_gain(history: Sequence[Mapping[str, Any]], delta: float) -> i
             if row["metrics"]["AP"] > reference + delta:
                 reference, since = row["metrics"]["AP"], last
     return last - since
+
+
+def has_ended(history: Sequence[Mapping[str, Any]], epochs: int, patience: int, delta: float) -> bool:
+    """Whether nothing is left to train or to evaluate.
+
+    Args:
+        history: see :func:`best_epoch`.
+        epochs: of the whole run.
+        patience: epochs without a better AP after which it ends; 0 to train all.
+        delta: see :func:`epochs_without_gain`.
+    """
+    if not history or "metrics" not in history[-1]:
+        return False
+    return len(history) >= epochs or (patience > 0 and epochs_without_gain(history, delta) >= patience)

@@ -1,6 +1,7 @@
 """Whether the hub can be reached, and what is said where a model cannot be loaded."""
 
 import errno
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ __all__ = ["CONFIG_FILE", "explained", "without_hub"]
 
 CONFIG_FILE = "config.json"
 SECOND_LOOK = 1.0  # seconds after which the hub is asked again that could not be reached
+PATIENCE = 5.0  # seconds for a connection, in which the system has asked for it three times
 NO_WAY = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
@@ -39,8 +41,8 @@ def explained(place: str) -> Iterator[None]:
 def without_hub(place: str) -> bool:
     """Whether a model's files are to come from the cache alone, since nothing leads to the hub.
 
-    The hub's client would try for half a minute for each file that the cache lacks. A hub that is slow, or answers with
-    an error, is left to the client, which is patient.
+    The hub's client would try for half a minute for each file that the cache lacks, and for minutes where a firewall
+    drops what is sent. A hub that is slow to answer, or answers with an error, is left to the client, which is patient.
 
     Raises:
         ConnectionError: if the cache does not have the model.
@@ -61,8 +63,10 @@ def without_hub(place: str) -> bool:
 def _obstacle(url: str) -> OSError | None:
     """What the system says if it finds no way to a host; None if there is one, whatever the host answers."""
     try:
-        get_hf_file_metadata(url)
+        get_hf_file_metadata(url, timeout=PATIENCE)
     except Exception as error:  # of the client's network library, which wraps the system's
+        if type(error).__name__ == "ConnectTimeout":  # as its libraries of all versions call it
+            return TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, socket.gaierror) or (isinstance(cause, OSError) and cause.errno in NO_WAY):

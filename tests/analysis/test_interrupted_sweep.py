@@ -93,7 +93,7 @@ from pathlib import Path
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.analysis.sweep import run_sweep
 from groupdetr_fast.files import read_json
-from groupdetr_fast.runs.config_file import from_plain
+from groupdetr_fast.field_types import from_plain
 folder = Path({str(folder / "runs")!r})
 runs = [from_plain(Run, read_json(folder / name / "settings.json"), complete=True) for name in {names!r}.split()]
 run_sweep(runs, folder, jobs=2)

@@ -46,6 +46,8 @@ def sentence(line, capsys):
 
 def sort_of(kind):
     """Types whose values are wrong in the same ways."""
+    if parsing._is_repeated(kind):
+        return "repeated"
     inner = [each for each in get_args(kind) if each is not type(None)] if type(None) in get_args(kind) else [kind]
     first = inner[0]
     if get_origin(first) is tuple:
@@ -62,7 +64,7 @@ def wrong_values(kind):
         return [[], ["1"], ["1"] * 5, ["1", "x", "1"][: int(sort[0])]]
     if sort.startswith("any"):
         return [["x"]] if "str" not in sort else []
-    return [[], ["1", "2"]] if sort in ("str", "Path", "PosixPath") else [[], ["x"], ["1", "2"]]
+    return [[], ["1", "2"]] if sort in ("str", "Path", "PosixPath", "repeated") else [[], ["x"], ["1", "2"]]
 
 
 def test_flags_of_every_type_are_among_those_that_are_tried():
@@ -74,6 +76,7 @@ def test_flags_of_every_type_are_among_those_that_are_tried():
         "str",
         "Path",
         "choice",
+        "repeated",
         f"2 {int}",
         f"3 {int}",
     }
@@ -117,6 +120,7 @@ def test_an_unknown_flag_of_every_command_ends_in_one_sentence(command, capsys):
         ("export --output a -- b --masks", "--masks follows --, behind which nothing is a flag"),
         ("predict a b --batch_size=x", "--batch-size takes a whole number, and got x"),
         ("predict --batch-size x a b", "--batch-size takes a whole number, and got x"),
+        ("predict a b --classes 0 2", "there is no place for 2 behind --classes, which takes a text each time"),
         ("predict a b --batch-size 3 3", "there is no place for 3 behind --batch-size, which takes a whole number"),
         ("predict a b --tile-merge all", "--tile-merge takes nmm or nms, and got all"),
         ("predict a b --square maybe", "--square takes True, False or None, and got maybe"),

@@ -258,6 +258,14 @@ def test_classes_and_their_thresholds(run, tmp_path):
     scores = found()
     assert set(scores) == {3, 5, 8}
     assert set(found("--classes=red,2")) == {3, 8}
+    others = [{"id": 1, "name": "bus, red"}, {"id": 2, "name": "green"}, {"id": 3, "name": "blue"}]
+    (tmp_path / "others.json").write_text(json.dumps({"images": [], "annotations": [], "categories": others}))
+    named = ["--categories", tmp_path / "others.json", "--labels=contiguous"]
+    assert set(found(*named, "--classes", "bus, red")) == {1}
+    assert set(found("--classes", "bus, red", *named, "--classes=2")) == {1, 3}
+    assert set(found(*named, "--classes=green,blue")) == {2, 3}
+    with pytest.raises(SystemExit, match="error: there is no class 'green,blue': did you mean 'green'"):
+        run(path, *named, "--classes=bus, red", "--classes=green,blue")
     (tmp_path / "thresholds.yaml").write_text(f"red: {scores[3] + 0.01}\ngreen: null\n")
     assert set(found("--class-thresholds", tmp_path / "thresholds.yaml")) == {5, 8}
     assert set(found("--class-thresholds=red=0.1", "--score-threshold=1")) == {3}

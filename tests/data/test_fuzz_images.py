@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import EpsImagePlugin, Image, ImageFile
 from torch.utils.data import DataLoader
 
@@ -15,7 +16,7 @@ import groupdetr_fast
 from groupdetr_fast.data import CocoDataset, DataError, SkipUnreadable, collate
 from groupdetr_fast.data.annotations import read_coco
 from groupdetr_fast.data.check import check_part
-from groupdetr_fast.data.images import as_rgb
+from groupdetr_fast.data.images import as_rgb, decode_rgb
 from groupdetr_fast.data.yolo import read_yolo
 
 SIZE = 64
@@ -134,6 +135,29 @@ def test_spoiled_files_of_every_kind_are_read_or_refused(tmp_path, kind):
         except DataError:
             refused += 1
     assert 0 < refused < len(dataset)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, of tags that it leaves out
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_spoiled_tags_leave_the_pixels_as_they_are(kind):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    plain, tags = io.BytesIO(), Image.Exif()
+    image.save(plain, kind)
+    expected = decode_rgb(Image.open(plain))
+    turned = [each.rot90(turns, (1, 2)) for each in (expected, expected.flip(1)) for turns in range(4)]
+    tags.update({0x0112: 6, 0x010E: "a text", 0x011A: 1.5, 0x8769: {0x9003: "2020:01:01 00:00:00"}})
+    whole, unturned = np.frombuffer(tags.tobytes(), dtype=np.uint8), 0
+    for _ in range(300):
+        content = whole[: rng.integers(7, len(whole) + 1)].copy()
+        spoiled = rng.integers(6, len(content), rng.integers(1, 6))
+        content[spoiled] = rng.integers(0, 256, len(spoiled))
+        file = io.BytesIO()
+        image.save(file, kind, exif=content.tobytes())
+        found = decode_rgb(Image.open(file))
+        assert any(torch.equal(found, each) for each in turned)
+        unturned += torch.equal(found, expected)
+    assert 0 < unturned < 300
 
 
 def test_a_link_out_of_the_folder_is_the_users_own(tmp_path):

@@ -3,7 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from groupdetr_fast.data import DataError
 from groupdetr_fast.data.images import IMAGE_SUFFIXES, as_rgb, decode_rgb, is_turned, upright_size
@@ -95,9 +95,32 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation, kind):
     assert upright.sum() == 3 * 255 * 4 * 8
 
 
-def test_a_damaged_orientation_is_none(tmp_path):
-    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff")
+@pytest.mark.parametrize(
+    "tags",
+    [
+        pytest.param(b"MM\0*\xff\xff", id="no offset"),
+        pytest.param(b"MMMM\0\0\0\x08", id="no TIFF"),
+        pytest.param(b"MM\0*\0\0\0\x08\0", id="half a number of entries"),
+        pytest.param(b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03", id="half an entry"),
+    ],
+)
+def test_a_damaged_orientation_is_none(tmp_path, tags):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0" + tags)
     assert torch.equal(as_rgb(tmp_path / "a.png"), EXPECTED)
+
+
+def test_tags_as_a_text_that_is_not_hexadecimal_are_none(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n 4\nnone\n")
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=text)
+    assert torch.equal(as_rgb(tmp_path / "a.png"), EXPECTED)
+
+
+def test_a_fault_of_this_package_is_no_damaged_orientation(tmp_path, monkeypatch):
+    image = Image.fromarray(PIXELS)
+    monkeypatch.setattr(Image.Exif, "get", lambda *_: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        is_turned(image)
 
 
 @pytest.mark.parametrize(

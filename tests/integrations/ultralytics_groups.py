@@ -441,6 +441,13 @@ def test_a_folder_that_was_removed(folder):
     assert sorted(names) == ["best.pt", "groups_of_last.pt", "last.pt"]
 
 
+def test_the_function_itself_is_no_trainer(folder):
+    before = contents(folder)
+    with pytest.raises(TypeError, match=r"^trainer=group_trainer passes the function itself.*=group_trainer\(5\)$"):
+        RTDETR(str(folder / "rtdetr-tiny.yaml")).train(**options_of(folder, "run"), trainer=group_trainer)
+    assert contents(folder) == before
+
+
 def test_what_cannot_be_resumed(folder):
     """It is refused before anything is written."""
     stop_after_first_epoch(folder, "run", group_trainer(K))
@@ -459,6 +466,8 @@ def test_what_cannot_be_resumed(folder):
     refused("has the groups of epoch 8, not of 1: resume from last.pt")
     torch.save([{**kept, "checkpoint": "another"}], weights / "groups_of_last.pt")
     refused(r"has the groups of another checkpoint than .*last.pt: both must be from the same training")
+    (weights / "groups_of_last.pt").write_bytes(b"damaged")
+    refused(r"groups_of_last.pt, with the groups of the training to resume, cannot be read: it is damaged")
     (weights / "groups_of_last.pt").unlink()
     refused(r"groups_of_last.pt, with the groups that .*last.pt leaves out, is missing")
 

@@ -33,7 +33,7 @@ from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 from ultralytics.utils.loss import VarifocalLoss
 from ultralytics.utils.patches import torch_load
 
-from groupdetr_fast import ops
+from groupdetr_fast import load_model, ops
 from groupdetr_fast.integrations import kernels
 from groupdetr_fast.integrations.ultralytics import (
     AcceleratedTrainer,
@@ -434,6 +434,8 @@ def test_checkpoints_load_without_this_package(folder):
         "print(len(result.boxes))\n"
     )
     best = folder / "runs" / "ours" / "weights" / "best.pt"
+    with pytest.raises(ValueError, match=r"checkpoint \S*best.pt is a model of Ultralytics \(.* run in Ultralytics'"):
+        load_model(best)
     done = subprocess.run([sys.executable, "-c", code, best], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 0

@@ -180,7 +180,7 @@ def test_checkpoints_that_say_nothing_need_the_model_and_its_classes(tmp_path):
 
 
 def test_what_has_no_weights_is_not_asked_for_a_name(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"config.yaml cannot be read as a file of tensors: [^.]*\.$"):
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read as a file of tensors: it is damaged"):
         gd.load_model(checkpoint.parents[1] / "config.yaml")
     with pytest.raises(ValueError, match=r"has neither \*.safetensors nor pytorch_model\*.bin"):
         gd.load_model(tmp_path)

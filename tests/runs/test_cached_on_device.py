@@ -133,7 +133,7 @@ def test_auto_takes_the_device_where_it_can(config, loaded, tmp_path, monkeypatc
     [
         ({"cache_on": "device"}, "cache_on device says where images are kept: give cache_images, too"),
         ({"cache_images": True, "cache_on": "device", "workers": 2}, "workers load images on the host"),
-        ({"cache_images": True, "cache_on": "disk"}, 'cache_on must be "host", "device" or "auto", got \'disk\''),
+        ({"cache_images": True, "cache_on": "disk"}, "cache_on must be one of host, device, auto, got 'disk'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -8,8 +8,9 @@ import pytest
 from groupdetr_fast.analysis.run import Run
 from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.data.config import DataConfig
+from groupdetr_fast.field_types import from_plain
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
-from groupdetr_fast.runs.config_file import from_plain, from_yaml, to_json, to_yaml
+from groupdetr_fast.runs.config_file import from_yaml, to_json, to_yaml
 from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.training.config import OptimizationConfig
 

@@ -71,7 +71,7 @@ def test_a_run_with_its_own_file_is_resumed_and_says_what_changed(config, tmp_pa
     assert same(tmp_path / "whole", config.output, epoch=2)
     assert "transforms" not in caplog.text
     (tmp_path / "mine.py").write_text(ROTATION.replace("15", "30"))
-    train(replace(longer, resume=True))
+    train(replace(longer, resume=True, optimization=replace(config.optimization, epochs=3)))
     kept = config.output / "transforms_used.py"
     assert f"resuming with another content of {kept} than the run began with" in caplog.text
 

@@ -59,7 +59,7 @@ def test_other_weights_of_a_resumed_run_are_said(config, tmp_path, caplog):
     train(longer)
     assert "class_weights" not in caplog.text
     path.write_text("'3': 4.5\n")
-    train(longer)
+    train(replace(longer, optimization=replace(config.optimization, epochs=3)))
     assert "resuming with another content of" in caplog.text
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from groupdetr_fast.data import DataError
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.config_file import from_yaml
+from groupdetr_fast.runs.folder import LOCK
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training import engine
 from groupdetr_fast.training.checkpoint import WEIGHTS, CheckpointError, latest_checkpoint, resumable_checkpoints
@@ -102,7 +103,7 @@ def test_what_differs_on_resuming_is_applied_or_refused_by_name(config, rates, c
     warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
     assert warnings == [
         "resuming with optimization.epochs = 3, which was 1",
-        "resuming with optimization.lr_drop = (1,), which was (2.0,)",
+        "resuming with optimization.lr_drop = (1.0,), which was (2.0,)",
         "resuming with optimization.lr = 0.005, which was 0.001",
         "resuming with optimization.weight_decay = 0.5, which was 0.0001",
     ]
@@ -142,7 +143,7 @@ def test_a_drop_that_follows_the_epochs_is_named_where_it_moves(config, caplog):
     warnings = [record.getMessage() for record in caplog.records if "resuming with" in record.getMessage()]
     assert warnings == [
         "resuming with optimization.epochs = 2, which was 1",
-        "resuming with optimization.lr_drop = (1,), which was ()",
+        "resuming with optimization.lr_drop = (1.0,), which was ()",
     ]
 
 
@@ -276,14 +277,53 @@ def test_a_run_starts_again_from_its_configuration(config, tmp_path, capsys):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_with_all_its_epochs_has_nothing_to_train(config, capsys):
-    config = replace(config, optimization=replace(config.optimization, epochs=1), pictures=0, report=False)
-    train(config)
+def files_of(run):
+    """Content and time of every file of a run; the lock says who uses the folder."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["all epochs", "stopped early"])
+def test_nothing_of_a_run_that_has_ended_changes(config, capsys, early):
+    epochs, said = (1, "nothing to train: the run has 1 epochs, and epochs is 1; a larger number goes on")
+    if early:  # AP is that of a detector that has learned nothing
+        epochs, said = 9, "stopped early after epoch 2: no better AP for 1 epochs"
+    config = replace(
+        config,
+        optimization=replace(config.optimization, epochs=epochs, lr_drop=None, lr=0.0, backbone_lr=0.0),
+        early_stopping=int(early),
+        report=True,
+        track=("tensorboard",),
+    )
+    results = train(config)
     assert "nothing to train" not in capsys.readouterr().err
+    before = files_of(config.output)
+    assert {"config.yaml", "index.html", "results.json", "train.log"} <= {path.name for path in before}
+    again = replace(config, resume=True)
+    for now in (again, again.with_settings(top_k=7, pictures=3)):
+        assert train(now) == json.loads((config.output / "results.json").read_text())
+        out, err = capsys.readouterr()
+        assert said in err
+        assert "Average Precision" in out
+        assert f"report: {config.output / 'index.html'}" in out
+        assert files_of(config.output) == before
+    train(again.with_settings(epochs=results["epochs"][-1]["epoch"] + 1, early_stopping=0, top_k=7))
+    assert from_yaml(CocoTrainingConfig, config.output / "config.yaml").top_k == 7
+    assert "WARNING resuming with top_k = 7, which was 100" in (config.output / "train.log").read_text()
+
+
+def test_what_a_run_that_has_ended_lacks_is_made_good(config):
+    config = replace(config, optimization=replace(config.optimization, epochs=1))
+    results = train(config)
+    path = config.output / "results.json"
+    whole = path.read_text()
+    for row in results["epochs"]:
+        row.pop("metrics")
+    path.write_text(json.dumps(results))  # as if the process had ended after the evaluation
     train(replace(config, resume=True))
-    said = "nothing to train: the run has 1 epochs, and epochs is 1; a larger number goes on"
-    assert said in capsys.readouterr().err
-    assert said in (config.output / "train.log").read_text()
+    assert path.read_text() == whole
+    train(replace(config, resume=True, report=True))
+    assert (config.output / "index.html").exists()
 
 
 def test_a_run_is_not_resumed_by_its_folder_alone(config):

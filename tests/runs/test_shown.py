@@ -5,10 +5,11 @@ import logging
 import re
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from groupdetr_fast.models import postprocess
@@ -33,9 +34,9 @@ def test_a_line_every_so_many_steps_without_a_terminal_and_in_the_log(config, mo
         assert re.fullmatch(pattern.format(*numbers), line), line
     log = (config.output / "train.log").read_text()
     assert all(line.strip() in log for line in printed if line.startswith("epoch "))
-    train(replace(config, resume=True, optimization=replace(config.optimization, lr_drop=(1,))))
+    train(replace(config, resume=True, optimization=replace(config.optimization, lr_drop=(1,), epochs=4)))
     log = (config.output / "train.log").read_text().splitlines()
-    assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1,), which was (2.0,)") for line in log)
+    assert any(line.endswith("WARNING resuming with optimization.lr_drop = (1.0,), which was (2.0,)") for line in log)
 
 
 def test_long_evaluations_say_how_far_they_are_without_a_terminal_and_in_the_log(config, monkeypatch, capsys):
@@ -84,7 +85,7 @@ def test_a_stopped_evaluation_leaves_no_bar(config):
 def test_warnings_of_a_training_are_printed_where_nothing_is_configured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's
     logger = logging.getLogger("groupdetr_fast.runs.model")
-    with display.logged_to(tmp_path / "train.log"):
+    with display.RunLog(tmp_path / "train.log"):
         logger.warning("random weights")
         logger.info("a detail")
     assert capsys.readouterr().err == "random weights\n"
@@ -92,6 +93,23 @@ def test_warnings_of_a_training_are_printed_where_nothing_is_configured(tmp_path
     assert not logging.getLogger("groupdetr_fast").handlers
     other = logging.StreamHandler(sys.stdout)
     monkeypatch.setattr(logging.getLogger(), "handlers", [other])
-    with display.logged_to(tmp_path / "train.log"):
+    with display.RunLog(tmp_path / "train.log"):
         logger.warning("once")
     assert capsys.readouterr() == ("once\n", "")
+
+
+@pytest.mark.parametrize("how", ["released", "by an error", "never"])
+def test_a_log_that_is_held_gets_nothing_before_it_is_released(tmp_path, how):
+    logger, path = logging.getLogger("groupdetr_fast.runs.model"), tmp_path / "train.log"
+    with pytest.raises(KeyError) if how == "by an error" else nullcontext(), display.RunLog(path, held=True) as log:
+        logger.warning("first")
+        assert not path.exists()
+        if how == "by an error":
+            raise KeyError
+        if how == "released":
+            log.release()
+            assert "WARNING first" in path.read_text()
+            logger.warning("second")
+            assert "WARNING second" in path.read_text()
+    assert path.exists() == (how != "never")
+    assert not path.exists() or path.read_text().count("first") == 1

@@ -86,7 +86,7 @@ def test_what_does_not_go_together_is_refused(monkeypatch, settings, message):
 
 @pytest.mark.parametrize("value", [0, -2, "large"])
 def test_a_size_is_a_number_or_auto(value):
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1 or auto, got {value}"):
+    with pytest.raises(ValueError, match=f"batch_size must be (at least 1|an integer) or auto, got {value!r}"):
         OptimizationConfig(batch_size=value)
     with pytest.raises(ValueError, match="batch_size auto is found when a training begins: give a number here"):
         _ = OptimizationConfig(batch_size="auto").images_per_batch

@@ -5,11 +5,11 @@ import re
 import socket
 import threading
 import time
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, get_hf_file_metadata
+from huggingface_hub import constants
 from tiny_detectors import model_of, processor_of
 
 from groupdetr_fast.runs.config import ModelConfig
@@ -45,6 +45,23 @@ def test_a_hub_that_cannot_be_reached_is_named_at_once(no_hub, slept):
     """Its client would try again for 23 seconds."""
     with pytest.raises(ValueError, match=r"cannot load 'a/b' \(the hub cannot be reached: Connection refused\)"):
         read_source("transformers:a/b")
+    assert slept == [hub.SECOND_LOOK]
+
+
+def test_a_hub_behind_a_firewall_that_drops_everything_is_named(slept, monkeypatch):
+    """As a port whose queue of connections is full; the hub's client would try for minutes."""
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    with socket.socket() as full, ExitStack() as queue:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/config.json"
+        monkeypatch.setattr(hub, "hf_hub_url", lambda *_: url)
+        with pytest.raises(ConnectionError, match=r"^the hub cannot be reached: Connection timed out$"):
+            hub.without_hub("a/nothing-of-that-name")
     assert slept == [hub.SECOND_LOOK]
 
 
@@ -118,7 +135,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("status", ["200", "404", "503", "slow"])
 def test_a_hub_that_answers_or_is_slow_is_left_to_its_client(status, monkeypatch):
-    monkeypatch.setattr(hub, "get_hf_file_metadata", partial(get_hf_file_metadata, timeout=0.2))
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
@@ -130,7 +147,7 @@ def test_a_hub_that_answers_or_is_slow_is_left_to_its_client(status, monkeypatch
 def test_a_network_that_fails_once_is_asked_again(monkeypatch):
     failures = [OSError(101, "Network is unreachable")]
 
-    def ask(url):
+    def ask(url, timeout):
         if failures:
             raise failures.pop()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,7 +44,8 @@ class PredictCommand(Options):
         output: folder to write into.
         categories: COCO json whose categories name the classes, for checkpoints that do not.
         labels: with categories: what the class numbers of the checkpoint are, see docs/training.md.
-        classes: what to detect, such as person,car: names of classes, or their numbers; None for all.
+        classes: what to detect, such as person,car: names of classes, or their numbers; all without it. Given more than
+            once, each is one name, which may have a comma in it: --classes "bus, red" --classes car.
         class_thresholds: for some classes a score in place of score_threshold, such as person=0.3,car=0.5; or a json or
             yaml file, such as the class_thresholds.json of an evaluation.
         every: of videos, every so many frames.
@@ -63,7 +64,7 @@ class PredictCommand(Options):
     output: Path = Path("runs/predict")
     categories: Path | None = None
     labels: Literal["contiguous", "category_id"] = "category_id"
-    classes: str | None = None
+    classes: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     class_thresholds: str | None = None
     every: int | None = None
     fps: float | None = None
@@ -95,8 +96,7 @@ class PredictCommand(Options):
             accelerate_kernels=self.accelerate_kernels,
             **self.detector.given(),
         )
-        options = replace(self, settings=self._settings(settings_of(model)))
-        predictor = Predictor(model, options, workers=self.workers)
+        predictor = Predictor(model, self._options(settings_of(model)), workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []
         for video, stem in zip(sources.videos, unlike_each_other(map(stem_of, sources.videos)), strict=True):
             faults.append(self._video(predictor, video, stem))
@@ -168,6 +168,12 @@ class PredictCommand(Options):
             finally:  # after Ctrl-C and any error, too
                 results.finish()
             return f"video {video.name}: {video.damage}; the rest is done" if video.damage else None
+
+    def _options(self, settings: InferenceSettings) -> Options:
+        """How to detect, by the flags, with a model whose checkpoint says ``settings``."""
+        given = {each.name: getattr(self, each.name) for each in fields(Options)}
+        classes = self.classes[0] if len(self.classes) == 1 else self.classes or None
+        return Options(**{**given, "classes": classes, "settings": self._settings(settings)})
 
     def _settings(self, settings: InferenceSettings) -> InferenceSettings:
         if self.categories is not None:

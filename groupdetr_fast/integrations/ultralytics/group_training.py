@@ -5,8 +5,9 @@ the processes of DDP make theirs from its class. Such a class is made where it i
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 from ultralytics.utils import RANK
@@ -19,11 +20,31 @@ from .training import AcceleratedTrainer
 
 __all__ = ["group_trainer"]
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 _PREFIX = "GroupTrainer"
 _NOISE = 0.1  # of new groups beside a trained one
 _UNTRIED = ("compile", "distill_model")
 
 
+def _called_by_users(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function that says so where Ultralytics calls it for a trainer, as it does after ``trainer=FUNCTION``."""
+
+    @functools.wraps(function)
+    def called(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if "overrides" in kwargs:
+            name = function.__name__
+            raise TypeError(
+                f"trainer={name} passes the function itself, which makes trainers: call it with a number of groups, "
+                f"as in trainer={name}(5)"
+            )
+        return function(*args, **kwargs)
+
+    return called
+
+
+@_called_by_users
 def group_trainer(num_groups: int) -> type[AcceleratedTrainer]:
     """The trainer of Ultralytics' RT-DETR with K groups of queries (Group DETR, section 3.2) and these kernels.
 
@@ -44,6 +65,7 @@ def group_trainer(num_groups: int) -> type[AcceleratedTrainer]:
         ``quantize=8``, which were not tried, and where the groups of the checkpoint to resume from are not found.
 
     Raises:
+        TypeError: if the function itself was passed as ``trainer``.
         ValueError: if ``num_groups`` is no positive integer, or the version of ultralytics is none that this was
             tested with.
     """

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ...tensor_files import read_tensors
 from .groups import HEADS, OTHERS, heads_of_others
 
 __all__ = ["KEPT", "Groups", "are_same", "heads_of", "of_model", "read", "write"]
@@ -41,9 +42,16 @@ def of_model(model: nn.Module, epoch: int) -> Groups:
 
 
 def read(folder: Path) -> list[Groups]:
-    """What the file of a folder has, the newest last; empty without such a file."""
+    """What the file of a folder has, the newest last; empty without such a file.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
     path = folder / KEPT
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else []
+    try:
+        return read_tensors(path) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path}, with the groups of the training to resume, cannot be read: {error}") from None
 
 
 def write(folder: Path, groups: list[Groups]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...tensor_files import ForeignObjects
+
 __all__ = ["read_numpy_pickle"]
 
 # All that a dictionary of arrays needs; ``encode`` makes the bytes of protocols before 3.
@@ -25,7 +27,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core.", "numpy._core.")  # numpy 1's name of it
         if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not admitted")
+            raise ForeignObjects([f"{module}.{name}"])
         if np.lib.NumpyVersion(np.__version__) < "2.0.0":
             module = module.replace("numpy._core.", "numpy.core.")
         return super().find_class(module, name)
@@ -35,15 +37,18 @@ def read_numpy_pickle(path: Path) -> dict[str, Any]:
     """Read a pickle of nested dictionaries, whose arrays become tensors. Nothing in the file is executed.
 
     Raises:
-        ValueError: if the file is damaged, or holds anything but arrays, numbers, texts and containers of them.
+        ForeignObjects: if the file holds anything but arrays, numbers, texts and containers of them.
+        ValueError: if it is damaged. Both say the reason alone, for a sentence that names the file.
     """
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
+    except ForeignObjects:
+        raise
     except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"checkpoint {path} cannot be read as a pickle of arrays: {error}") from None
+        raise ValueError(str(error)) from None
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
+        raise ValueError(f"it holds a {type(content).__name__}, not a state dict")
     return _with_tensors(content)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...tensor_files import ForeignObjects, read_tensors
 from .header import CheckpointHeader
 from .numpy_pickle import read_numpy_pickle
 from .transformers_config import header_of_config
@@ -79,15 +79,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Tensor]) -> CheckpointFile
         return _read_folder(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix == ".pkl":
-        return _from_object(read_numpy_pickle(path), str(path))
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the unpickler does
-        reason = str(error).splitlines()[0].partition(" In PyTorch ")[0]  # behind which torch advises to trust the file
-        raise ValueError(f"checkpoint {path} cannot be read as a file of tensors: {reason}") from None
-    return _from_object(content, str(path))
+    return _from_object(_read_pickle(path), str(path))
 
 
 def read_header(path: str | Path) -> CheckpointHeader:
@@ -163,11 +155,32 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> CheckpointFile:
     config = read_header(path).model_config
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        state = read_tensors(path)
+    except ValueError as error:
         raise ValueError(f"checkpoint {path} cannot be read as safetensors: {error}") from None
     return CheckpointFile(state, config.get("num_queries"), config.get("num_groups"))
+
+
+def _read_pickle(path: Path) -> Any:
+    """What a pickle holds: of torch, or for ``.pkl`` of arrays alone."""
+    kind, read = ("pickle of arrays", read_numpy_pickle) if path.suffix == ".pkl" else ("file of tensors", _read_torch)
+    try:
+        return read(path)
+    except ForeignObjects as error:
+        found = [name for name in error.names if name.startswith("ultralytics.")]
+        if not found:
+            raise ValueError(f"checkpoint {path} cannot be read as a {kind}: {error}") from None
+        raise ValueError(
+            f"checkpoint {path} is a model of Ultralytics (it holds objects such as {found[0]}) and no {kind}, and "
+            "such models run in Ultralytics' code alone: use the file there, or give another checkpoint here, such as "
+            "transformers:PekingU/rtdetr_v2_r18vd"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} cannot be read as a {kind}: {error}") from None
+
+
+def _read_torch(path: Path) -> Any:
+    return read_tensors(path, admitted=[argparse.Namespace])  # of the original repositories
 
 
 def _from_object(content: object, name: str) -> CheckpointFile:

@@ -207,7 +207,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
     path, model = tmp_path / "model.pkl", build(NAME, **SIZES)
     for content in ({"model": {"a": Intruder(tmp_path / "ran")}}, {"model": np.array([Intruder(tmp_path / "ran")])}):
         path.write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"model.pkl cannot be read as a pickle of arrays: .* is not admitted"):
+        with pytest.raises(ValueError, match=r"model.pkl cannot be read as a pickle of arrays: it holds objects"):
             gd.load_checkpoint(model, path)
     assert not (tmp_path / "ran").exists()
     for content in (b"damaged", pickle.dumps([1, 2]), pickle.dumps({"model": {"a": "text"}})):
