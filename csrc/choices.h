@@ -19,8 +19,8 @@ inline int asked_for(const char* variable, int otherwise) {
 // default, which takes an H200 0.78 to 0.85 of the other kernel's time (docs/gpu_kernels.md), or 0.
 inline std::atomic<int> deformable_tiles = asked_for("GROUPDETR_FAST_DEFORMABLE_TILES", 1);
 
-// Whether that pass sorts samples by counting them in shared memory (cuda/ms_deform_attn_chunks.cuh): 1, or 0 by
-// default, as no GPU has timed it.
+// Whether that pass sorts samples by counting them in shared memory (cuda/ms_deform_attn_chunks.cuh), and then from
+// fewer samples on: 1, or 0 by default, as no GPU has timed it.
 inline std::atomic<int> deformable_shared_sort = asked_for("GROUPDETR_FAST_DEFORMABLE_SHARED_SORT", 0);
 
 // Whether its forward pass goes by products on tensor cores (cuda/ms_deform_attn_products.cuh) where it can: 1, or 0 by

@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 __all__ = ["ForeignObjects", "read_tensors"]
 
@@ -57,13 +58,21 @@ def read_tensors(path: Path, admitted: Sequence[type] = ()) -> Any:
     with warnings.catch_warnings(), torch.serialization.safe_globals(list(admitted)):
         warnings.simplefilter("ignore")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise ValueError(error.strerror or str(error)) from None
         except Exception as error:  # torch.load raises whatever the unpickler does
             if names := _foreign_names(path, str(error)):
                 raise ForeignObjects(names) from None
             raise ValueError(_reason(str(error))) from None
+    # Other packages let torch load their classes everywhere: Ultralytics does once it has read a checkpoint.
+    if modules := [each for each in _entries(content) if isinstance(each, nn.Module)]:
+        raise ForeignObjects([f"{type(each).__module__}.{type(each).__qualname__}" for each in modules])
+    return content
+
+
+def _entries(content: Any) -> Iterable[Any]:
+    return content.values() if isinstance(content, dict) else [content]
 
 
 def _foreign_names(path: Path, message: str) -> list[str]:

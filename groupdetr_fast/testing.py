@@ -72,9 +72,9 @@ def deformable_tiles(chosen: bool) -> Iterator[None]:
 
 @contextmanager
 def deformable_shared_sort(chosen: bool) -> Iterator[None]:
-    """Inside, whether the backward pass of ``ms_deform_attn``, where it sorts, counts samples in shared memory on GPUs.
+    """Inside, whether the backward pass of ``ms_deform_attn`` sorts samples in shared memory on GPUs.
 
-    By default it does not.
+    It then sorts from fewer samples on. By default it does not.
     """
     with _chosen("choose_deformable_shared_sort", chosen):
         yield

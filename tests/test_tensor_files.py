@@ -31,6 +31,16 @@ def test_tensors_are_read_as_they_are(tmp_path):
         read_tensors(tmp_path / "a.pth")  # what was admitted once is not admitted from then on
 
 
+def test_modules_whose_classes_others_let_torch_load_are_refused(tmp_path):
+    """As Ultralytics does once it has read a checkpoint, for the rest of the process."""
+    for content in (nn.Linear(1, 1), {"epoch": 3, "model": nn.Linear(1, 1)}):
+        torch.save(content, tmp_path / "a.pth")
+        with torch.serialization.safe_globals([nn.Linear]):
+            assert isinstance(torch.load(tmp_path / "a.pth", weights_only=True), type(content))
+            with pytest.raises(ForeignObjects, match=r"\(torch.nn.modules.linear.Linear\)"):
+                read_tensors(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("of_today", [True, False])
 @pytest.mark.parametrize(
     ("content", "names"),

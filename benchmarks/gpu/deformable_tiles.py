@@ -47,8 +47,7 @@ def by_cell(case: cases.Deformable) -> Walks:
 def _walks(case: cases.Deformable, cells: int, *, run: int, at_once: int) -> Walks:
     counts = np.zeros(len(Walks._fields), int)
     for bins, queries, pixels_of_bin in _bins(case, cells):
-        samples = max(constant("kChunkSamples"), 2 * len(pixels_of_bin))
-        chunks = queries // -(-samples // (len(case.levels) * case.points))
+        chunks = queries // _queries_of_chunk(case, len(pixels_of_bin))
         chunk_counts = len(np.unique(np.stack([chunks, bins]), axis=1).T)
         bins = np.sort(bins)
         # Walks of `run` samples each; within a walk, samples of one bin are neighbours.
@@ -57,6 +56,16 @@ def _walks(case: cases.Deformable, cells: int, *, run: int, at_once: int) -> Wal
         turns = (-(-numbers // at_once)).sum()
         counts += (len(bins), turns, len(numbers), pixels_of_bin[found].sum(), chunk_counts)
     return Walks(*map(int, counts))
+
+
+def _queries_of_chunk(case: cases.Deformable, bins: int) -> int:
+    """As ``chunks_of`` in csrc has it."""
+    samples = len(case.levels) * case.points
+    queries = case.queries or sum(height * width for height, width in case.levels)
+    wanted = queries * samples * case.heads // constant("kBlocksOfImage")
+    wanted = max(min(max(wanted, constant("kLeastSamples")), constant("kMostSamples")), bins)
+    count = -(-queries // max(-(-wanted // samples), 1))
+    return -(-queries // count)
 
 
 def _bins(case: cases.Deformable, cells: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ python -m gpu.every_op large                    the most expensive kernels at th
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ def small(device: torch.device) -> None:
         _cross_attention(cases.CrossAttention(40, mask="none", heads=2, map=(4, 9)), 0.0, dtype, device)
         _deformable({"heads": 2, "dim": 32, "points": 4}, 1.0, dtype, device)
         _deformable({"heads": 3, "dim": 40, "points": 7}, 2.0**101, dtype, device)
+        # several chunks and windows of bins, where samples are sorted in shared memory
+        many = {"batch": 1, "heads": 1, "queries": 4000, "shapes": ((110, 120), (3, 2)), "points": 4}
+        _deformable(many, 1.0, dtype, device)
         _criterion(dtype, device)
 
 
@@ -48,9 +52,9 @@ def _cross_attention(case: cases.CrossAttention, dropout: float, dtype: torch.dt
     _check(gd.ops.cross_attention(*inputs, None if padding is None else padding.to(device), dropout_p=dropout), inputs)
 
 
-def _deformable(sizes: dict[str, int], largest: float, dtype: torch.dtype, device: torch.device) -> None:
+def _deformable(sizes: dict[str, Any], largest: float, dtype: torch.dtype, device: torch.device) -> None:
     """Every way of it; a weight may be too large for what tensor cores take."""
-    value, flat, places, weights = ms_deform_attn_inputs(queries=37, **sizes, dtype=dtype)
+    value, flat, places, weights = ms_deform_attn_inputs(**{"queries": 37, **sizes}, dtype=dtype)
     weights[0, 3, 0, 0, 0] *= largest
     shapes = list(zip(flat[::2], flat[1::2], strict=True))
     for deterministic, newer in ((False, False), (True, False), (False, True), (True, True)):
@@ -85,7 +89,7 @@ def _check(result: Tensor, inputs: Sequence[Tensor]) -> None:
 def large(device: torch.device) -> None:
     """Attention at 11 x 900 and to images, a batch of 16; deformable attention of an encoder, two images; bfloat16.
 
-    Deformable attention with and without tensor cores, and then with samples sorted in shared memory and not.
+    Deformable attention first without tensor cores and with samples sorted by ranks, then with both.
     """
     inputs = [tensor.detach().to(device, torch.bfloat16).requires_grad_() for tensor in cases.GPU_ATTENTION[1].make()]
     _with_backward(gd.ops.grouped_attention(*inputs, 11))

@@ -203,7 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
     };
     const bool in_tiles = deformable_tiles > 0 && is_served<kOldestTensorCores>(value.get_device_index()) &&
                           fits_tiles<T>(p, data<T>(values), data<T>(grads));
-    const bool shared_sort = deformable_shared_sort > 0;
+    const bool go_by_tiles = in_tiles && !deterministic;
+    const bool shared_sort = deformable_shared_sort > 0 && pays_to_sort(p, true) &&
+                             (go_by_tiles ? fits_chunks<kTileCells>(p) : fits_chunks<1>(p));
     const bool sorted =
         pays_to_sort(p, shared_sort) && (in_tiles || fits_sorted<T>(p, data<T>(values), data<T>(grads)));
     const auto backward_sorted = in_tiles ? &launch_deform_backward_tiles<T> : &launch_deform_backward_sorted<T>;
@@ -212,8 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
       return;
     }
     if (deterministic) STD_CUDA_CHECK(backward(nullptr));
-    const bool tiles_serve = in_tiles && !deterministic;
-    const auto offsets_of = !shared_sort ? nullptr : tiles_serve ? &offsets_size<kTileCells> : &offsets_size<1>;
+    const auto offsets_of = !shared_sort ? nullptr : go_by_tiles ? &offsets_size<kTileCells> : &offsets_size<1>;
     const Scratch<A> scratch(p, deterministic, offsets_of, value);
     DeformProblem part = scratch.part;
     for (int64_t first = 0; first < p.images; first += scratch.part.images) {

@@ -46,7 +46,7 @@ template <typename A>
 struct DeformScratch {
   int32_t* starts;           // [images, heads, bins + 1]
   int32_t* ranks;            // [images, queries, heads, levels, points], or null
-  int32_t* offsets;          // of offsets_size() numbers, or null; one of both is given, which tells how to sort
+  int32_t* offsets;          // of offsets_size() numbers, or null: then the ranks tell where samples go
   SortedSample<A>* samples;  // [images, heads, queries * levels * points]
   SortedSample<A>* ordered;  // the same, or null if the order may differ from run to run
 };

@@ -26,9 +26,11 @@ struct DeformChunks {
 
 namespace {
 
-constexpr int kAtOnce = 4;  // samples, or bins, that a lane works on at once
+constexpr int kAtOnce = 4;      // samples that a lane works on at once
+constexpr int kBinsAtOnce = 8;  // the same of bins
 constexpr int kChunkThreads = 512;
-constexpr int64_t kChunkSamples = 16384;   // of a chunk, unless there are many bins
+constexpr int64_t kLeastSamples = 4096, kMostSamples = 16384;  // of a chunk, unless there are more bins
+constexpr int64_t kBlocksOfImage = 132;                        // wanted, of chunks that have more than the least
 constexpr int64_t kWindowBins = 12 << 10;  // 48 KiB of shared memory, which every GPU gives without asking
 
 // As many share a multiprocessor as registers allow without spills.
@@ -38,19 +40,26 @@ constexpr int kChunkBlocks = sizeof(A) == sizeof(float) ? 3 : 2;
 }  // namespace
 
 // A block has to add up, or to copy, the counts of all bins, which should not take longer than its samples do: a chunk
-// has two for each bin. That also bounds the memory of `offsets`, by half a number for a sample and one for a bin.
+// has as many samples as bins. That also bounds the memory of `offsets`, by a number for a sample and one for a bin.
 template <int kCells = 1>
 DeformChunks chunks_of(const DeformProblem& p) {
-  constexpr int64_t kMostSamples = 1 << 24;
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   const int64_t bins = bins_of<kCells>(p).count, samples = std::max(p.levels * p.points, 1);
-  const int64_t wanted = std::min(std::max(kChunkSamples, 2 * bins), kMostSamples);
-  const int64_t queries = std::clamp<int64_t>(parts(wanted, samples), 1, std::max(p.queries, 1));
+  const int64_t for_blocks = std::clamp(samples_of_map(p) * p.heads / kBlocksOfImage, kLeastSamples, kMostSamples);
+  const int64_t most_queries = std::max<int64_t>(parts(std::max(for_blocks, bins), samples), 1);
+  const int64_t count = parts(p.queries, most_queries);
   // As many windows as it takes, of as many bins each.
   const int64_t window_bins = bins == 0 ? 1 : parts(bins, parts(bins, kWindowBins));
   const int64_t windows = std::max<int64_t>(parts(bins, window_bins), 1);
-  return {static_cast<int32_t>(queries), static_cast<int32_t>(parts(p.queries, queries)),
+  return {static_cast<int32_t>(count == 0 ? 0 : parts(p.queries, count)), static_cast<int32_t>(count),
           static_cast<int32_t>(window_bins), static_cast<int32_t>(windows)};
+}
+
+// Whether chunks should serve. Each window of the bins reads all samples again.
+template <int kCells = 1>
+bool fits_chunks(const DeformProblem& p) {
+  constexpr int32_t kMostWindows = 4;
+  return chunks_of<kCells>(p).windows <= kMostWindows;
 }
 
 // Of [images, heads, chunks, bins].
@@ -67,10 +76,10 @@ struct ChunkOfBlock {
 
   __device__ __forceinline__ ChunkOfBlock(const DeformProblem& p, const DeformBins& of_map,
                                           const DeformChunks& chunks) {
-    chunk = static_cast<int32_t>(blockIdx.x) / chunks.windows;
+    chunk = static_cast<int32_t>(blockIdx.x);
     first_query = chunk * chunks.queries;
     queries = min(chunks.queries, p.queries - first_query);
-    first_bin = static_cast<int32_t>(blockIdx.x) % chunks.windows * chunks.window_bins;
+    first_bin = static_cast<int32_t>(blockIdx.z) * chunks.window_bins;
     bins = static_cast<int32_t>(min(int64_t{chunks.window_bins}, of_map.count - first_bin));
   }
 
@@ -175,16 +184,16 @@ __global__ void __launch_bounds__(kChunkThreads, kChunkBlocks<A>)
     __syncthreads();
     int32_t* const of_map = counts + map * (bins.count + 1) + own.first_bin;
     int32_t* const to = offsets + own.offsets(bins, chunks, map);
-    for (int32_t first = threadIdx.x; first < own.bins; first += kChunkThreads * kAtOnce) {
-      int32_t before[kAtOnce] = {};
+    for (int32_t first = threadIdx.x; first < own.bins; first += kChunkThreads * kBinsAtOnce) {
+      int32_t before[kBinsAtOnce] = {};
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
+      for (int k = 0; k < kBinsAtOnce; ++k) {
         const int32_t bin = first + k * kChunkThreads;
         const int32_t count = bin < own.bins ? counts_of_chunk[bin] : 0;
         if (count > 0) before[k] = atomicAdd(&of_map[bin], count);
       }
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
+      for (int k = 0; k < kBinsAtOnce; ++k) {
         const int32_t bin = first + k * kChunkThreads;
         if (bin < own.bins) to[bin] = before[k];
       }
@@ -229,8 +238,7 @@ cudaError_t launch_deform_chunks(const Kernel& kernel, const DeformProblem& p, c
   const int64_t maps = maps_of(p);
   if (chunks.count == 0 || maps == 0 || p.levels * p.points == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(chunks.count) * chunks.windows,
-                        static_cast<unsigned>(maps < kMaxGridY ? maps : kMaxGridY));
+  config.gridDim = dim3(chunks.count, static_cast<unsigned>(maps < kMaxGridY ? maps : kMaxGridY), chunks.windows);
   config.blockDim = dim3(kChunkThreads);
   config.dynamicSmemBytes = chunks.window_bins * sizeof(int32_t);
   config.stream = stream;

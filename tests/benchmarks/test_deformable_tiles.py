@@ -36,11 +36,11 @@ def test_walks_are_those_of_a_walk_sample_by_sample(cells, run, at_once):
     assert samples < locations.size / 2  # some lie outside
 
 
-@pytest.mark.parametrize("constant", [1, 100, 10000])
-def test_a_chunk_counts_each_of_its_bins_once(monkeypatch, constant):
-    """The maps have 6 * 3 + 4 = 22 bins of three cells, and a chunk at least twice as many samples, 6 a query."""
-    monkeypatch.setattr(deformable_tiles, "constant", lambda name: {"kChunkSamples": constant}[name])
-    queries = min(-(-max(constant, 44) // 6), 40)
+@pytest.mark.parametrize(("least", "queries"), [(1, 4), (100, 14), (10000, 40)])
+def test_a_chunk_counts_each_of_its_bins_once(monkeypatch, least, queries):
+    """The maps have 6 * 3 + 4 = 22 bins of three cells, and a query has 6 samples; chunks are of one size."""
+    constants = {"kLeastSamples": least, "kMostSamples": least, "kBlocksOfImage": 132}
+    monkeypatch.setattr(deformable_tiles, "constant", constants.__getitem__)
     locations = CASE.make()[1].detach().numpy()
     expected = sum(
         len(set(bins_of(locations[0, first : first + queries, head], 3)))

@@ -16,12 +16,14 @@ CHUNKS = "cuda/ms_deform_attn_chunks.cuh"
 SAMPLES = "cuda/ms_deform_attn_samples.cuh"
 OP_BACKWARD = torch.ops.groupdetr_fast.ms_deform_attn_backward
 
-# Maps of the tests have few bins and samples: with these constants they have several windows and chunks all the same.
-SMALL = [("kChunkSamples = 16384", "kChunkSamples = 40"), ("kWindowBins = 12 << 10", "kWindowBins = 24")]
+# Maps of the tests have few bins and samples: with these constants they have several windows and chunks all the same,
+# and the threads of a block take several turns.
+SMALL = [("kLeastSamples = 4096, kMostSamples = 16384", "kLeastSamples = 40, kMostSamples = 80")]
+SMALL += [("kWindowBins = 12 << 10", "kWindowBins = 60"), ("kChunkThreads = 512", "kChunkThreads = 4")]
 CASES = {
     "plain": {},
     "one_of_everything": {"batch": 1, "queries": 1, "heads": 1, "dim": 1, "shapes": ((1, 1),), "points": 1},
-    "several_chunks": {"queries": 90, "heads": 3, "shapes": ((5, 7), (3, 4), (2, 2), (1, 1)), "points": 4},
+    "several_chunks": {"queries": 89, "heads": 3, "shapes": ((5, 7), (3, 4), (2, 2), (1, 1)), "points": 4},
     "a_query_is_a_chunk": {"batch": 1, "queries": 9, "heads": 1, "shapes": ((1, 2), (1, 1)), "points": 60},
     "many_windows": {"batch": 1, "queries": 40, "heads": 1, "shapes": ((9, 40), (13, 5), (1, 1)), "points": 1},
     "one_bin_has_most": {"batch": 1, "queries": 150, "heads": 1, "shapes": ((1, 2), (2, 7)), "points": 4},
@@ -127,14 +129,14 @@ ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))
     ("shapes", "queries"),
     [(ENCODER, 22223), (ENCODER, 9900), (ENCODER, 300), (((800, 1333),), 300), (((800, 1333),), 10**6), (((1, 1),), 9)],
 )
-def test_offsets_take_half_a_number_for_a_sample_and_one_for_a_bin(as_it_is, cells, shapes, queries):
+def test_offsets_take_a_number_for_a_sample_and_one_for_a_bin_at_most(as_it_is, cells, shapes, queries):
     flat = list(itertools.chain(*shapes))
     weights = torch.empty(1, device="cpu").expand(2, queries, 8, len(shapes), 4)
     value = torch.empty(1).expand(2, sum(h * w for h, w in shapes), 8, 32)
     kernel = as_it_is if cells == 1 else emulate(binding=TILES_BINDING)
     maps, samples = 16, queries * len(shapes) * 4
     bins = sum((h + 1) * (w // cells + 1) for h, w in shapes)
-    assert maps * bins <= kernel.offsets_size(value, flat, weights) <= maps * (samples / 2 + bins)
+    assert maps * bins <= kernel.offsets_size(value, flat, weights) <= maps * (samples + bins)
 
 
 def run_sanitized(library, folder):
@@ -218,8 +220,10 @@ def test_plain_update_is_found(old, new, memory):
         ("(bin_of_window) < static_cast<uint32_t>(bins)", "(bin_of_window) < static_cast<uint32_t>(bins - 1)"),
         ("column / kCells", "column / kCells + 1"),
         ("(p, bins, index / p.points)", "(p, bins, index / p.points / 2)"),
+        ("index < samples; index += lanes", "index < lanes; index += lanes"),
+        ("query += at_once * kAtOnce)", "query += own.queries)"),
     ],
-    ids=["query", "index", "head", "zeros", "window", "bin", "level"],
+    ids=["query", "index", "head", "zeros", "window", "bin", "level", "turn of samples", "turn of queries"],
 )
 def test_wrong_number_is_found(old, new):
     kernel = emulate(**broken((old, new)))
@@ -234,10 +238,13 @@ def test_wrong_number_is_found(old, new):
     [
         ("min(chunks.queries, p.queries - first_query)", "chunks.queries"),
         ("+ __ldg(offsets_of_chunk + bin)", ""),
+        ("bin < own.bins; bin += kChunkThreads) {", "bin < own.bins; bin += own.bins) {"),
+        ("bin < own.bins; bin += kChunkThreads) counts", "bin < own.bins; bin += own.bins) counts"),
+        ("first < own.bins; first += kChunkThreads * kBinsAtOnce", "first < own.bins; first += own.bins"),
         ("chunks.window_bins * sizeof(int32_t)", "(chunks.window_bins - 1) * sizeof(int32_t)"),
         ("static_cast<int32_t>(min(int64_t{chunks.window_bins}, of_map.count - first_bin))", "chunks.window_bins"),
     ],
-    ids=["query", "offset", "shared memory", "last window"],
+    ids=["query", "offset", "turn of places", "turn of zeros", "turn of counts", "shared memory", "last window"],
 )
 def test_access_out_of_bounds_is_found(old, new, tmp_path):
     process = run_sanitized(build(BINDING, "addresses", **broken((old, new))), tmp_path)

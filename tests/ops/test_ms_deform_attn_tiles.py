@@ -25,6 +25,7 @@ CASES = {
 IN_ORDER = {name: CASES[name] for name in ("encoder", "dim_40")}
 IN_ORDER["two_windows"] = {"queries": 3000, "dim": 32, "batch": 1, "shapes": ((120, 130), (3, 5)), "points": 4}
 
+ON_GPU = torch.profiler.ProfilerActivity.CUDA
 EVERY_SORT = pytest.mark.parametrize("shared_sort", [False, True], ids=["ranks", "shared_sort"])
 pytestmark = pytest.mark.gpu
 
@@ -57,8 +58,8 @@ def in_double(inputs):
 @EVERY_SORT
 def test_sorted_samples(case, dtype, tiles, shared_sort):
     inputs = make(CASES[case], dtype)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with deformable_tiles(tiles), deformable_shared_sort(shared_sort), torch.profiler.profile(activities) as profile:
+    ways = deformable_tiles(tiles), deformable_shared_sort(shared_sort)
+    with ways[0], ways[1], torch.profiler.profile(activities=[ON_GPU]) as profile:
         grads = OP_BACKWARD(*on("cuda", inputs))
         torch.cuda.synchronize()
     kernel = "deform_backward_tiles" if tiles else "deform_backward_sorted"
@@ -71,9 +72,11 @@ def test_sorted_samples(case, dtype, tiles, shared_sort):
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=2.0**-13 * wanted.abs().max().item())
 
 
-def test_a_second_run_gives_the_same_gradients_of_samples():
+@EVERY_SORT
+def test_a_second_run_gives_the_same_gradients_of_samples(shared_sort):
     inputs = on("cuda", make(CASES["encoder"], torch.bfloat16))
-    first, second = OP_BACKWARD(*inputs), OP_BACKWARD(*inputs)
+    with deformable_shared_sort(shared_sort):
+        first, second = OP_BACKWARD(*inputs), OP_BACKWARD(*inputs)
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[2], second[2])
 
@@ -84,8 +87,10 @@ def test_in_a_fixed_order_either_sort_gives_the_same_bits(case, dtype):
     inputs = on("cuda", make(IN_ORDER[case], dtype))
     grads = []
     for shared_sort in (False, True):
-        with deformable_shared_sort(shared_sort):
+        with deformable_shared_sort(shared_sort), torch.profiler.profile(activities=[ON_GPU]) as profile:
             grads.append(OP_BACKWARD(*inputs, True))
+            torch.cuda.synchronize()
+        assert any("deform_scatter_chunks" in event.key for event in profile.key_averages()) == shared_sort
     for first, second in zip(*grads, strict=True):
         assert torch.equal(first, second)
 

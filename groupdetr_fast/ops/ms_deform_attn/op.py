@@ -44,8 +44,9 @@ def ms_deform_attn(
     where ``B * H`` is at least as large. On a GPU the forward is deterministic; the backward adds up the gradient of
     ``value`` in any order, unless ``torch.use_deterministic_algorithms`` is on. Where there are many samples, as in an
     encoder, it sorts them first, which takes 20 bytes of memory a sample, of as many images at a time as need 256 MiB;
-    in shared memory if the environment variable ``GROUPDETR_FAST_DEFORMABLE_SHARED_SORT`` is 1 when the package is
-    imported, which no GPU has timed. There is no double backward. The kernels for GPUs take up to 16 levels.
+    in shared memory, and then from fewer samples on, if the environment variable
+    ``GROUPDETR_FAST_DEFORMABLE_SHARED_SORT`` is 1 when the package is imported, which no GPU has timed. There is no
+    double backward. The kernels for GPUs take up to 16 levels.
 
     The backward pass of half types has a second kernel for sorted samples, on tensor cores (compute capability 8.0 and
     later, up to 64 channels a head, a multiple of 8). It serves where it can, unless the environment variable
