@@ -182,10 +182,10 @@ template <int kCells = 1, typename A>
 cudaError_t launch_deform_sort(const DeformProblem& p, const A* locations, const A* weights, A* grad_locations,
                                A* grad_weights, const DeformScratch<A>& scratch, cudaStream_t stream) {
   const DeformBins bins = bins_of<kCells>(p);
-  const DeformChunks chunks = chunks_of<kCells>(p);
   const int64_t maps = maps_of(p), samples = samples_of_map(p), items = static_cast<int64_t>(p.queries) * p.heads;
   constexpr int32_t kItems = kDeformThreads / kSortGroup;
   const bool in_chunks = scratch.offsets != nullptr;
+  const DeformChunks chunks = in_chunks ? chunks_of<kCells>(p) : DeformChunks{};
   return until_error(
       [&] { return cudaMemsetAsync(scratch.starts, 0, starts_size<kCells>(p) * sizeof(int32_t), stream); },
       [&] {
