@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,10 @@ from ..evaluation.coco import format_table
 from ..files import read_json
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
-from ..training.batch_size import check_auto
 from ..training.checkpoint import BEST, resumable_checkpoints
 from ..training.config import LoopSettings
 from ..training.display import RunLog
-from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.engine import Trainer, TrainerSettings
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
 from ..training.processes import on_main_process
@@ -43,6 +42,7 @@ from .loaders import (
 )
 from .report import PAGE, write_report
 from .resuming import described_checkpoint, require_data, require_same_run, seems_ended, warn_of_changes
+from .trainer import launched
 
 __all__ = ["train"]
 
@@ -71,13 +71,9 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
     """
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
-    config = replace(config, optimization=config.optimization.as_launched())
     check_trackers(config.track)
     config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(
-        config.optimization, config.output, cudnn_attention=not config.model.of_transformers
-    )
-    check_auto(accelerator, config.optimization)
+    config, accelerator = launched(config)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         deaths_of_processes_explained(),

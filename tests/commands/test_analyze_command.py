@@ -51,6 +51,8 @@ def test_a_detector_that_there_is_not_is_refused_before_any_run(flags, tmp_path)
         ("sweep-groups --model nonsense", "unknown model 'nonsense'"),
         ("cost --model nonsense", "unknown model 'nonsense'"),
         ("agreement --model nonsense", "unknown model 'nonsense'"),
+        ("cost --batch-size auto", "batch_size auto is found when a training begins: give a number here"),
+        ("agreement --batch-size auto", "batch_size auto is found when a training begins: give a number here"),
         ("distances --top-k 0", "top_k must be at least 1"),
         ("group-ap --checkpoint nowhere.pth", "there is nothing at nowhere.pth"),
     ],

@@ -106,6 +106,7 @@ class OverSteps(Analysis):
         for name in ("every", "batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _ = self.images  # which refuses "auto": captions say of how many images a measurement is
 
     def rows_of(self, name: str, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
         """Train and measure.
