@@ -1,6 +1,5 @@
 """The configuration of a run."""
 
-import difflib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..losses.matcher import Assignment
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
 from ..models.registry import model_config
+from ..spelling import did_you_mean
 from ..training.config import LoopSettings, OptimizationConfig
 from ..training.tracking import TrackerName
 from ..transformers_detector.families import check_accelerate_kernels, require_transformers
@@ -117,8 +117,7 @@ class CocoTrainingConfig(LoopSettings):
         changes: dict[str, dict[str, Any]] = {name: {} for name in ("", *rooms)}
         for name, value in settings.items():
             if name not in owners:
-                close = difflib.get_close_matches(name, owners, n=1)
-                raise ValueError(f"there is no setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+                raise ValueError(f"there is no setting {name!r}{did_you_mean(name, owners)}")
             changes[owners[name]][name] = value
         replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
         return replace(self, **replaced, **changes[""])
