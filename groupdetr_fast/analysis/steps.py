@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..data import Batch
@@ -20,7 +18,6 @@ Criterion = Callable[..., dict[str, Any]]
 
 def train_and_measure(
     config: CocoTrainingConfig,
-    folder: Path,
     measure: Callable[[Detector, Criterion, Sequence[Batch]], Row],
     *,
     steps: int,
@@ -31,7 +28,6 @@ def train_and_measure(
 
     Args:
         config: the training.
-        folder: for its files.
         measure: called with the bare model, its criterion and the held batches; leaves the model as it was.
         steps: optimiser steps; 0 to measure the model as it is.
         every: steps between two measurements.
@@ -43,7 +39,7 @@ def train_and_measure(
     Raises:
         ValueError: for a model of transformers, which cannot decode one group at a time.
     """
-    trainer = trainer_of(replace(config, output=folder))
+    trainer = trainer_of(config)
     model, criterion = trainer.gradients.bare, trainer.gradients.criterion
     if not isinstance(model, Detector):
         raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")

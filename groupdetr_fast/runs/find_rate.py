@@ -37,7 +37,6 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
         ValueError: for settings that do not fit together.
     """
     settings = settings or SweepSettings()
-    config.output.mkdir(parents=True, exist_ok=True)
     trainer = trainer_of(config, max_skipped_steps=WITHOUT_LIMIT)
     with (
         lack_of_memory_explained(trainer.config.images_per_batch),

@@ -73,7 +73,6 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
     check_trackers(config.track)
-    config.output.mkdir(parents=True, exist_ok=True)
     config, accelerator = launched(config)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),

@@ -16,15 +16,17 @@ __all__ = ["launched", "trainer_of"]
 
 
 def launched(config: CocoTrainingConfig) -> tuple[CocoTrainingConfig, Accelerator]:
-    """The run with the precision that its launcher asks for, and its devices; seeds everything.
+    """The run with the precision that its launcher asks for, and its devices; seeds everything, and makes its folder.
 
     Raises:
-        ValueError: for settings that do not fit the device or the launcher.
+        OSError: if there can be no such folder.
+        ValueError: for settings that do not fit the device or the launcher; no folder is made then.
     """
     config = replace(config, optimization=config.optimization.as_launched())
     cudnn = not config.model.of_transformers
     accelerator = build_accelerator(config.optimization, config.output, cudnn_attention=cudnn)
     check_auto(accelerator, config.optimization)
+    config.output.mkdir(parents=True, exist_ok=True)
     return config, accelerator
 
 

@@ -29,5 +29,5 @@ def test_weights_of_classes_count_where_steps_are_measured(training, tmp_path):
         return {"weights": criterion.class_weights.tolist()}
 
     limits = {"steps": 0, "every": 1, "batches": 1}
-    (row,) = train_and_measure(weighted, tmp_path / "measured", weights, **limits)
+    (row,) = train_and_measure(weighted, weights, **limits)
     assert row["weights"] == [3.0 if name == names[1] else 1.0 for name in names]

@@ -10,6 +10,7 @@ import pytest
 from groupdetr_fast.data import AugmentationConfig, DataError
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.evaluate import evaluate_checkpoint
+from groupdetr_fast.runs.find_rate import find_rate
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.config import OptimizationConfig
 
@@ -116,6 +117,18 @@ def test_settings_as_people_give_them_in_python_get_their_types():
         output=Path("runs/x"),
     )
     assert repr(run) == repr(expected)  # 1 equals 1.0 and has another text
+
+
+@pytest.mark.parametrize("begin", [train, find_rate], ids=["train", "find_rate"])
+def test_what_devices_or_launchers_refuse_leaves_no_folder(config, begin, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    half = replace(config, optimization=replace(config.optimization, precision="fp16"))
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        begin(half)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="precision is fp16 in this run and bf16 for accelerate launch"):
+        begin(half)
+    assert not config.output.exists()
 
 
 def test_graphs_of_detectors_of_masks_are_refused():

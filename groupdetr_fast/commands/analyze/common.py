@@ -108,18 +108,17 @@ class OverSteps(Analysis):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.images  # which refuses "auto": captions say of how many images a measurement is
 
-    def rows_of(self, name: str, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
+    def rows_of(self, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
         """Train and measure.
 
         Args:
-            name: of the folder for the training's files.
             measure: see ``analysis.steps.train_and_measure``.
             words: what to print of a measurement as soon as it is made.
         """
         torch.set_num_threads(self.threads)
         rows = []
         limits = {"steps": self.steps, "every": self.every, "batches": self.batches}
-        for row in train_and_measure(self.training(), self.output / name, measure, **limits):
+        for row in train_and_measure(replace(self.training(), output=self.output), measure, **limits):
             rows.append(row)
             print(f"step {row['step']}: {words(row)}", flush=True)
         return rows
