@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..build import build_criterion
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..field_types import take_field_types
 from ..losses.matcher import Assignment
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
-from ..models.registry import model_config
 from ..spelling import did_you_mean
 from ..training.config import LoopSettings, OptimizationConfig
 from ..training.tracking import TrackerName
@@ -90,7 +90,8 @@ class CocoTrainingConfig(LoopSettings):
         if self.model.of_transformers:
             self._check_transformers()
         else:
-            model_config(self.model.model)  # which knows what detectors there are
+            # Whether targets can be assigned so, the criterion knows.
+            build_criterion(self.model.own_config(), assignment=self.assignment, positives=self.positives)
             check_accelerate_kernels(self.model.accelerate_kernels, self.model.model)
         if self.optimization.cuda_graphs and self.model.predicts_masks:
             raise ValueError(f"cuda_graphs are for detectors of boxes: leave it out for {self.model.model}")
@@ -149,7 +150,8 @@ class CocoTrainingConfig(LoopSettings):
         """Refuse what models of transformers cannot do."""
         given = {name: getattr(self.optimization, name) for name in ("compile", "cuda_graphs", "groups_per_pass")}
         given["assignment"] = self.assignment != "group"
-        for name, value in {**given, "positives": self.positives}.items():
+        given["positives"] = self.positives is not None
+        for name, value in given.items():
             if value:
                 raise ValueError(f"{name} is not for models of transformers: leave it out for {self.model.model}")
         if self.class_weights is not None:

@@ -14,7 +14,7 @@ from ...analysis.experiments import Cell, Row
 from ...analysis.report import Measurement, write_measurement
 from ...analysis.run import Run, RunResults
 from ...analysis.steps import train_and_measure
-from ...analysis.sweep import default_jobs, run_sweep
+from ...analysis.sweep import check_limits, default_jobs, run_sweep
 from ...data import AugmentationConfig
 from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
@@ -158,6 +158,7 @@ class Sweep(Analysis):
         super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        check_limits(jobs=self.jobs, memory_gib=self.memory_gib, gpu_memory_gib=self.gpu_memory_gib)
         if not 0 <= self.nms_threshold <= 1:
             raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 
