@@ -24,7 +24,7 @@ from .runs.find_rate import find_rate
 from .runs.kept_files import begun_with
 from .runs.recipes import launched_recipe
 from .runs.train import train
-from .training.checkpoint import BEST, WEIGHTS, write_weights
+from .training.checkpoint import BEST, CHECKPOINTS, WEIGHTS, write_weights
 from .training.rate_finder import RateSweep, SweepSettings
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ class Detector(  # type: ignore[call-arg, unused-ignore]  # arguments for the mi
         folder = Path(save_directory)
         # Before anything else, as the mixin begins with removing a config.json.
         place = folder.resolve()
-        of_a_run = place.parent.name == "checkpoints" and (place.name == BEST or place.name.startswith("epoch_"))
+        of_a_run = place.parent.name == CHECKPOINTS and (place.name == BEST or place.name.startswith("epoch_"))
         if of_a_run and (place / WEIGHTS).exists():
             raise ValueError(f"{folder} is a checkpoint of a run, with all groups: save this one group elsewhere")
         self._require_weights("save")

@@ -5,6 +5,7 @@ way. TensorRT is imported where an engine is asked for.
 """
 
 import importlib
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class EngineSettings:
             shape = getattr(self, name)
             if shape is not None and min(shape) < 1:
                 raise ValueError(f"{name} must be a number of images, a height and a width, from 1 on; got {shape}")
-        if self.workspace is not None and self.workspace <= 0:
-            raise ValueError(f"workspace must be more than 0 GiB, got {self.workspace}")
+        if self.workspace is not None and not 0 < self.workspace < math.inf:
+            raise ValueError(f"workspace must be more than 0 GiB and finite, got {self.workspace}")
 
     @property
     def given(self) -> list[str]:

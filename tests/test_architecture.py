@@ -1,6 +1,7 @@
 """The arrows between the package's parts (see CONTRIBUTING.md), read from the import statements."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ ALLOWED = {
     "field_types": set(),
     "pages": set(),
     "random_state": set(),
+    "spelling": set(),
     "yaml_files": set(),
     "tensor_files": set(),
     "_gpus": set(),
@@ -34,12 +36,13 @@ ALLOWED = {
     "build": {"models", "losses"},
     "group_check": {"build", "models", "random_state", "targets", "transformers_detector"},
     "transformers_detector": {"files", "integrations", "models", "data", "groups", "targets"},
-    "prediction": {"models", "data", "transformers_detector", "yaml_files"},
+    "prediction": {"models", "data", "spelling", "transformers_detector", "yaml_files"},
     "runs": {
         "field_types",
         "files",
         "pages",
         "random_state",
+        "spelling",
         "yaml_files",
         "build",
         "prediction",
@@ -131,6 +134,42 @@ def test_the_reader_of_imports_sees_them():
     assert {"layers", "groups", "models"} <= set(imports_of(ROOT / "models" / "conditional_detr.py"))
     assert {"ops", "groups", "targets"} <= set(imports_of(ROOT / "losses" / "matcher.py"))
     assert "models" in set(imports_of(ROOT / "build.py"))
+
+
+def file_of(module):
+    """The file of a module, by the names that lead to it from the package; None if it is no module."""
+    place = ROOT.joinpath(*module)
+    return next((path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file()), None)
+
+
+def files_imported_by(path):
+    """Files of the package that a file imports, in functions too, but for those of which it needs types alone."""
+    tree = ast.parse(path.read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    of_types = {inner for block in blocks for inner in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in of_types:
+            folder = path.relative_to(ROOT).parts[:-1]
+            module = (*folder[: len(folder) - node.level + 1], *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                found = file_of((*module, alias.name)) or file_of(module)
+                if found not in (None, path):
+                    yield found
+
+
+def test_no_files_import_each_other():
+    try:
+        TopologicalSorter({path: set(files_imported_by(path)) for path in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(str(path.relative_to(ROOT)) for path in reversed(error.args[1])))
+
+
+def test_the_reader_of_files_sees_them():
+    trainer = ROOT / "integrations" / "ultralytics" / "training.py"
+    assert {path.name for path in files_imported_by(trainer)} == {"kept_groups.py", "parts.py"}
+    of_model = set(files_imported_by(ROOT / "runs" / "model.py"))
+    assert ROOT / "transformers_detector" / "build.py" in of_model  # in a function
+    assert ROOT / "transformers_detector" / "detector.py" not in of_model  # for types alone
 
 
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 450, 60

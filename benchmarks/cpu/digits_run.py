@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 
 from cpu.step_host import Operators
-from groupdetr_fast.analysis.steps import trainer_of
 from groupdetr_fast.runs.config import CocoTrainingConfig
 from groupdetr_fast.runs.demo import digits_demo
 from groupdetr_fast.runs.evaluate import evaluate
 from groupdetr_fast.runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
+from groupdetr_fast.runs.trainer import trainer_of
 from harness.documents import table, write_section
 from harness.places import DOCS
 from harness.results import processor
@@ -47,7 +47,7 @@ def parts(config: CocoTrainingConfig, steps: int) -> dict[str, float]:
     """Milliseconds of each part of a run, and the operators of its steps."""
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output=Path(folder), pictures=0)
-        trainer, start = timed(lambda: trainer_of(config, config.output))
+        trainer, start = timed(lambda: trainer_of(config))
         batches = trainer.endless_steps()
         loading, training = [], []
         for _ in range(WARM_UP + steps):

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from ..field_types import from_plain
 from ..files import read_json, write_json
 from ..runs.config import CocoTrainingConfig
 from ..runs.config_file import to_json
+from ..runs.trainer import trainer_of
 from ..training.engine import Trainer
 from ..training.progress import peak_memory_mib
-from .steps import trainer_of
 
 __all__ = ["CostError", "CostSettings", "measure_cost"]
 
@@ -79,7 +79,7 @@ def _seconds_of_steps(trainer: Trainer, number: int) -> list[float]:
 
 
 def _time_steps(settings: CostSettings, folder: Path) -> dict[str, Any]:
-    trainer = trainer_of(settings.training, folder)
+    trainer = trainer_of(replace(settings.training, output=folder))
     times = _seconds_of_steps(trainer, settings.warmup + settings.steps)[settings.warmup :]
     median = statistics.median(times)
     percentiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))

@@ -24,6 +24,7 @@ from ..runs.config_file import to_json
 from ..runs.train import train
 from ..training.checkpoint import latest_checkpoint
 from ..training.faults import EXIT_STOPPED, TrainingStopped
+from ..training.results import RESULTS
 from .distances import DistanceRecorder, read_distances
 from .inference import evaluate_usages
 
@@ -91,7 +92,7 @@ class Run:
 
     def epochs_done(self, folder: Path) -> int:
         """Epochs that the run has finished in its folder; the last one is finished when it is evaluated."""
-        rows = (read_json(folder / "results.json") or {}).get("epochs", [])
+        rows = (read_json(folder / RESULTS) or {}).get("epochs", [])
         if not rows:
             return 0
         done = rows[-1]["epoch"]
@@ -138,7 +139,7 @@ class RunResults:
     def read(cls, folder: Path) -> "RunResults":
         """Read a finished run's folder."""
         return cls(
-            read_json(folder / "results.json")["epochs"],
+            read_json(folder / RESULTS)["epochs"],
             read_json(folder / MEASURED)["usages"],
             read_distances(folder / DISTANCES),
             latest_checkpoint(folder),

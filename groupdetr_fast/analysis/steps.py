@@ -2,44 +2,22 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..data import Batch
 from ..models.detector import Detector
-from ..runs.class_weights import criterion_of
 from ..runs.config import CocoTrainingConfig
-from ..runs.loaders import (
-    evaluation_loader,
-    evaluation_samples,
-    evaluation_set,
-    training_loader,
-    training_samples,
-    training_set,
-)
-from ..training.engine import Trainer, TrainerSettings
-from ..training.setup import build_accelerator
+from ..runs.loaders import evaluation_loader, evaluation_samples, evaluation_set
+from ..runs.trainer import trainer_of
 
-__all__ = ["Criterion", "Row", "train_and_measure", "trainer_of"]
+__all__ = ["Criterion", "Row", "train_and_measure"]
 
 Row = dict[str, float]
 Criterion = Callable[..., dict[str, Any]]
 
 
-def trainer_of(config: CocoTrainingConfig, folder: Path) -> Trainer:
-    """The trainer of a configuration, before its first step, with ``folder`` for its files."""
-    optimization = config.optimization.resolved()
-    accelerator = build_accelerator(optimization, folder)
-    dataset = training_set(config)
-    model = config.model.build(dataset.num_classes)
-    samples = training_samples(dataset, config, accelerator.device)
-    loader = training_loader(samples, config)
-    return Trainer(accelerator, model, criterion_of(config, model), loader, TrainerSettings(optimization, folder))
-
-
 def train_and_measure(
     config: CocoTrainingConfig,
-    folder: Path,
     measure: Callable[[Detector, Criterion, Sequence[Batch]], Row],
     *,
     steps: int,
@@ -50,7 +28,6 @@ def train_and_measure(
 
     Args:
         config: the training.
-        folder: for its files.
         measure: called with the bare model, its criterion and the held batches; leaves the model as it was.
         steps: optimiser steps; 0 to measure the model as it is.
         every: steps between two measurements.
@@ -62,7 +39,7 @@ def train_and_measure(
     Raises:
         ValueError: for a model of transformers, which cannot decode one group at a time.
     """
-    trainer = trainer_of(config, folder)
+    trainer = trainer_of(config)
     model, criterion = trainer.gradients.bare, trainer.gradients.criterion
     if not isinstance(model, Detector):
         raise ValueError(f"{config.model.model} cannot decode one group at a time, which this measurement needs")

@@ -21,7 +21,7 @@ from .forking import ForkedRun, ForkError, ForkServer, forks_are_safe, thread_li
 from .gpus import SharedGpu, shared_gpus
 from .run import Run, RunResults, run_command
 
-__all__ = ["SweepError", "default_jobs", "run_sweep"]
+__all__ = ["SweepError", "check_limits", "default_jobs", "run_sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,7 @@ def run_sweep(
         TrainingStopped: after SIGTERM, once all runs have ended.
         ValueError: if ``jobs``, ``threads`` or a limit is not positive, or if nvidia-smi does not tell a GPU's memory.
     """
-    limits = {"jobs": jobs, "threads": threads, "memory_gib": memory_gib, "gpu_memory_gib": gpu_memory_gib}
-    for name, value in limits.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    check_limits(jobs=jobs, threads=threads, memory_gib=memory_gib, gpu_memory_gib=gpu_memory_gib)
     limit = psutil.virtual_memory().available * DEFAULT_MEMORY_SHARE if memory_gib is None else memory_gib * 2**30
     unique = {run.name: run for run in runs}
     pool = _Pool(unique, folder, jobs, threads, limit)
@@ -98,6 +95,17 @@ def run_sweep(
             f"{len(pool.failed)} of {len(unique)} runs failed; {name}: {reason} (see {folder / name / LOG})"
         )
     return {name: RunResults.read(folder / name) for name in unique}
+
+
+def check_limits(**limits: float | None) -> None:
+    """Check the limits of :func:`run_sweep`, by their names; None is for a default.
+
+    Raises:
+        ValueError: if one is not positive.
+    """
+    for name, value in limits.items():
+        if value is not None and not value > 0:  # which also refuses what is not a number
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 @dataclass

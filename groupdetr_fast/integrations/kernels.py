@@ -62,16 +62,19 @@ def is_tested(version: str, tested: tuple[Version, Version]) -> bool:
     return first <= numbers and numbers[: len(last)] <= last
 
 
-def can_serve(package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool) -> bool:
+def can_serve(
+    package: str, version: str, tested: tuple[Version, Version], *, has_kernels: bool, stacklevel: int = 3
+) -> bool:
     """Whether kernels may be put into a model of another package.
 
     Args:
         package, version: of the model.
         tested: the first version and the last minor version that the tests ran with.
         has_kernels: whether there is any compiled kernel for it.
+        stacklevel: of the warning: 3 is the caller's caller, and 4 the one above.
 
     Returns:
-        Whether the version is one of these, and there is a kernel; if not, the caller's caller is warned.
+        Whether the version is one of these, and there is a kernel; if not, there is a warning.
     """
     first, last = (".".join(map(str, each)) for each in tested)
     if not is_tested(version, tested):
@@ -82,5 +85,5 @@ def can_serve(package: str, version: str, tested: tuple[Version, Version], *, ha
         reason = "groupdetr_fast was installed without its compiled kernels"
     else:
         return True
-    warnings.warn(f"{reason}: the model is unchanged", stacklevel=3)
+    warnings.warn(f"{reason}: the model is unchanged", stacklevel=stacklevel)
     return False

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import ClassVar, Literal
 
-__all__ = ["BaseConfig", "DenoisingConfig", "DetectorConfig"]
+__all__ = ["BaseConfig", "DenoisingConfig", "DetectorConfig", "check_temperature"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,11 @@ class BaseConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.encoder_layers < 0:
-            raise ValueError(f"encoder_layers must not be negative, got {self.encoder_layers}")
+        for name in ("encoder_layers", "frozen_stages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.backbone_stages is not None and self.backbone_stages < 1:
+            raise ValueError(f"backbone_stages must be at least 1, got {self.backbone_stages}")
         if self.d_model < 1 or self.d_model % self.num_heads or self.d_model % 4:
             raise ValueError(f"d_model must be a multiple of 4 and of num_heads={self.num_heads}, got {self.d_model}")
         if not 0 <= self.dropout < 1:
@@ -83,6 +86,13 @@ class DetectorConfig(BaseConfig):
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.focal_alpha <= 1:
+            raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
+        if not 0 <= self.focal_gamma < math.inf:
+            raise ValueError(f"focal_gamma must not be negative and must be finite, got {self.focal_gamma}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig(DetectorConfig):
@@ -107,7 +117,17 @@ class DenoisingConfig(DetectorConfig):
             raise ValueError(f"denoising_queries must not be negative, got {self.denoising_queries}")
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise must be in [0, 1], got {self.label_noise}")
-        if self.box_noise < 0:
-            raise ValueError(f"box_noise must not be negative, got {self.box_noise}")
+        if not 0 <= self.box_noise < math.inf:
+            raise ValueError(f"box_noise must not be negative and must be finite, got {self.box_noise}")
         if self.denoising_scope not in ("first", "every"):
             raise ValueError(f'denoising_scope must be "first" or "every", got {self.denoising_scope!r}')
+
+
+def check_temperature(position_temperature: float) -> None:
+    """Check the base of the wave lengths of a position embedding.
+
+    Raises:
+        ValueError: if it is not positive and finite.
+    """
+    if not 0 < position_temperature < math.inf:
+        raise ValueError(f"position_temperature must be positive and finite, got {position_temperature}")

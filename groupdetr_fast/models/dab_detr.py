@@ -17,7 +17,7 @@ from ..layers.initialization import initialize_heads, initialize_matrices
 from ..layers.mlp import ANCHOR_EPS, MLP, inverse_sigmoid
 from ..layers.position import sine_position_embedding
 from ..targets import PackedTargets
-from .config import DetectorConfig
+from .config import DetectorConfig, check_temperature
 from .detector import group_rows
 from .output import DetectorOutput
 from .single_level import SingleLevelDetr
@@ -34,6 +34,10 @@ class DabDetrConfig(DetectorConfig):
     """
 
     position_temperature: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_temperature(self.position_temperature)
 
 
 class DabDecoder(nn.Module):

@@ -9,7 +9,7 @@ from ..layers.backbone import Backbone
 from ..layers.deformable_attention import initialize_deformable
 from ..layers.deformable_encoder import DeformableEncoder
 from ..layers.deformable_levels import InputProjections, Levels, join_levels
-from .config import DetectorConfig
+from .config import DetectorConfig, check_temperature
 from .detector import Detector
 
 __all__ = ["DeformableConfig", "DeformableDetector"]
@@ -37,6 +37,7 @@ class DeformableConfig(DetectorConfig):
         super().__post_init__()
         if self.num_points < 1:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        check_temperature(self.position_temperature)
         if not 1 <= self.backbone_levels <= self.num_levels:
             raise ValueError(
                 f"backbone_levels must be in [1, num_levels], got {self.backbone_levels} of {self.num_levels} levels"

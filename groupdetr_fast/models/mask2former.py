@@ -6,6 +6,7 @@ tokens inside that mask, of one map after another, and then the queries of its g
 about groups.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -75,8 +76,10 @@ class Mask2FormerConfig(BaseConfig):
         for name in ("num_levels", "num_points", "encoder_dim_feedforward", "loss_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.oversample_ratio < 1:
-            raise ValueError(f"oversample_ratio must be at least 1, got {self.oversample_ratio}")
+        if not 1 <= self.oversample_ratio < math.inf:
+            raise ValueError(f"oversample_ratio must be at least 1 and finite, got {self.oversample_ratio}")
+        if not 0 <= self.no_object_weight < math.inf:
+            raise ValueError(f"no_object_weight must not be negative and must be finite, got {self.no_object_weight}")
         if not 0 <= self.importance_ratio <= 1:
             raise ValueError(f"importance_ratio must be in [0, 1], got {self.importance_ratio}")
 

@@ -1,6 +1,5 @@
 """Which detections are kept: of which classes, and from which score on."""
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.postprocess import check_selection
+from ..spelling import did_you_mean
 from ..yaml_files import read_yaml
 from .settings import InferenceSettings
 
@@ -132,13 +132,10 @@ class _Names:
     def _unknown(self, name: str) -> str:
         if not self.names:
             return f"there is no class {name!r}: the checkpoint has no names of classes; give their numbers"
-        lower = {each.lower(): each for each in self.by_name}
-        close = difflib.get_close_matches(name.strip().lower(), lower, n=1)
-        if close:
-            return f"there is no class {name!r}: did you mean {lower[close[0]]!r}?"
         shown = list(self.by_name)[:MOST_NAMES]
         more = len(self.by_name) - len(shown)
-        return f"there is no class {name!r}: there are {', '.join(shown)}" + (f", and {more} more" if more else "")
+        known = f": there are {', '.join(shown)}" + (f", and {more} more" if more else "")
+        return f"there is no class {name!r}{did_you_mean(name, self.by_name, otherwise=known)}"
 
 
 def _split(classes: Classes, names: _Names) -> Sequence[str | int]:

@@ -1,6 +1,5 @@
 """Weights of classes in the class loss, from the data or from a file."""
 
-import difflib
 import logging
 import reprlib
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from ..build import build_criterion
 from ..data import CocoDataset
 from ..data.rare_classes import balanced_weights
+from ..spelling import did_you_mean
 from ..yaml_files import read_yaml
 from .config import BALANCED, CocoTrainingConfig
 
@@ -72,8 +72,7 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, float]:
     for key, weight in content.items():
         name = str(key)
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else f"; the classes are {', '.join(names)[:200]}"
+            hint = did_you_mean(name, names, otherwise=f"; the classes are {', '.join(names)[:200]}")
             raise ValueError(f"{path}: the data have no class {name!r}{hint}")
         if type(weight) not in (int, float) or not 0 < weight < float("inf"):
             raise ValueError(f"{path}: the weight of {name!r} must be a positive number, got {_shown(weight)}")

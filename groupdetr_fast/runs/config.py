@@ -1,17 +1,17 @@
 """The configuration of a run."""
 
-import difflib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..build import build_criterion
 from ..data import AugmentationConfig
 from ..data.config import DataConfig
 from ..field_types import take_field_types
 from ..losses.matcher import Assignment
 from ..models.checkpoints import CheckpointHeader, read_header
 from ..models.postprocess import check_selection
-from ..models.registry import model_config
+from ..spelling import did_you_mean
 from ..training.config import LoopSettings, OptimizationConfig
 from ..training.tracking import TrackerName
 from ..transformers_detector.families import check_accelerate_kernels, require_transformers
@@ -90,7 +90,8 @@ class CocoTrainingConfig(LoopSettings):
         if self.model.of_transformers:
             self._check_transformers()
         else:
-            model_config(self.model.model)  # which knows what detectors there are
+            # Whether targets can be assigned so, the criterion knows.
+            build_criterion(self.model.own_config(), assignment=self.assignment, positives=self.positives)
             check_accelerate_kernels(self.model.accelerate_kernels, self.model.model)
         if self.optimization.cuda_graphs and self.model.predicts_masks:
             raise ValueError(f"cuda_graphs are for detectors of boxes: leave it out for {self.model.model}")
@@ -117,8 +118,7 @@ class CocoTrainingConfig(LoopSettings):
         changes: dict[str, dict[str, Any]] = {name: {} for name in ("", *rooms)}
         for name, value in settings.items():
             if name not in owners:
-                close = difflib.get_close_matches(name, owners, n=1)
-                raise ValueError(f"there is no setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+                raise ValueError(f"there is no setting {name!r}{did_you_mean(name, owners)}")
             changes[owners[name]][name] = value
         replaced = {name: replace(config, **changes[name]) for name, config in rooms.items() if changes[name]}
         return replace(self, **replaced, **changes[""])
@@ -150,7 +150,8 @@ class CocoTrainingConfig(LoopSettings):
         """Refuse what models of transformers cannot do."""
         given = {name: getattr(self.optimization, name) for name in ("compile", "cuda_graphs", "groups_per_pass")}
         given["assignment"] = self.assignment != "group"
-        for name, value in {**given, "positives": self.positives}.items():
+        given["positives"] = self.positives is not None
+        for name, value in given.items():
             if value:
                 raise ValueError(f"{name} is not for models of transformers: leave it out for {self.model.model}")
         if self.class_weights is not None:

@@ -28,7 +28,7 @@ from ..training.engine import build_accelerator
 from ..training.faults import AGAIN, deaths_of_processes_explained, deaths_of_workers_explained
 from ..training.processes import on_main_process
 from .config import CocoTrainingConfig
-from .folder import holds_run
+from .folder import DETECTIONS, PREDICTIONS, holds_run
 from .loaders import evaluation_batch_size, evaluation_loader, evaluation_samples, evaluation_set
 from .report import write_report
 
@@ -133,7 +133,7 @@ def evaluate(
         evaluator = evaluator_of(dataset, config)
         evaluator.merge([found for found, _ in gathered])
         metrics = evaluator.summarize()
-        write_whole(config.output / "detections.json", _as_json(evaluator))
+        write_whole(config.output / DETECTIONS, _as_json(evaluator))
         # As in the metrics, the first of two processes that have seen an image.
         _draw(dataset, {number: found for _, each in reversed(gathered) for number, found in each.items()}, config)
         return metrics
@@ -236,6 +236,6 @@ def _draw(dataset: CocoDataset, detections: dict[int, dict[str, torch.Tensor]], 
         [dataset.ground_truth(index) for index in indices],
         [detections[dataset.image_ids[index]] for index in indices],
         dataset.class_names,
-        config.output / "predictions.png",
+        config.output / PREDICTIONS,
         score_threshold=PICTURE_THRESHOLD,
     )

@@ -2,12 +2,9 @@
 
 import csv
 import io
-from dataclasses import replace
 
 from ..evaluation.plots import draw_rates
 from ..files import write_whole
-from ..training.batch_size import check_auto
-from ..training.engine import Trainer, TrainerSettings, build_accelerator
 from ..training.faults import (
     AGAIN,
     deaths_of_processes_explained,
@@ -15,10 +12,8 @@ from ..training.faults import (
     lack_of_memory_explained,
 )
 from ..training.rate_finder import RateSweep, SweepSettings, sweep_rate
-from .batch_size import with_batch_size
-from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
-from .loaders import training_loader, training_samples, training_set
+from .trainer import trainer_of
 
 __all__ = ["find_rate"]
 
@@ -42,32 +37,16 @@ def find_rate(config: CocoTrainingConfig, settings: SweepSettings | None = None)
         ValueError: for settings that do not fit together.
     """
     settings = settings or SweepSettings()
-    config = replace(config, optimization=config.optimization.as_launched())
-    config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(
-        config.optimization, config.output, cudnn_attention=not config.model.of_transformers
-    )
-    check_auto(accelerator, config.optimization)
-    dataset = training_set(config)
-    samples = training_samples(dataset, config, accelerator.device)
-    config = with_batch_size(config, accelerator, dataset)
-    model = config.model.build(dataset.num_classes)
-    trainer = Trainer(
-        accelerator,
-        model,
-        criterion_of(config, model, class_weights_of(config, dataset)).to(accelerator.device),
-        training_loader(samples, config),
-        TrainerSettings(config.optimization, config.output, max_skipped_steps=WITHOUT_LIMIT),
-    )
+    trainer = trainer_of(config, max_skipped_steps=WITHOUT_LIMIT)
     with (
-        lack_of_memory_explained(config.optimization.images_per_batch),
+        lack_of_memory_explained(trainer.config.images_per_batch),
         deaths_of_processes_explained(AGAIN),
         deaths_of_workers_explained(trainer.state.loader.num_workers, AGAIN),
     ):
         sweep = sweep_rate(trainer, settings)
-    if accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:
         _write(sweep, config)
-    accelerator.end_training()
+    trainer.accelerator.end_training()
     return sweep
 
 

@@ -11,23 +11,34 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..files import read_json
+from ..training.checkpoint import BEST, CHECKPOINTS
 from ..training.processes import on_main_process
+from ..training.results import RESULTS
 from ..training.tracking import IDENTITIES
 from .kept_files import CLASS_WEIGHTS_FILE, TRANSFORMS_FILE, was_begun
-from .report import PAGE, PICTURES, THRESHOLDS
 
-__all__ = ["clear", "holds_run", "reserved"]
+__all__ = [
+    "DETECTIONS",
+    "PAGE",
+    "PICTURES",
+    "PREDICTIONS",
+    "THRESHOLDS",
+    "clear",
+    "holds_run",
+    "reserved",
+]
 
 LOCK = ".training.lock"
-RESULTS = "results.json"
+DETECTIONS, PREDICTIONS = "detections.json", "predictions.png"  # of an evaluation
+PAGE, PICTURES, THRESHOLDS = "index.html", "report", "class_thresholds.json"  # of the report
 KEYS_OF_RESULTS = {"optimization", "torch", "best_epoch", "epochs"}  # which every version has written
-CHECKPOINTS = "checkpoints/epoch_*"
+EPOCHS = f"{CHECKPOINTS}/epoch_*"
 # What is removed of a run: folders, and files. Somebody may have more in `checkpoints` and `report`.
-FOLDERS_OF_A_RUN = ("tensorboard", CHECKPOINTS, "checkpoints/best", "checkpoints/.*.unfinished")
+FOLDERS_OF_A_RUN = ("tensorboard", EPOCHS, f"{CHECKPOINTS}/{BEST}", f"{CHECKPOINTS}/.*.unfinished")
 FILES_OF_A_RUN = (
     RESULTS,
-    "detections.json",
-    "predictions.png",
+    DETECTIONS,
+    PREDICTIONS,
     PAGE,
     THRESHOLDS,
     f"{PICTURES}/*.png",
@@ -77,14 +88,14 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
     for path in [path for pattern in FILES_OF_A_RUN for path in folder.glob(pattern) if path.is_file()]:
         path.unlink()
-    for path in _folders(folder, ("checkpoints", PICTURES)):
+    for path in _folders(folder, (CHECKPOINTS, PICTURES)):
         if not (path.is_symlink() or any(path.iterdir())):
             path.rmdir()
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder has results or a checkpoint of a run, and not just files of somebody else by these names."""
-    return _has_results(folder) or bool(_folders(folder, [CHECKPOINTS]))
+    return _has_results(folder) or bool(_folders(folder, [EPOCHS]))
 
 
 def _has_results(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from ..evaluation.ground_truth import IouType
 from ..field_types import take_field_types
 from ..models import build_model, load_checkpoint, model_config
 from ..models.checkpoints import CheckpointHeader, CheckpointMismatch
+from ..models.config import BaseConfig
 from ..models.detector import Detector
 from ..prediction import describe_model
 from ..transformers_detector.families import of_transformers, require_transformers
@@ -57,6 +58,10 @@ class ModelConfig:
             its values (such as 0.1); None for groups that begin independently of each other. Groups that a checkpoint
             ``load`` has stay as they are.
         accelerate_kernels: let a model of transformers compute with the kernels of this package.
+
+    Raises:
+        ValueError: for a detector that there is not, a setting that it does not have, and a value of another type or
+            out of bounds.
     """
 
     model: str = "conditional_detr_r50"
@@ -86,6 +91,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         take_field_types(self, ModelConfig)
+        if self.num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {self.num_groups}")
+        if not self.of_transformers:
+            self.own_config()  # which checks the settings that it has, and that it has them
         if self.group_init_noise is not None and not 0 <= self.group_init_noise < math.inf:
             raise ValueError(f"group_init_noise must be at least 0, got {self.group_init_noise}")
 
@@ -117,9 +126,13 @@ class ModelConfig:
         """What the metric compares: the masks of a detector that predicts some, else boxes."""
         return "segm" if self.predicts_masks else "bbox"
 
+    def own_config(self) -> BaseConfig:
+        """The configuration of the detector, which is one of this package, with its own number of classes."""
+        return model_config(self.model, num_groups=self.num_groups, **self._overrides())
+
     def resolved_num_queries(self) -> int:
         """``num_queries``, or what None stands for in this detector, which is one of this package."""
-        return self.num_queries or model_config(self.model).num_queries
+        return self.own_config().num_queries
 
     def build(self, num_classes: int, *, resumed: Path | None = None) -> "Detector | TransformersDetector":
         """The detector as a training begins with it, with the weights of ``load`` if that is given.

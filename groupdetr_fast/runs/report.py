@@ -21,13 +21,13 @@ from ..files import read_json, write_json, write_whole
 from ..pages import embedded_picture, html_page, html_table
 from ..training.selection import best_epoch
 from .config import CocoTrainingConfig
+from .folder import DETECTIONS, PAGE, PICTURES, THRESHOLDS
 from .kept_files import CONFIG_FILE
 
-__all__ = ["PAGE", "PICTURES", "THRESHOLDS", "write_report"]
+__all__ = ["write_report"]
 
 logger = logging.getLogger(__name__)
 
-PAGE, PICTURES, THRESHOLDS = "index.html", "report", "class_thresholds.json"
 WORST_IMAGES = 6
 
 
@@ -69,7 +69,7 @@ def _write(
 ) -> Path:
     folder = config.output / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
-    results = read_json(config.output / "detections.json") or []
+    results = read_json(config.output / DETECTIONS) or []
     diagnosis = diagnose(dataset.annotation_file, results, config.model.iou_type)
     write_json(config.output / THRESHOLDS, {each.name: each.threshold for each in diagnosis.classes})
     sections = [_summary(config, dataset, metrics, history)]

@@ -9,11 +9,11 @@ from ..data.categories import difference_in_words
 from ..files import read_json
 from ..models.checkpoints import read_header
 from ..training.checkpoint import WEIGHTS, resumable_checkpoints
+from ..training.results import RESULTS
 from ..training.selection import has_ended
 from .config import CocoTrainingConfig
-from .folder import RESULTS
+from .folder import PAGE
 from .kept_files import CONFIG_FILE, begun_with, was_begun, with_kept_files
-from .report import PAGE
 
 __all__ = ["described_checkpoint", "require_data", "require_same_run", "seems_ended", "warn_of_changes"]
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +18,20 @@ from ..evaluation.coco import format_table
 from ..files import read_json
 from ..models.checkpoints import CheckpointHeader
 from ..prediction import EVAL_SETTINGS
-from ..training.batch_size import check_auto
-from ..training.checkpoint import BEST, resumable_checkpoints
+from ..training.checkpoint import BEST, CHECKPOINTS, resumable_checkpoints
 from ..training.config import LoopSettings
 from ..training.display import RunLog
-from ..training.engine import Trainer, TrainerSettings, build_accelerator
+from ..training.engine import Trainer, TrainerSettings
 from ..training.faults import deaths_of_processes_explained, lack_of_memory_explained
 from ..training.gradients import Observe
 from ..training.processes import on_main_process
+from ..training.results import RESULTS
 from ..training.tracking import check_trackers, log_picture
 from .batch_size import with_batch_size
 from .class_weights import class_weights_of, criterion_of
 from .config import CocoTrainingConfig
 from .evaluate import evaluate, rehearse_evaluation, warn_of_other_categories
-from .folder import RESULTS, clear, reserved
+from .folder import PAGE, PREDICTIONS, clear, reserved
 from .kept_files import keep_files
 from .loaders import (
     evaluation_loader,
@@ -41,8 +41,9 @@ from .loaders import (
     training_samples,
     training_set,
 )
-from .report import PAGE, write_report
+from .report import write_report
 from .resuming import described_checkpoint, require_data, require_same_run, seems_ended, warn_of_changes
+from .trainer import launched
 
 __all__ = ["train"]
 
@@ -71,13 +72,8 @@ def train(config: CocoTrainingConfig, *, observe: Observe | None = None) -> dict
     """
     if config.eval_only:
         raise ValueError("eval_only is not a training: call runs.evaluate.evaluate_checkpoint")
-    config = replace(config, optimization=config.optimization.as_launched())
     check_trackers(config.track)
-    config.output.mkdir(parents=True, exist_ok=True)
-    accelerator = build_accelerator(
-        config.optimization, config.output, cudnn_attention=not config.model.of_transformers
-    )
-    check_auto(accelerator, config.optimization)
+    config, accelerator = launched(config)
     with (
         reserved(accelerator, config.output, resume=config.resume, overwrite=config.overwrite),
         deaths_of_processes_explained(),
@@ -150,7 +146,7 @@ def _train(
     def evaluate_epoch(trainer: Trainer) -> dict[str, Any]:
         model, display = trainer.state.model, trainer.progress.display
         metrics = evaluate(accelerator, model, val_loader, data.val_set, config, trainer.stop_if_asked, display)
-        picture = config.output / "predictions.png"
+        picture = config.output / PREDICTIONS
         log_picture(accelerator, "predictions", picture, trainer.state.batches, read=as_rgb)
         return metrics
 
@@ -192,7 +188,7 @@ def _say_results(config: CocoTrainingConfig, results: dict[str, Any], page: Path
     if page is not None:
         print(f"report: {page}")
     if results["best_epoch"] is not None:
-        print(f"best epoch: {results['best_epoch']}, in {config.output / 'checkpoints' / BEST}")
+        print(f"best epoch: {results['best_epoch']}, in {config.output / CHECKPOINTS / BEST}")
     print(f"results: {config.output}")
 
 

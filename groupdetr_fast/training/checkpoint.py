@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
-BEST = "best"
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders: in that of a run, and in the first
 
 
 class CheckpointError(ValueError):
@@ -72,7 +72,7 @@ def save_checkpoint(
         CheckpointError: if it cannot be written, as on a full disk. Older checkpoints are then as they were.
     """
     name = f"epoch_{epoch:04d}" + (f"_batch_{batches:06d}" if batches else "")
-    folder = run / "checkpoints" / name
+    folder = run / CHECKPOINTS / name
     unfinished = folder.with_name(f".{name}.unfinished")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
@@ -127,7 +127,7 @@ def amend_checkpoint(folder: Path, metadata: dict[str, Any], **changes: Any) -> 
 
 def resumable_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that can be resumed, newest first."""
-    return sorted((path.parent for path in (run / "checkpoints").glob(f"epoch_*/{STATE}")), reverse=True)
+    return sorted((path.parent for path in (run / CHECKPOINTS).glob(f"epoch_*/{STATE}")), reverse=True)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -159,8 +159,8 @@ def mark_best(run: Path, epoch: int) -> None:
     Raises:
         CheckpointError: if it cannot be written, as on a full disk.
     """
-    source = run / "checkpoints" / f"epoch_{epoch:04d}" / WEIGHTS
-    target = run / "checkpoints" / BEST / WEIGHTS
+    source = run / CHECKPOINTS / f"epoch_{epoch:04d}" / WEIGHTS
+    target = run / CHECKPOINTS / BEST / WEIGHTS
     # Someone may have removed the weights of old epochs; those that are marked are then the best still.
     if not source.exists() or (target.exists() and target.samefile(source)):
         return
@@ -197,14 +197,14 @@ def _remove_superseded(run: Path, newest: Path, keep: int) -> None:
     """Keep ``newest`` and the one before it resumable; those after it are damaged, or the run has gone back."""
     before = [folder for folder in resumable_checkpoints(run) if folder.name < newest.name]
     kept = {newest, *before[:1]}
-    for folder in (run / "checkpoints").glob("epoch_*"):
+    for folder in (run / CHECKPOINTS).glob("epoch_*"):
         if folder in kept:
             continue
         (folder / STATE).unlink(missing_ok=True)
         if "_batch_" in folder.name:
             shutil.rmtree(folder)
     if keep:
-        epochs = sorted(path for path in (run / "checkpoints").glob("epoch_*") if "_batch_" not in path.name)
+        epochs = sorted(path for path in (run / CHECKPOINTS).glob("epoch_*") if "_batch_" not in path.name)
         for folder in epochs[:-keep]:
             if folder not in kept:
                 shutil.rmtree(folder)

@@ -35,7 +35,7 @@ from .optimization import build_optimizer, build_scheduler, described_groups
 from .processes import agreed, anywhere
 from .progress import TrainingProgress, reset_peak_memory
 from .recompute import recompute_decoder_layers
-from .results import results_of, row_of_epoch
+from .results import RESULTS, results_of, row_of_epoch
 from .scaled_step import ScaledStep
 from .selection import best_epoch, epochs_without_gain, has_ended
 from .setup import build_accelerator, send_buffers_only_if_trained
@@ -410,7 +410,7 @@ class Trainer:
 
     def _write_results(self) -> None:
         if self.accelerator.is_main_process:
-            write_whole(self.settings.run / "results.json", json.dumps(self._results(), indent=1) + "\n")
+            write_whole(self.settings.run / RESULTS, json.dumps(self._results(), indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
         return results_of(self.state.history, self.config, self.settings.metadata)

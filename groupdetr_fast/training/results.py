@@ -12,7 +12,9 @@ from .progress import peak_memory_mib
 from .selection import best_epoch
 from .state import TrainingState
 
-__all__ = ["results_of", "row_of_epoch"]
+__all__ = ["RESULTS", "results_of", "row_of_epoch"]
+
+RESULTS = "results.json"  # in the folder of a run
 
 
 def row_of_epoch(state: TrainingState, *, graphs: bool) -> dict[str, Any]:

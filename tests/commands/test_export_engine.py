@@ -126,7 +126,7 @@ def test_shapes_follow_from_how_images_are_resized():
         EngineSettings(max_shape=(1, 320, 320)).profile(800, 1333)
     with pytest.raises(ValueError, match=r"opt_shape must be .* from 1 on; got \(0, 640, 640\)"):
         EngineSettings(opt_shape=(0, 640, 640))
-    with pytest.raises(ValueError, match="workspace must be more than 0 GiB, got 0"):
+    with pytest.raises(ValueError, match="workspace must be more than 0 GiB and finite, got 0"):
         EngineSettings(workspace=0)
 
 

@@ -31,10 +31,10 @@ from ultralytics.utils.patches import torch_load
 from groupdetr_fast.integrations.ultralytics import (
     AcceleratedTrainer,
     accelerate,
-    acceleration,
     criterion,
     group_trainer,
     group_training,
+    parts,
     restore,
 )
 from groupdetr_fast.integrations.ultralytics.groups import add_groups, has_groups, heads_of_others, remove_groups
@@ -45,7 +45,7 @@ K = 3
 @pytest.fixture(autouse=True)
 def _any_version(monkeypatch):
     """The tests say whether another version works, too."""
-    monkeypatch.setattr(acceleration, "__version__", "8.4.190")
+    monkeypatch.setattr(parts, "__version__", "8.4.190")
 
 
 @pytest.fixture
@@ -545,7 +545,7 @@ def test_what_was_not_tried_is_refused(folder, option, value):
 
 @pytest.mark.parametrize("version", ["8.4.0", "8.4.189", "8.5.0"])
 def test_other_versions_are_refused(version, monkeypatch):
-    monkeypatch.setattr(acceleration, "__version__", version)
+    monkeypatch.setattr(parts, "__version__", version)
     with pytest.raises(ValueError, match=f"not tested with ultralytics {version}: use ultralytics>=8.4.190,<8.5"):
         group_trainer(K)
 

@@ -38,9 +38,9 @@ from groupdetr_fast.integrations import kernels
 from groupdetr_fast.integrations.ultralytics import (
     AcceleratedTrainer,
     accelerate,
-    acceleration,
     attention,
     group_trainer,
+    parts,
     restore,
 )
 from groupdetr_fast.integrations.ultralytics import criterion as criteria
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.skipif(not attention.DEVICES, reason="groupdetr_fast wa
 @pytest.fixture(autouse=True)
 def _any_version(monkeypatch):
     """The tests say whether another version works, too."""
-    monkeypatch.setattr(acceleration, "__version__", "8.4.190")
+    monkeypatch.setattr(parts, "__version__", "8.4.190")
 
 
 @pytest.fixture
@@ -357,17 +357,18 @@ def test_subclasses_are_left_alone():
 
 @pytest.mark.parametrize("version", ["8.3.900", "8.4.0", "8.4.189", "8.5.0", "9.0.0"])
 def test_other_versions_are_left_alone(version, monkeypatch):
-    monkeypatch.setattr(acceleration, "__version__", version)
+    monkeypatch.setattr(parts, "__version__", version)
     model = model_of()
     match = rf"tested with ultralytics 8.4.190 to 8.4.\*, not {version}: the model is unchanged"
-    with pytest.warns(UserWarning, match=match):
+    with pytest.warns(UserWarning, match=match) as warned:
         assert accelerate(model) is model
+    assert warned[0].filename == __file__  # where the user called
     assert not exchanged_of(model)
 
 
 @pytest.mark.parametrize("version", ["8.4.190", "8.4.191", "8.4.1000"])
 def test_later_versions_of_the_tested_minor_one_are_accelerated(version, monkeypatch):
-    monkeypatch.setattr(acceleration, "__version__", version)
+    monkeypatch.setattr(parts, "__version__", version)
     assert exchanged_of(accelerate(model_of()))
 
 

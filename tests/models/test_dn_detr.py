@@ -31,7 +31,7 @@ def test_defaults_are_the_published_ones():
     [
         ({"denoising_queries": -1}, "denoising_queries must not be negative, got -1"),
         ({"label_noise": 1.5}, r"label_noise must be in \[0, 1\], got 1.5"),
-        ({"box_noise": -0.1}, "box_noise must not be negative, got -0.1"),
+        ({"box_noise": -0.1}, "box_noise must not be negative and must be finite, got -0.1"),
         ({"denoising_scope": "all"}, 'denoising_scope must be "first" or "every", got \'all\''),
         ({"num_heads": 3}, "d_model must be a multiple"),
     ],

@@ -10,6 +10,7 @@ import pytest
 from groupdetr_fast.data import AugmentationConfig, DataError
 from groupdetr_fast.runs.config import CocoTrainingConfig, ModelConfig
 from groupdetr_fast.runs.evaluate import evaluate_checkpoint
+from groupdetr_fast.runs.find_rate import find_rate
 from groupdetr_fast.runs.train import train
 from groupdetr_fast.training.config import OptimizationConfig
 
@@ -93,6 +94,34 @@ def test_settings_of_another_type_are_refused(settings, message):
         CocoTrainingConfig().with_settings(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+        ({"num_groups": 0, "model": "transformers:some/model"}, "num_groups must be at least 1, got 0"),
+        ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
+        ({"d_model": -8}, "d_model must be a multiple of 4 and of num_heads=8, got -8"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"d_model": 36}, "d_model must be a multiple of 4 and of num_heads=8, got 36"),
+        ({"encoder_layers": -1}, "encoder_layers must not be negative, got -1"),
+        ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"frozen_stages": -1}, "frozen_stages must not be negative, got -1"),
+        ({"backbone_stages": 0}, "backbone_stages must be at least 1, got 0"),
+        ({"l1_loss": -1}, "l1_loss must not be negative and must be finite, got -1.0"),
+        ({"loss_points": 0, "model": "mask2former_r50"}, "loss_points must be at least 1, got 0"),
+        ({"loss_points": 9}, "conditional_detr_r50 has no setting 'loss_points'; it has .*"),
+        ({"positives": 0}, "positives must be at least 1, got 0"),
+        ({"positives": -1}, "positives must be at least 1, got -1"),
+        ({"positives": 0, "model": "transformers:some/model"}, "positives is not for models of transformers: .*"),
+        ({"positives": 2, "assignment": "one_to_one"}, "assignment .*one_to_one.* one query, got positives=2"),
+        ({"assignment": "one_to_many", "model": "mask2former_r50"}, "Mask2FormerConfig is trained with .* alone"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        CocoTrainingConfig().with_settings(**settings)
+
+
 def test_settings_as_people_give_them_in_python_get_their_types():
     run = CocoTrainingConfig().with_settings(
         lr=1,
@@ -116,6 +145,18 @@ def test_settings_as_people_give_them_in_python_get_their_types():
         output=Path("runs/x"),
     )
     assert repr(run) == repr(expected)  # 1 equals 1.0 and has another text
+
+
+@pytest.mark.parametrize("begin", [train, find_rate], ids=["train", "find_rate"])
+def test_what_devices_or_launchers_refuse_leaves_no_folder(config, begin, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    half = replace(config, optimization=replace(config.optimization, precision="fp16"))
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        begin(half)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="precision is fp16 in this run and bf16 for accelerate launch"):
+        begin(half)
+    assert not config.output.exists()
 
 
 def test_graphs_of_detectors_of_masks_are_refused():

@@ -33,7 +33,7 @@ def test_models_of_transformers_do_without_cudnn_attention(begin, of_transformer
     def build(*arguments, cudnn_attention):
         raise InterruptedError(cudnn_attention)
 
-    monkeypatch.setattr(sys.modules[begin.__module__], "build_accelerator", build)
+    monkeypatch.setattr("groupdetr_fast.runs.trainer.build_accelerator", build)
     monkeypatch.setattr(type(config.model), "of_transformers", property(lambda model: of_transformers))
     with pytest.raises(InterruptedError, match=str(not of_transformers)):
         begin(config)

@@ -26,7 +26,7 @@ from groupdetr_fast import cli
 from groupdetr_fast.data import AugmentationConfig
 from groupdetr_fast.evaluation.coco import CocoEvaluator
 from groupdetr_fast.layers.backbone import Backbone
-from groupdetr_fast.runs import train
+from groupdetr_fast.runs import train, trainer
 from groupdetr_fast.training import batch_size
 from groupdetr_fast.training.engine import Trainer
 
@@ -47,7 +47,7 @@ def config_of(folder, output, **optimization):
 
 def shard_weights(layers=("TransformerEncoderLayer", "ConditionalDecoderLayer")):
     """Turn FSDP on, which Accelerate does on GPUs alone; ``layers`` are the classes that are sharded on their own."""
-    original = train.build_accelerator
+    original = trainer.build_accelerator
 
     def sharding(*args, **kwargs):
         accelerator = original(*args, **kwargs)
@@ -59,7 +59,7 @@ def shard_weights(layers=("TransformerEncoderLayer", "ConditionalDecoderLayer"))
         accelerator.state.distributed_type = DistributedType.FSDP
         return accelerator
 
-    train.build_accelerator = sharding
+    trainer.build_accelerator = sharding
 
 
 def forbid_writing(folder):

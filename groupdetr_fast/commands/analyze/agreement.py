@@ -18,7 +18,6 @@ class AgreementCommand(OverSteps):
 
     def __call__(self) -> None:
         rows = self.rows_of(
-            "agreement",
             mean_agreement,
             lambda row: f"cosine {row['decoder']:.3f} in the decoder, loss {row['loss']:.3f}",
         )

@@ -14,7 +14,7 @@ from ...analysis.experiments import Cell, Row
 from ...analysis.report import Measurement, write_measurement
 from ...analysis.run import Run, RunResults
 from ...analysis.steps import train_and_measure
-from ...analysis.sweep import default_jobs, run_sweep
+from ...analysis.sweep import check_limits, default_jobs, run_sweep
 from ...data import AugmentationConfig
 from ...data.config import DataConfig
 from ...models.checkpoints import CheckpointHeader, read_header
@@ -106,19 +106,19 @@ class OverSteps(Analysis):
         for name in ("every", "batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _ = self.images  # which refuses "auto": captions say of how many images a measurement is
 
-    def rows_of(self, name: str, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
+    def rows_of(self, measure: Callable[..., Row], words: Callable[[Row], str]) -> list[Row]:
         """Train and measure.
 
         Args:
-            name: of the folder for the training's files.
             measure: see ``analysis.steps.train_and_measure``.
             words: what to print of a measurement as soon as it is made.
         """
         torch.set_num_threads(self.threads)
         rows = []
         limits = {"steps": self.steps, "every": self.every, "batches": self.batches}
-        for row in train_and_measure(self.training(), self.output / name, measure, **limits):
+        for row in train_and_measure(replace(self.training(), output=self.output), measure, **limits):
             rows.append(row)
             print(f"step {row['step']}: {words(row)}", flush=True)
         return rows
@@ -158,6 +158,7 @@ class Sweep(Analysis):
         super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        check_limits(jobs=self.jobs, memory_gib=self.memory_gib, gpu_memory_gib=self.gpu_memory_gib)
         if not 0 <= self.nms_threshold <= 1:
             raise ValueError(f"nms_threshold must be in [0, 1], got {self.nms_threshold}")
 

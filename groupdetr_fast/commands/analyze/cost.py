@@ -31,6 +31,12 @@ class CostCommand(Analysis):
         for name, least in {"steps": 1, "warmup": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        _ = self.images  # which refuses "auto": it could be another number for each K
+
+    @property
+    def images(self) -> int:
+        """Images of an optimiser step."""
+        return self.optimization.images_per_batch * self.optimization.accumulate
 
     def __call__(self) -> None:
         training, rows = self.training(), []
@@ -38,15 +44,14 @@ class CostCommand(Analysis):
             settings = CostSettings(experiments.with_groups(training, num_groups), self.warmup, self.steps)
             measured = measure_cost(settings, self.output / "cost" / f"k{num_groups:02d}", threads=self.threads)
             rows.append({"num_groups": num_groups, **measured})
-        images = training.optimization.images_per_batch * training.optimization.accumulate
         processor = f"CPU, {count_of(self.threads, 'thread')}"
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
         self.write(
             "cost",
             plots.draw_cost(rows),
             "What groups cost in training",
-            f"Seconds of an optimiser step on {images} images (median, 20th and 80th percentile of {self.steps} steps, "
-            "without loading images), and peak memory of the process or GPU, in MiB; "
+            f"Seconds of an optimiser step on {self.images} images (median, 20th and 80th percentile of "
+            f"{self.steps} steps, without loading images), and peak memory of the process or GPU, in MiB; "
             f"{device}, seed {self.optimization.seed}.",
             rows,
             rows,

@@ -26,7 +26,6 @@ class SpreadCommand(OverSteps):
 
     def __call__(self) -> None:
         rows = self.rows_of(
-            "spread",
             spread_of_queries,
             lambda row: (
                 f"loss {row['loss']:.2f}; over queries, contents differ by {row['content_first']:.1%} after the first "

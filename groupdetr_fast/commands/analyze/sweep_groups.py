@@ -24,6 +24,10 @@ class SweepGroupsCommand(Sweep):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_groups(self.groups)
+        if any(epochs < 1 for epochs in self.baseline_epochs):
+            raise ValueError(
+                f"baseline_epochs must be numbers from 1 on, got {', '.join(map(str, self.baseline_epochs))}"
+            )
 
     def __call__(self) -> None:
         training = self.training()

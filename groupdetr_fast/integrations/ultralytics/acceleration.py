@@ -3,16 +3,13 @@
 from typing import Any, TypeVar
 
 from torch import nn
-from ultralytics import RTDETR, __version__
+from ultralytics import RTDETR
 
-from ..kernels import can_serve, exchange_parts, serves_everywhere
-from . import attention, criterion, groups
+from . import parts
 from .exchange import SavedAsTheirs, set_class
+from .training import AcceleratedTrainer
 
-__all__ = ["NEEDED", "TESTED", "accelerate", "restore"]
-
-TESTED = ((8, 4, 190), (8, 4))  # the first version and the last minor version of ultralytics that the tests ran with
-NEEDED = "ultralytics>=8.4.190,<8.5"
+__all__ = ["accelerate", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,14 +43,7 @@ def accelerate(model: Model) -> Model:
         UserWarning: if the version of ultralytics is none that this was tested with, or no kernel is installed; the
             model is unchanged then.
     """
-    modules = _modules_of(model)
-    exchanges = [attention.exchange] if attention.DEVICES else []
-    exchanges += [criterion.exchange] if serves_everywhere("linear_assignment") else []
-    if not can_serve("ultralytics", __version__, TESTED, has_kernels=bool(exchanges)):
-        return model
-    if not exchange_parts(modules, exchanges):
-        raise ValueError(f"{type(model).__name__} has neither Ultralytics' deformable attention nor its RT-DETR")
-    if type(model) is RTDETR:
+    if parts.exchange(_module_of(model)) and type(model) is RTDETR:
         set_class(model, _RTDETR)
         model.predictor = None  # which has a copy of the model as it was
     return model
@@ -70,24 +60,20 @@ def restore(model: Model) -> Model:
     Raises:
         TypeError: if ``model`` is none that :func:`accelerate` takes.
     """
-    for module in _modules_of(model):
-        if groups.has_groups(module):
-            groups.remove_groups(module)
-        attention.put_back(module)
-        criterion.put_back(module)
+    parts.put_back(_module_of(model))
     if type(model) is _RTDETR:
         set_class(model, RTDETR)
         model.predictor = None
     return model
 
 
-def _modules_of(model: Any) -> list[nn.Module]:
-    """Every module in which parts may be exchanged."""
+def _module_of(model: Any) -> nn.Module:
+    """The module in which parts may be exchanged."""
     module = model.model if isinstance(model, RTDETR) else model
     if not isinstance(module, nn.Module):
         what = f"an RTDETR of {module}" if isinstance(model, RTDETR) else type(model).__name__
         raise TypeError(f"model must be an RTDETR of a .pt or .yaml file, or a module, got {what}")
-    return list(module.modules())
+    return module
 
 
 class _RTDETR(SavedAsTheirs, RTDETR):
@@ -95,8 +81,6 @@ class _RTDETR(SavedAsTheirs, RTDETR):
 
     def train(self, trainer: type | None = None, **kwargs: Any) -> Any:
         """Their own, with the trainer of this package unless another is given."""
-        from .training import AcceleratedTrainer
-
         metrics = super().train(trainer or AcceleratedTrainer, **kwargs)
         accelerate(self.model)  # which Ultralytics has read from the best checkpoint
         return metrics

@@ -14,7 +14,7 @@ from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..kernels import is_tested
-from . import acceleration, kept_groups
+from . import kept_groups, parts
 from .groups import add_groups, has_groups, heads_of_others
 from .training import AcceleratedTrainer
 
@@ -71,10 +71,8 @@ def group_trainer(num_groups: int) -> type[AcceleratedTrainer]:
     """
     if type(num_groups) is not int or num_groups < 1:
         raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
-    if num_groups > 1 and not is_tested(acceleration.__version__, acceleration.TESTED):
-        raise ValueError(
-            f"groups of queries were not tested with ultralytics {acceleration.__version__}: use {acceleration.NEEDED}"
-        )
+    if num_groups > 1 and not is_tested(parts.__version__, parts.TESTED):
+        raise ValueError(f"groups of queries were not tested with ultralytics {parts.__version__}: use {parts.NEEDED}")
     return _class_of(num_groups)
 
 

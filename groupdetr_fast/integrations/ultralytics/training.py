@@ -7,8 +7,7 @@ from torch import nn
 from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.nn.tasks import load_checkpoint, yaml_model_load
 
-from . import kept_groups
-from .acceleration import accelerate
+from . import kept_groups, parts
 
 __all__ = ["AcceleratedTrainer"]
 
@@ -16,7 +15,7 @@ HEAD = "RTDETRDecoder"  # as descriptions of models have it
 
 
 class AcceleratedTrainer(RTDETRTrainer):
-    """Ultralytics' ``RTDETRTrainer`` whose model computes with this package's kernels; see :func:`accelerate`.
+    """Ultralytics' ``RTDETRTrainer`` whose model computes with this package's kernels; see ``acceleration.accelerate``.
 
     For ``RTDETR("rtdetr-l.yaml").train(data=..., trainer=AcceleratedTrainer)``, on one device or several, and to
     resume. What it writes has Ultralytics' own classes. A trainer that is to resume a training of
@@ -49,5 +48,5 @@ class AcceleratedTrainer(RTDETRTrainer):
     def setup_model(self) -> Any:
         """Their own, after which the model is accelerated, wherever it comes from: in DDP it is a pickled one."""
         checkpoint = super().setup_model()
-        accelerate(self.model)
+        parts.exchange(self.model)
         return checkpoint
