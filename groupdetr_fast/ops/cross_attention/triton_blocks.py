@@ -12,11 +12,11 @@ import triton.language as tl
 @triton.jit
 def find_list(order, problem, num_heads, keys):
     """Where the list of the image of ``problem`` starts, and how many keys of it are not padding; all without lists."""
-    list_start = (problem // num_heads).to(tl.int64) * (keys + 1)
+    image = problem // num_heads
     count = keys
     if order is not None:
-        count = tl.load(order + list_start + keys)
-    return list_start, count
+        count = tl.load(order + (image + 1).to(tl.int64) * keys + image)
+    return image.to(tl.int64) * keys + image, count
 
 
 @triton.jit
