@@ -69,7 +69,7 @@ class Call:
 
 def calls() -> list[Call]:
     """One of every op, and of the criterion at 6 layers, 2 images, 11 groups."""
-    made = [attention_call(), deformable_call(), class_loss_call()]
+    made = [attention_call(), cross_attention_call(), deformable_call(), class_loss_call()]
     logits, boxes, targets = torch.randn(1, 1, 1, 1), torch.rand(1, 1, 1, 4) / 2 + 0.2, packed(1, 1)
     made.append(Call("matching_cost", functools.partial(ops.matching_cost, logits, boxes, targets)))
     cost, one = torch.rand(1, 1, 1), torch.ones(1, dtype=torch.int64)
@@ -87,6 +87,20 @@ def attention_call() -> Call:
     run = functools.partial(ops.grouped_attention, query, key, value, groups)
     name = "grouped_attention"
     return Call(name, run, inputs, (name, (*plain, *settings)), (f"{name}_backward", backward))
+
+
+def cross_attention_call() -> Call:
+    """Of queries enough to be cut into chunks for the gradients of keys and values, as those of a training are."""
+    query = torch.randn(1, 513, 1, 16).bfloat16().requires_grad_()
+    key, value = (torch.randn(1, 2, 1, 16).bfloat16().requires_grad_() for _ in range(2))
+    padding, settings = torch.tensor([[False, True]]), (0.0, None, 0.25)
+    inputs = query, key, value
+    plain = tuple(tensor.detach() for tensor in inputs)
+    out = plain[0].clone()
+    backward = (out, *plain, padding, out, torch.zeros(1, 1, 513), *settings)
+    run = functools.partial(ops.cross_attention, *inputs, padding)
+    name = "cross_attention"
+    return Call(name, run, inputs, (name, (*plain, padding, *settings)), (f"{name}_backward", backward))
 
 
 def deformable_call() -> Call:

@@ -45,6 +45,8 @@ def assert_as_undisturbed(runs, folder, tmp_path):
 @pytest.fixture
 def one_gpu(monkeypatch, server):
     """A GPU for the sweep to share out, with 100 MiB in use; the runs have none and train on the CPU."""
+    # Lightning sets it when it is imported, and torch would then take the number below for what there is.
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpus, "_memory", lambda name: (100 * 2**20, 10_000 * 2**20))
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)

@@ -40,7 +40,7 @@ def test_every_call_is_measured(tmp_path, monkeypatch):
     ways = {(row["op"], row["way"]) for row in found}
     assert {(call.name, way) for call in op_host.calls() for way in (op_host.HERE, op_host.PLAIN)} < ways
     of_parts = {row["op"]: row for row in found if "autograd" in row}
-    assert set(of_parts) == {"grouped_attention", "ms_deform_attn", "sigmoid_focal_loss"}
+    assert set(of_parts) == {"grouped_attention", "cross_attention", "ms_deform_attn", "sigmoid_focal_loss"}
     assert set(op_host.PARTS) <= set(of_parts["grouped_attention"])
     assert "launch" not in of_parts["ms_deform_attn"]
     op_host.write(found)

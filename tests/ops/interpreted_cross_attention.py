@@ -56,6 +56,19 @@ def check(inputs, padding, arguments, grad=None):
         )
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """A function that lets launches be made anew; it is called around every test, too."""
+
+    def forget_launches():
+        triton_launch._forward_launches.cache_clear()
+        triton_launch._backward_launches.cache_clear()
+
+    forget_launches()
+    yield forget_launches
+    forget_launches()
+
+
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Queries are cut into chunks though they are few."""
@@ -249,6 +262,15 @@ FAULTS = {
         "points = dropout_points(head_word0, places)",
         "points = dropout_points(0, places)",
     ),
+    "sums of the other gradient": (
+        "_add_up(value_total, value_parts, value_size,",
+        "_add_up(value_total, key_parts, value_size,",
+    ),
+    "not all keys are summed": (
+        "_add_up(key_total, key_parts, key_size,",
+        "_add_up(key_total, key_parts, value_size,",
+    ),
+    "padding is counted": ("order + image * (keys + 1) + keys, count)", "order + image * (keys + 1) + keys, keys)"),
     "a chunk too short": ("tl.minimum(start + queries_per_chunk, queries), start)", "start + 32, start)"),
     "chunks start alike": ("start = tl.program_id(1) * queries_per_chunk", "start = tl.program_id(1) * 0"),
     "padding gets gradients": ("visible = (places < count)[:, None]", "visible = (places < keys)[:, None]"),
@@ -258,7 +280,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault, tmp_path, monkeypatch, short_chunks):
+def test_faults_are_found(fault, tmp_path, monkeypatch, short_chunks, forget):
     right, wrong = FAULTS[fault]
     source = Path(triton_kernels.__file__).read_text()
     assert right in source
@@ -277,5 +299,6 @@ def test_faults_are_found(fault, tmp_path, monkeypatch, short_chunks):
     for name, kernel in zip(names, kernels.values(), strict=True):
         monkeypatch.setattr(triton_launch, name, kernel)
     monkeypatch.setattr(triton_launch, "_TILES", tiles)
+    forget()
     with pytest.raises(AssertionError):
         check(inputs, padding, settings(0.3))

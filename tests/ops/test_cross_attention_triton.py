@@ -48,7 +48,7 @@ def test_chunks_cover_all_queries(batch, queries, keys, chunks):
     """Few programs become more, but none has next to nothing to do."""
     query = torch.empty(batch, queries, 8, 64, dtype=torch.float16, device="meta")
     key = torch.empty(batch, keys, 8, 64, device="meta")
-    found, in_each = triton_launch._chunks(triton_launch._call(query, key, key[..., :32], 0.0, 1.0))
+    found, in_each = triton_launch._chunks(triton_launch._call(query, key, key[..., :32], None, 0.0, 1.0))
     assert found == chunks
     assert (found - 1) * in_each < max(queries, 1) <= max(found * in_each, 1)
 

@@ -86,7 +86,9 @@ def recorder(monkeypatch):
 
 def forget():
     attention_launches = attention._forward_launch, attention._backward_launches
-    for function in (*attention_launches, matching._launch, focal._forward_launch, focal._backward_launch):
+    crossing_launches = crossing._forward_launches, crossing._backward_launches
+    others = matching._launch, focal._forward_launch, focal._backward_launch
+    for function in (*attention_launches, *crossing_launches, *others):
         function.cache_clear()
 
 
@@ -309,6 +311,13 @@ def test_sizes_that_change_change_the_launch(recorder):
     grids = [launch[0] for launch in recorder.launches]
     assert grids[:3] == grids[6:]
     assert grids[:3] != grids[3:6]
+
+
+@pytest.mark.parametrize(("queries", "padded", "launches"), [(40, True, 5), (40, False, 3), (1100, True, 6)])
+def test_attention_to_images_takes_few_launches(recorder, queries, padded, launches):
+    """Lists of keys in both passes, and sums of chunks where there are some, beside the three kernels of attention."""
+    crossing_calls(queries, 0.1, padded)
+    assert len(recorder.launches) == launches
 
 
 def test_no_kernel_of_triton_is_imported_on_a_cpu():

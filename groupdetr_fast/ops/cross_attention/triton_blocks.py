@@ -1,7 +1,8 @@
 """The parts of the Triton kernels of ``cross_attention``: which keys there are to see, and rows of memory by number.
 
-A kernel sees the keys of an image in the order of a list that names those which are not padding first. It stops where
-these end, so that padding takes no time and no score needs a mask, wherever in the image the padding is.
+A kernel sees the keys of an image in the order of a list that names those which are not padding first, and ends with
+their number. It stops where these end, so that padding takes no time and no score needs a mask, wherever in the image
+the padding is.
 """
 
 import triton
@@ -9,13 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def find_list(counts, problem, num_heads, keys):
+def find_list(order, problem, num_heads, keys):
     """Where the list of the image of ``problem`` starts, and how many keys of it are not padding; all without lists."""
-    image = (problem // num_heads).to(tl.int64)
+    image = problem // num_heads
     count = keys
-    if counts is not None:
-        count = tl.load(counts + image)
-    return image * keys, count
+    if order is not None:
+        count = tl.load(order + (image + 1).to(tl.int64) * keys + image)
+    return image.to(tl.int64) * keys + image, count
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def compile_case(
     """One tile of a kernel, for heads of ``dims`` channels: of queries and keys, and of values."""
     of_channels = ("query", "key", "value", "out", "grad_out", "grad_query")
     of_dropout = {"seed": "*i64", "row_words": "*i32"}
-    of_padding = {"order": "*i32", "counts": "*i32"}
+    of_padding = {"order": "*i32"}
     types = dict.fromkeys(of_channels, "*bf16" if precision == "half" else "*fp32")
     # The gradients of keys and values are partial sums where queries are cut into chunks.
     types |= dict.fromkeys(("lse", "delta", "grad_key", "grad_value"), "*fp32")
@@ -76,17 +76,21 @@ def compile_case(
 def _of_lists() -> CompileCase:
     kernel, launch = _cross_attention_order_kernel, _WALK
     constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"], "stride_ps": 1}
-    signature = kernel_signature(kernel, {"order": "*i32", "counts": "*i32", "padding": "*u8"}, constexprs)
+    signature = kernel_signature(kernel, {"order": "*i32", "padding": "*u8"}, constexprs)
     name = f"cross_attention/order/{launch['BLOCK']}"
-    return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, ("order", "counts", "padding"))
+    return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, ("order", "padding"))
 
 
 def _of_sums(dtype: str) -> CompileCase:
     kernel, launch = _cross_attention_sum_kernel, _WALK
     constexprs: dict[str, object] = {"BLOCK": launch["BLOCK"]}
-    signature = kernel_signature(kernel, {"total": f"*{dtype}", "parts": "*fp32"}, constexprs)
+    types = {
+        f"{of}_{what}": type_ for of in ("key", "value") for what, type_ in (("total", f"*{dtype}"), ("parts", "*fp32"))
+    }
+    signature = kernel_signature(kernel, types, constexprs)
     name = f"cross_attention/sum/{dtype}-{launch['BLOCK']}"
-    return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, ("total", "parts", "size"))
+    aligned = (*types, "key_size", "value_size")
+    return CompileCase(name, kernel, signature, constexprs, launch["num_warps"], 2, aligned)
 
 
 def _aligned(signature: dict[str, str]) -> tuple[str, ...]:

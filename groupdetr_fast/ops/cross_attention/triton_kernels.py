@@ -35,8 +35,7 @@ _NOT_SPECIALIZED = ["num_heads", "queries", "keys", "queries_per_chunk", "thresh
 
 @triton.jit(do_not_specialize=["keys"])
 def _cross_attention_order_kernel(
-    order,  # [B, S], contiguous: keys that are not padding, then those that are
-    counts,  # [B]: how many are not padding
+    order,  # [B, S + 1], contiguous: keys that are not padding, then those that are, and how many are not
     padding,
     stride_pb,
     stride_ps,
@@ -54,9 +53,9 @@ def _cross_attention_order_kernel(
         visible_before = count + tl.cumsum(visible, 0) - visible
         # The first key that is padding comes last.
         place = tl.where(visible != 0, visible_before, keys - 1 - (columns - visible_before))
-        tl.store(order + image * keys + place, columns, mask=is_key)
+        tl.store(order + image * (keys + 1) + place, columns, mask=is_key)
         count += tl.sum(visible, 0)
-    tl.store(counts + image, count)
+    tl.store(order + image * (keys + 1) + keys, count)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -66,8 +65,7 @@ def _cross_attention_fwd_kernel(
     query,
     key,
     value,
-    order,  # [B, S], contiguous, and counts [B]: see above; None without padding
-    counts,
+    order,  # [B, S + 1], contiguous: see above; None without padding
     seed,  # [1], None without dropout
     stride_qb,
     stride_ql,
@@ -100,7 +98,7 @@ def _cross_attention_fwd_kernel(
     blocks = tl.cdiv(queries, BLOCK)
     problem = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
-    list_start, count = find_list(counts, problem, num_heads, keys)
+    list_start, count = find_list(order, problem, num_heads, keys)
     query = of_problem(query, problem, num_heads, stride_qb, stride_qh)
     key = of_problem(key, problem, num_heads, stride_kb, stride_kh)
     value = of_problem(value, problem, num_heads, stride_vb, stride_vh)
@@ -158,7 +156,6 @@ def _cross_attention_bwd_query_kernel(
     out,  # [B, L, H, Dv], contiguous
     lse,  # [B, H, L], contiguous
     order,
-    counts,
     seed,  # [1], None without dropout
     stride_gb,
     stride_gl,
@@ -195,7 +192,7 @@ def _cross_attention_bwd_query_kernel(
     blocks = tl.cdiv(queries, BLOCK)
     problem = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
-    list_start, count = find_list(counts, problem, num_heads, keys)
+    list_start, count = find_list(order, problem, num_heads, keys)
     grad_out = of_problem(grad_out, problem, num_heads, stride_gb, stride_gh)
     query = of_problem(query, problem, num_heads, stride_qb, stride_qh)
     key = of_problem(key, problem, num_heads, stride_kb, stride_kh)
@@ -251,7 +248,6 @@ def _cross_attention_bwd_key_value_kernel(
     delta,
     row_words,  # [B, H, L, 2], contiguous; None without dropout
     order,
-    counts,
     seed,  # [1], None without dropout
     stride_gb,
     stride_gl,
@@ -291,7 +287,7 @@ def _cross_attention_bwd_key_value_kernel(
     blocks = tl.cdiv(keys, BLOCK)
     problem = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
-    list_start, count = find_list(counts, problem, num_heads, keys)
+    list_start, count = find_list(order, problem, num_heads, keys)
     grad_out = of_problem(grad_out, problem, num_heads, stride_gb, stride_gh)
     query = of_problem(query, problem, num_heads, stride_qb, stride_qh)
     key = of_problem(key, problem, num_heads, stride_kb, stride_kh)
@@ -355,8 +351,25 @@ def _cross_attention_bwd_key_value_kernel(
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def _cross_attention_sum_kernel(total, parts, size, num_parts, BLOCK: tl.constexpr):
-    """``total[i]`` as the sum of ``parts[0, i]``, ``parts[1, i]`` and so on, in this order."""
+def _cross_attention_sum_kernel(
+    key_total,
+    value_total,
+    key_parts,  # [num_parts, key_size], contiguous
+    value_parts,
+    key_size,
+    value_size,
+    num_parts,
+    BLOCK: tl.constexpr,
+):
+    """Sums of parts, in their order. The grid is (blocks of the larger size, 2): gradients of keys, and of values."""
+    if tl.program_id(1) == 0:
+        _add_up(key_total, key_parts, key_size, num_parts, BLOCK)
+    else:
+        _add_up(value_total, value_parts, value_size, num_parts, BLOCK)
+
+
+@triton.jit
+def _add_up(total, parts, size, num_parts, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     parts += place
     result = tl.zeros([BLOCK], tl.float32)

@@ -1,7 +1,8 @@
 """How the Triton kernels of ``cross_attention`` are launched: tiles, grids, and what is passed."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,6 +51,8 @@ _QUERIES_PER_CHUNK = 512
 
 _WALK = {"BLOCK": 1024, "num_warps": 4}  # of the kernels that go along a list, or along sums
 
+_Launch = Callable[..., None]  # of tensors
+
 
 def forward(
     query: Tensor,
@@ -61,16 +64,14 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch; what the kernels do not cover runs on the reference."""
-    if not _is_covered(query, value, scale):
+    strides = query.stride(), key.stride(), value.stride()
+    launches = _forward_launches(strides, *_call(query, key, value, padding, dropout_p, scale))
+    if launches is None:
         return cross_attention_reference(query, key, value, padding, dropout_p, seed, scale)
     batch, length, heads, _ = query.shape
     out = value.new_empty((batch, length, heads, value.shape[3]))
     lse = query.new_empty((batch, heads, length), dtype=torch.float32)
-    call = _call(query, key, value, dropout_p, scale)
-    strides = query.stride(), key.stride(), value.stride()
-    launch = _launch(_cross_attention_fwd_kernel, strides, call, 1, length)
-    if launch is not None:
-        launch(out, lse, query, key, value, *_order(padding), seed)
+    launches.attend(out, lse, query, key, value, _order(padding, launches.order), seed)
     return out, lse
 
 
@@ -87,122 +88,163 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; as :func:`forward`."""
-    if not _is_covered(query, value, scale):
+    strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
+    launches = _backward_launches(strides, *_call(query, key, value, padding, dropout_p, scale))
+    if launches is None:
         return cross_attention_backward_reference(
             grad_out, query, key, value, padding, out, lse, dropout_p, seed, scale
         )
     out, lse = out.contiguous(), lse.contiguous()  # as forward returned them
-    grad_query, delta = empty_as(query), empty_as(lse)
+    grad_query, grad_key, grad_value, delta = empty_as(query), empty_as(key), empty_as(value), empty_as(lse)
     row_words = None if seed is None else lse.new_empty((*lse.shape, 2), dtype=torch.int32)
-    call = _call(query, key, value, dropout_p, scale)
-    chunks, queries_per_chunk = _chunks(call)
-    strided = grad_out, query, key, value
-    strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
-    of_all = (*_order(padding), seed)
-    launch = _launch(_cross_attention_bwd_query_kernel, strides, call, 1, query.shape[1])
-    if launch is not None:
-        launch(grad_query, delta, row_words, *strided, out, lse, *of_all)
-    grads = tuple(
-        tensor.new_empty((chunks, *tensor.shape), dtype=tensor.dtype if chunks == 1 else torch.float32)
-        for tensor in (key, value)
-    )
-    launch = _launch(_cross_attention_bwd_key_value_kernel, strides, call, chunks, queries_per_chunk)
-    if launch is not None:
-        launch(*grads, *strided, lse, delta, row_words, *of_all)
-    grad_key, grad_value = (_add_up(parts, query.dtype) for parts in grads)
+    order = _order(padding, launches.order)
+    launches.of_query(grad_query, delta, row_words, grad_out, query, key, value, out, lse, order, seed)
+    of_chunks = grad_key, grad_value
+    if launches.chunks > 1:
+        of_chunks = tuple(lse.new_empty((launches.chunks, *grad.shape)) for grad in of_chunks)
+    launches.of_key_and_value(*of_chunks, grad_out, query, key, value, lse, delta, row_words, order, seed)
+    if launches.chunks > 1:
+        launches.sums(grad_key, grad_value, *of_chunks)
     return grad_query, grad_key, grad_value
 
 
-def _is_covered(query: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether the kernels can do it. They find the largest score before scaling; hence the condition on ``scale``."""
-    dims = query.shape[3], value.shape[3]
-    fits = query.dtype in DTYPES and all(1 <= dim <= MAX_DIM for dim in dims)
-    return fits and scale > 0 and has_tensor_cores(query.device)
-
-
 class _Call(NamedTuple):
-    """What a launch is known by, beside the strides of its tensors."""
+    """What a call is known by, beside the strides of query, key and value."""
 
     precision: str
+    dtype: torch.dtype
     query_shape: torch.Size
-    keys: int
+    key_shape: torch.Size
     value_dim: int
+    padding_strides: tuple[int, ...] | None
     dropout_p: float
     scale: float
+    tensor_cores: bool
+
+    def is_covered(self) -> bool:
+        """Whether the kernels can do it. They find the largest score before scaling, hence the condition on scale."""
+        dims = self.query_shape[3], self.value_dim
+        fits = self.dtype in DTYPES and all(1 <= dim <= MAX_DIM for dim in dims)
+        return fits and self.scale > 0 and self.tensor_cores
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float) -> _Call:
-    value_dim = value.shape[3]
-    precision = precision_of(query.dtype, query.shape[3], value_dim)
-    return _Call(precision, query.shape, key.shape[1], value_dim, dropout_p, scale)
+def _call(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float, scale: float) -> _Call:
+    shape, value_dim, dtype = query.shape, value.shape[3], query.dtype
+    precision = precision_of(dtype, shape[3], value_dim)
+    strides = None if padding is None else padding.stride()
+    tensor_cores = has_tensor_cores(query.device)
+    return _Call(precision, dtype, shape, key.shape, value_dim, strides, dropout_p, scale, tensor_cores)
 
 
-def _order(padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The list of keys of each image, ``[B, S]`` int32, and how many are not padding, ``[B]`` int32."""
+def _order(padding: Tensor | None, launch: _Launch) -> Tensor | None:
+    """The list of the keys of each image and how many are not padding, ``[B, S + 1]`` int32."""
     if padding is None:
-        return None, None
-    order = padding.new_empty(padding.shape, dtype=torch.int32)
-    counts = padding.new_empty(len(padding), dtype=torch.int32)
-    if len(padding):
-        numbers = (*padding.stride(), padding.shape[1])
-        _walk(_cross_attention_order_kernel, len(padding), *numbers)(order, counts, padding.view(torch.uint8))
-    return order, counts
+        return None
+    images, keys = padding.shape
+    order = padding.new_empty((images, keys + 1), dtype=torch.int32)
+    launch(order, padding.view(torch.uint8))
+    return order
+
+
+class _Forward(NamedTuple):
+    """The launches of a forward pass: of the list of keys, and of what reads it."""
+
+    order: _Launch
+    attend: _Launch
+
+
+class _Backward(NamedTuple):
+    """The launches of a backward pass.
+
+    Attributes:
+        order: the list of keys.
+        of_query: goes along queries.
+        of_key_and_value: goes along keys and values, in ``chunks`` of queries.
+        sums: adds up what the chunks gave.
+    """
+
+    order: _Launch
+    of_query: _Launch
+    of_key_and_value: _Launch
+    sums: _Launch
+    chunks: int
+
+
+_Strides = tuple[tuple[int, ...], ...]  # of query, key and value, in backward with those of the gradient first
+
+
+# The host has little time: small batches take the GPU some 20 microseconds.
+@functools.lru_cache(maxsize=1024)
+def _forward_launches(strides: _Strides, *call: Any) -> _Forward | None:
+    of_call = _Call(*call)
+    if not of_call.is_covered():
+        return None
+    return _Forward(_order_launch(of_call), _launch(_cross_attention_fwd_kernel, strides, of_call, 1, 0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(strides: _Strides, *call: Any) -> _Backward | None:
+    of_call = _Call(*call)
+    if not of_call.is_covered():
+        return None
+    chunks, in_each = _chunks(of_call)
+    of_query = _launch(_cross_attention_bwd_query_kernel, strides, of_call, 1, 0)
+    of_key_and_value = _launch(_cross_attention_bwd_key_value_kernel, strides, of_call, chunks, in_each)
+    return _Backward(_order_launch(of_call), of_query, of_key_and_value, _sum_launch(of_call, chunks), chunks)
 
 
 def _chunks(call: _Call) -> tuple[int, int]:
     """Into how many chunks the queries are cut for the gradients of keys and values, and how many are in each."""
     batch, length, heads, head_dim = call.query_shape
     tile = _tile(_cross_attention_bwd_key_value_kernel, call.precision, head_dim, call.value_dim)
-    programs = max(1, batch * heads * triton.cdiv(call.keys, tile.block))
+    programs = max(1, batch * heads * triton.cdiv(call.key_shape[1], tile.block))
     chunks = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(length, _QUERIES_PER_CHUNK))
     queries = tile.step * triton.cdiv(length, tile.step * max(chunks, 1))
     return max(1, triton.cdiv(length, max(queries, 1))), queries
 
 
-def _add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the chunks, ``[chunks, ...]`` to ``[...]``."""
-    if len(parts) == 1:
-        return parts[0]
-    total = parts.new_empty(parts.shape[1:], dtype=dtype)
-    size = total.numel()
-    if size:
-        _walk(_cross_attention_sum_kernel, triton.cdiv(size, _WALK["BLOCK"]), size, len(parts))(total, parts)
-    return total
-
-
-# The host has little time: small batches take the GPU some 20 microseconds.
-@functools.lru_cache(maxsize=1024)
-def _launch(
-    kernel: triton.JITFunction, strides: tuple[tuple[int, ...], ...], call: _Call, chunks: int, queries_per_chunk: int
-) -> Launch | None:
-    """A launch of a kernel that takes tensors, their strides, and sizes; None if there is nothing to do.
-
-    Args:
-        strides: of query, key and value, in backward with those of the gradient first.
-    """
+def _launch(kernel: triton.JITFunction, strides: _Strides, call: _Call, chunks: int, queries_per_chunk: int) -> _Launch:
+    """A launch of a kernel that takes tensors, their strides, and sizes."""
     batch, length, heads, head_dim = call.query_shape
+    keys = call.key_shape[1]
     tile = _tile(kernel, call.precision, head_dim, call.value_dim)
-    rows = call.keys if kernel is _cross_attention_bwd_key_value_kernel else length
-    blocks = batch * heads * triton.cdiv(rows, tile.block)
-    if blocks == 0:
-        return None
+    rows = keys if kernel is _cross_attention_bwd_key_value_kernel else length
     numbers = (
         *(stride for of_tensor in strides for stride in of_tensor),
         heads,
         length,
-        call.keys,
+        keys,
         queries_per_chunk,
         call.scale,
         int(call.dropout_p * 2**32),
         1 / (1 - call.dropout_p),
     )
     settings = constexprs_of(call.precision, head_dim, call.value_dim, tile) | tile.options()
-    return Launch(kernel, (blocks, chunks), numbers, settings)
+    return _unless_empty(kernel, (batch * heads * triton.cdiv(rows, tile.block), chunks), numbers, settings)
 
 
-@functools.lru_cache(maxsize=1024)
-def _walk(kernel: triton.JITFunction, blocks: int, *numbers: int) -> Launch:
-    return Launch(kernel, blocks, numbers, _WALK)
+def _order_launch(call: _Call) -> _Launch:
+    images, keys = call.key_shape[:2]
+    if call.padding_strides is None:
+        return _nothing
+    return _unless_empty(_cross_attention_order_kernel, (images,), (*call.padding_strides, keys), _WALK)
+
+
+def _sum_launch(call: _Call, chunks: int) -> _Launch:
+    keys = call.key_shape[:3].numel()
+    sizes = keys * call.key_shape[3], keys * call.value_dim
+    grid = triton.cdiv(max(sizes), _WALK["BLOCK"]), len(sizes)
+    return _unless_empty(_cross_attention_sum_kernel, grid, (*sizes, chunks), _WALK)
+
+
+def _unless_empty(
+    kernel: triton.JITFunction, grid: tuple[int, ...], numbers: tuple[float, ...], settings: Mapping[str, Any]
+) -> _Launch:
+    return Launch(kernel, grid, numbers, settings) if all(grid) else _nothing
+
+
+def _nothing(*tensors: Tensor | None) -> None:
+    """The launch of a grid without programs."""
 
 
 def _tile(kernel: triton.JITFunction, precision: str, head_dim: int, value_dim: int) -> Tile:
