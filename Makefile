@@ -15,9 +15,11 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_coco.py --overwrite
 
-# Every part of the package; test-all adds the tests marked slow (kernels at full length, every GPU architecture).
+# Every part of the package; test-all adds the tests marked slow (kernels at full length, every GPU architecture). So many
+# processes take the files with tests in turn, each some 3 GB; with 0, pytest runs them itself.
+TEST_PROCESSES ?= 2
 test: $(VENV)/.trackers
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" --durations=15 --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.trackers $(VENV)/.tensorrt
 	$(BIN)/python -m pytest --durations=15

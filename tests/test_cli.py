@@ -19,7 +19,8 @@ from groupdetr_fast.commands.env import running_version
             ["train", "--output", "{tmp}/run"],
             "error: give data_path, coco_path, or both val_images and val_annotations",
         ),
-        (["train", "--num-groups", "0", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
+        (["train", "--coco-path", "nowhere", "--output", "{tmp}"], "error: image folder nowhere"),
+        (["train", "--num-groups", "0", "--coco-path", "c"], "error: num_groups must be at least 1, got 0"),
         (
             ["eval", "{tmp}/none.pth", "--coco-path", "c"],
             "error: checkpoint: there is nothing at .*none.pth",

@@ -108,13 +108,15 @@ def _version(package: str) -> tuple[int, ...]:
 
 
 def _environment(stream: Path, end: float) -> dict[str, str]:
+    # What pytest is to run is no worker, even if this process is one.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return {
         # The workers compile the same kernels; the first one to need a kernel shares it with the others.
         "TRITON_CACHE_DIR": str(stream.parent / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(stream.parent / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "OMP_NUM_THREADS": "1",  # of each worker
-        **os.environ,
+        **inherited,
         "GROUPDETR_FAST_TESTS_STREAM": str(stream),
         "GROUPDETR_FAST_TESTS_END": str(end),
         "PYTHONPATH": python_path(ROOT, ROOT / "benchmarks"),

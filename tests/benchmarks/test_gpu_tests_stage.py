@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ def test_breaks(broken): pass
 """
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """No workers, which take long to begin; undone by ``monkeypatch.undo``."""
+    monkeypatch.setattr(stage, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+
+
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "tests.jsonl").read_text().splitlines()][1:]
 
@@ -34,7 +41,12 @@ def make_recorder(folder, minutes=1.0):
     return Recorder(folder, "tests", device=torch.device("cpu"), minutes=minutes, rehearsal=True, commit="none")
 
 
-def test_rows_of_failures_and_of_what_cannot_be_imported(tmp_path):
+@pytest.mark.parametrize("workers", [False, True])
+def test_rows_of_failures_and_of_what_cannot_be_imported(tmp_path, monkeypatch, workers):
+    if workers:
+        pytest.importorskip("xdist")
+        monkeypatch.undo()
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")  # as in a test that a worker runs
     (tmp_path / "test_it.py").write_text(FAILING)
     (tmp_path / "test_absent.py").write_text("import a_package_that_is_not_there\n")
     (tmp_path / "test_broken.py").write_text("1 / 0\n")

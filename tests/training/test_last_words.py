@@ -63,7 +63,12 @@ def test_what_the_first_says_need_not_be_said_again(launched, slept):
 def test_the_others_wait_for_the_first_that_is_slower(launched, slept):
     launched(0)
     store = last_words._store()
-    slept.do = lambda: store.set(last_words.KEY, "error")
+
+    def say():
+        store.set(last_words.KEY, "error")
+        store.get(last_words.KEY)  # the server has it now, whoever asks
+
+    slept.do = say
     launched(1)
     assert first_says("error")
     assert len(slept.pauses) == 1
