@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tensor_files import read_tensors
 from .frozen_batch_norm import FrozenBatchNorm2d
+from .residual_blocks import convolve, fold_norms
 
 __all__ = ["Backbone"]
 
@@ -102,6 +103,7 @@ class _ResNet(nn.Module):
                 f"the ImageNet weights of {name} cannot be downloaded ({error}): put {published.url} at {place}, "
                 "or give the file as backbone_weights"
             ) from None
+        fold_norms(network)
         self.num_levels = num_levels
         self.conv1, self.bn1 = network.conv1, network.bn1
         self.maxpool = network.maxpool
@@ -112,7 +114,7 @@ class _ResNet(nn.Module):
         self.num_channels = [network.fc.in_features // 2 ** (4 - stages + i) for i in reversed(range(num_levels))]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.bn1(self.conv1(x)).relu())
+        x = self.maxpool(convolve(self.conv1, self.bn1, x).relu_())
         levels = []
         for name in self.stage_names:
             x = self.get_submodule(name)(x)

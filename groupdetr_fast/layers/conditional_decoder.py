@@ -1,14 +1,15 @@
 """The decoder layer of Conditional DETR, with self-attention inside each group of queries."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import ops
 from ..groups import QueryGroups
 from .attention import attend, split_heads
+from .transformer_layer import TransformerLayer, relu_in_place
 
 __all__ = ["ConditionalDecoderLayer", "Memory"]
 
@@ -30,7 +31,7 @@ class _OutProjection(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
 
-class ConditionalDecoderLayer(nn.Module):
+class ConditionalDecoderLayer(TransformerLayer):
     """Grouped self-attention, conditional cross-attention and feed-forward block (Conditional DETR, section 3.3).
 
     Cross-attention adds the dot product of two spatial embeddings to that of the contents, by concatenating content and
@@ -49,7 +50,7 @@ class ConditionalDecoderLayer(nn.Module):
         dropout: float,
         *,
         first: bool,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = relu_in_place,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -93,7 +94,7 @@ class ConditionalDecoderLayer(nn.Module):
         """
         content = self.norm1(content + self._drop(self._attend_in_groups(content, query_pos, groups)))
         content = self.norm2(content + self._drop(self._attend_to_image(content, query_pos, query_sine, memory)))
-        return self.norm3(content + self._drop(self.linear2(self._drop(self.activation(self.linear1(content))))))
+        return self.norm3(content + self._feed_forward(content))
 
     def _attend_in_groups(self, content: Tensor, query_pos: Tensor, groups: QueryGroups) -> Tensor:
         query = self.sa_qcontent_proj(content) + self.sa_qpos_proj(query_pos)
@@ -121,6 +122,3 @@ class ConditionalDecoderLayer(nn.Module):
     def _join_in_heads(self, content: Tensor, position: Tensor) -> Tensor:
         """Two ``[B, L, d]`` -> ``[B, L, H, 2 d / H]``: each head holds its content, then its position."""
         return torch.cat((split_heads(content, self.num_heads), split_heads(position, self.num_heads)), dim=-1)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)

@@ -66,21 +66,29 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         value = self.value_proj(tokens)
         if levels.padding is not None:
-            value = value.masked_fill(levels.padding[..., None], 0)
-        offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+            value = torch.where(levels.padding[..., None], 0, value)
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1))
         # Half types resolve large maps no finer than a good part of a pixel.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
-        center = reference[:, :, None, :, None, :2]  # [B, Lq, 1, levels, 1, 2]
+        center = self._for_points(reference[..., :2])
         if reference.shape[-1] == 2:
-            unit = 1 / levels.sizes[:, None]
+            unit = self._for_points(1 / levels.sizes)
         else:
-            unit = reference[:, :, None, :, None, 2:] * (0.5 / self.num_points)
-        locations = torch.addcmul(center, offsets, unit)  # [B, Lq, H, levels, P, 2]
+            unit = self._for_points(reference[..., 2:] * (0.5 / self.num_points))
+        locations = torch.addcmul(center, offsets, unit)  # [B, Lq, H, levels * P * 2]
+        locations = locations.unflatten(-1, (self.num_levels, self.num_points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         return self.output_proj(
             ops.ms_deform_attn(split_heads(value, self.num_heads), levels.shapes, locations, weights)
         )
+
+    def _for_points(self, x: Tensor) -> Tensor:
+        """``[..., levels, 2]`` -> ``[..., 1, levels * P * 2]``, the same for every head and point.
+
+        Repeated in memory, as CPUs multiply rows of two numbers an order of magnitude more slowly than long ones.
+        """
+        return x[..., None, :, None, :].expand(*x.shape[:-2], 1, -1, self.num_points, -1).flatten(-3)
 
 
 def initialize_deformable(*modules: nn.Module) -> None:

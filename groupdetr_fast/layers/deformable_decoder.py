@@ -1,17 +1,17 @@
 """The decoder layer of Deformable DETR, with self-attention inside each group of queries."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..groups import QueryGroups
 from .deformable_attention import MultiScaleDeformableAttention
 from .deformable_levels import Levels
 from .grouped_self_attention import GroupedSelfAttention
+from .transformer_layer import TransformerLayer, relu_in_place
 
 __all__ = ["DeformableDecoderLayer", "boxes_in_levels"]
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(TransformerLayer):
     """Grouped self-attention, deformable cross-attention and feed-forward block.
 
     ``norm2`` follows self-attention and ``norm1`` cross-attention, the names of the original repositories.
@@ -27,6 +27,7 @@ class DeformableDecoderLayer(nn.Module):
         self.cross_attn = MultiScaleDeformableAttention(dim, num_heads, num_levels, num_points)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.activation = relu_in_place()
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
 
@@ -48,10 +49,7 @@ class DeformableDecoderLayer(nn.Module):
         """
         content = self.norm2(content + self._drop(self.self_attn(content, query_pos, groups)))
         content = self.norm1(content + self._drop(self.cross_attn(content + query_pos, reference, memory, levels)))
-        return self.norm3(content + self._drop(self.linear2(self._drop(self.linear1(content).relu()))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return self.norm3(content + self._feed_forward(content))
 
 
 def boxes_in_levels(boxes: Tensor, levels: Levels) -> Tensor:

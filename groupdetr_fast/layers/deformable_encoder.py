@@ -1,15 +1,15 @@
 """The encoder of Deformable DETR and of Mask2Former's pixel decoder: tokens of all levels attend to all levels."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .deformable_attention import MultiScaleDeformableAttention
 from .deformable_levels import Levels
+from .transformer_layer import TransformerLayer, relu_in_place
 
 __all__ = ["DeformableEncoder", "DeformableEncoderLayer"]
 
 
-class DeformableEncoderLayer(nn.Module):
+class DeformableEncoderLayer(TransformerLayer):
     """Deformable self-attention and feed-forward block, each followed by dropout, residual and layer norm."""
 
     def __init__(
@@ -20,15 +20,13 @@ class DeformableEncoderLayer(nn.Module):
         self.self_attn = MultiScaleDeformableAttention(dim, num_heads, num_levels, num_points)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.activation = relu_in_place()
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, levels: Levels) -> Tensor:
         tokens = self.norm1(tokens + self._drop(self.self_attn(tokens + position, reference, tokens, levels)))
-        return self.norm2(tokens + self._drop(self.linear2(self._drop(self.linear1(tokens).relu()))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return self.norm2(tokens + self._feed_forward(tokens))
 
 
 class DeformableEncoder(nn.Module):

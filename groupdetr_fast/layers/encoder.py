@@ -1,19 +1,26 @@
 """The transformer encoder of DETR (post-norm), used by every single-level detector."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .attention import SelfAttention
 from .mlp import MLP
+from .transformer_layer import TransformerLayer, relu_in_place
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
 
 
-class TransformerEncoderLayer(nn.Module):
+class TransformerEncoderLayer(TransformerLayer):
     """Self-attention and feed-forward block, each followed by dropout, residual and layer norm."""
 
     def __init__(
-        self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, activation: type[nn.Module] = nn.ReLU
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: Callable[[], nn.Module] = relu_in_place,
     ):
         super().__init__()
         self.dropout = dropout
@@ -26,10 +33,7 @@ class TransformerEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         x = self.norm1(x + self._drop(self.self_attn(x, position, padding)))
-        return self.norm2(x + self._drop(self.linear2(self._drop(self.activation(self.linear1(x))))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return self.norm2(x + self._feed_forward(x))
 
 
 class TransformerEncoder(nn.Module):
@@ -49,7 +53,7 @@ class TransformerEncoder(nn.Module):
         dim_feedforward: int,
         dropout: float,
         *,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = relu_in_place,
         scale_position: bool = False,
     ):
         super().__init__()

@@ -25,6 +25,7 @@ from ..layers.grouped_self_attention import GroupedSelfAttention
 from ..layers.initialization import initialize_matrices
 from ..layers.mlp import MLP
 from ..layers.position import image_position_embedding
+from ..layers.transformer_layer import TransformerLayer, relu_in_place
 from ..targets import PackedTargets
 from .config import BaseConfig
 from .detector import Detector, group_rows
@@ -195,7 +196,7 @@ def visible_tokens(mask_embeddings: Tensor, mask_features: Tensor) -> Tensor:
     return inside | ~inside.any(-1, keepdim=True)
 
 
-class Mask2FormerDecoderLayer(nn.Module):
+class Mask2FormerDecoderLayer(TransformerLayer):
     """Masked cross-attention, grouped self-attention and feed-forward block, in this order."""
 
     def __init__(self, config: Mask2FormerConfig):
@@ -207,6 +208,7 @@ class Mask2FormerDecoderLayer(nn.Module):
         self.self_attn = GroupedSelfAttention(dim, config.num_heads, config.dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, config.dim_feedforward)
+        self.activation = relu_in_place()
         self.linear2 = nn.Linear(config.dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
 
@@ -225,10 +227,7 @@ class Mask2FormerDecoderLayer(nn.Module):
         """
         content = self.norm1(content + self._drop(self.cross_attn(content + query_pos, key, value, visible)))
         content = self.norm2(content + self._drop(self.self_attn(content, query_pos, groups)))
-        return self.norm3(content + self._drop(self.linear2(self._drop(self.linear1(content).relu()))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return self.norm3(content + self._feed_forward(content))
 
 
 class Mask2FormerDecoder(nn.Module):

@@ -1,6 +1,7 @@
 """What the detectors on a single feature map have in common: everything before their decoder."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ..layers.backbone import Backbone
 from ..layers.conditional_decoder import Memory
 from ..layers.encoder import TransformerEncoder
 from ..layers.position import image_position_embedding
+from ..layers.transformer_layer import relu_in_place
 from .config import DetectorConfig
 from .detector import Detector
 
@@ -34,7 +36,7 @@ class SingleLevelDetr(Detector):
         self,
         config: DetectorConfig,
         *,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = relu_in_place,
         scale_position: bool = False,
         position_temperature: float = 10000.0,
     ):
