@@ -1,5 +1,5 @@
 // The counter-based generator of attention dropout, shared by the CPU and the GPU kernels. Defined and explained in
-// groupdetr_fast/ops/grouped_attention/dropout.py.
+// groupdetr_fast/ops/_dropout.py.
 #pragma once
 
 #include <cstdint>

@@ -188,9 +188,14 @@ def _why_not(op: str, index: int | None) -> str:
     return (gpus.why_not_triton(index) if op in _in_triton else gpus.why_not_compiled(index)) or ""
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op has a kernel for ``"CPU"`` or ``"CUDA"``, where it would run on its reference otherwise."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
 def _kernel_kind(op: str, key: str) -> str:
     name = f"{NAMESPACE}::{op}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+    if not has_kernel(op, key):
         return "reference"
     owner = re.search(rf"^{key}: registered at (\S+)", torch._C._dispatch_dump(name), re.MULTILINE)
     compiled = owner is not None and re.search(r"\.(cpp|cu):\d+$", owner.group(1)) is not None

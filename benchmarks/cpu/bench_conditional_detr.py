@@ -1,8 +1,8 @@
 """Conditional DETR with a ResNet-50: this package against transformers, and many groups against one.
 
 A training step is the forward pass, the loss and the backward pass; the optimiser is torch's and the same for all.
-Dropout is off, since results with it could not be compared. Steps keep the memory that they free, as they do in this
-package's training loop; those of the contenders do so, too.
+Dropout is off, since results with it could not be compared; but one comparison is of dropout. Steps keep the memory
+that they free, as they do in this package's training loop; those of the contenders do so, too.
 """
 
 import functools
@@ -13,22 +13,24 @@ import torch
 
 import groupdetr_fast as gd
 from groupdetr_fast import ops
+from groupdetr_fast.ops import _dropout
 from groupdetr_fast.training.host_memory import keep_freed_memory
 from harness import cases, naive
 from harness.results import OURS
 
 CASES = cases.DETECTION
 BASE = CASES[0]
+TORCHS = "torch's dropout and attention"
 
 
-def build(case):
+def build(case, dropout=0.0):
     torch.manual_seed(0)
     return gd.build_model(
         "conditional_detr_r50",
         num_classes=case.classes,
         num_groups=case.num_groups,
         num_queries=case.num_queries,
-        dropout=0.0,
+        dropout=dropout,
         class_loss=1.0,  # as in transformers, whose cls_loss_coefficient has no effect
     )
 
@@ -120,6 +122,32 @@ def prepare(case):
     return runs, close_to(runs[OURS], 1e-3)
 
 
+def prepare_dropout(case):
+    """Training steps with the paper's dropout, and with torch's own and its attention in the layers."""
+    images, masks, targets = case.make()
+    packed = gd.PackedTargets.from_list(targets)
+    model, quiet = build(case, dropout=0.1).train(), build(case).train()
+    criterion = gd.build_criterion(model)
+
+    def run():
+        loss = criterion(model(images, masks), packed)["loss"]
+        gradients(loss, model, COMPARED.keys())
+        return loss.detach()
+
+    def run_torchs():
+        with mock.patch.object(_dropout, "has_kernel", return_value=False):
+            return run()
+
+    @functools.cache
+    def without():
+        return criterion(quiet(images, masks), packed)["loss"].detach()
+
+    def check(loss):
+        torch.testing.assert_close(loss, without(), rtol=0.2, atol=0)
+
+    return {OURS: run, TORCHS: run_torchs}, check
+
+
 def gradients(loss, model, names):
     """Those of all trained parameters are computed, those of ``names`` are returned."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -158,6 +186,15 @@ def bench_training_step_with_groups(comparison, case, contender):
     keep_freed_memory()
     # All in one run, since what K groups cost is the ratio of two cases.
     comparison("training_step_with_groups", case, contender, prepare, x="num_groups", seconds=120, together=CASES)
+
+
+@pytest.mark.parametrize("contender", [OURS, TORCHS])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_training_step_with_dropout(comparison, case, contender):
+    keep_freed_memory()
+    comparison(
+        "training_step_with_dropout", case, contender, prepare_dropout, x="num_groups", seconds=120, together=CASES
+    )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

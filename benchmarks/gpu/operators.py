@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import groupdetr_fast as gd
+from groupdetr_fast.ops._dropout import new_seed
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
     cross_attention_reference,
 )
-from groupdetr_fast.ops.grouped_attention.dropout import new_seed
 from groupdetr_fast.ops.grouped_attention.reference import (
     grouped_attention_backward_reference,
     grouped_attention_reference,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import groupdetr_fast as gd
 from groupdetr_fast.layers import attention as layers_attention
-from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
+from groupdetr_fast.ops._dropout import keep_mask
 from groupdetr_fast.testing import error_and_bound, negative_scores
 from harness import cases
 from harness.interleave import in_one_line

@@ -25,8 +25,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> Tensor:
     """Attention of every query to every unpadded token.
 
-    With a mask of padding it is ``ops.cross_attention`` where that is preferred, on GPUs in half precision; else it is
-    torch's own attention.
+    It is ``ops.cross_attention`` where that is preferred: on GPUs in half precision under a mask of padding, on CPUs
+    with dropout. Else it is torch's own attention.
 
     Args:
         query: ``[B, L, H, D]``.
@@ -38,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dr
     Returns:
         ``[B, L, H * Dv]``.
     """
-    if padding is not None and is_preferred(query, value):
+    if is_preferred(query, value, padding, dropout_p):
         return ops.cross_attention(query, key, value, padding, dropout_p=dropout_p).flatten(2)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if padding is None else ~padding[:, None, None, :]

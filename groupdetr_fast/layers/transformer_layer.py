@@ -1,7 +1,8 @@
 """What the layers of all encoders and decoders share: dropout and the feed-forward block."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..ops._dropout import dropout
 
 __all__ = ["TransformerLayer", "relu_in_place"]
 
@@ -26,7 +27,7 @@ class TransformerLayer(nn.Module):
         return rows.unflatten(0, x.shape[:-1])
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout) if self.training else x
 
 
 def relu_in_place() -> nn.ReLU:

@@ -61,7 +61,7 @@ def test_times_of_groups_and_of_masks(recorder, conditional):
 def test_a_step_attends_to_images_by_torch_if_asked_to(conditional, monkeypatch):
     """As on a GPU, where a kernel of the op serves otherwise."""
     many = conditional[1]
-    monkeypatch.setattr(training_step.layers_attention, "is_preferred", lambda query, value: True)
+    monkeypatch.setattr(training_step.layers_attention, "is_preferred", lambda *_: True)
     calls = mock.Mock(wraps=training_step.ops.cross_attention)
     monkeypatch.setattr(training_step.ops, "cross_attention", calls)
     way = step.attending_by_torch(many.training, many.batch)

@@ -30,7 +30,7 @@ def test_by_the_op_in_every_layer(name, precision, monkeypatch):
     layers = {"encoder_layers": 1, "decoder_layers": 2}
     model = gd.build_model(name, num_classes=5, num_groups=2, dropout=0.0, **layers, **TINY).train()
     expected = outputs_and_gradients(model, precision)
-    half = mock.Mock(side_effect=lambda query, value: precision == "float32" or query.dtype == torch.bfloat16)
+    half = mock.Mock(side_effect=lambda query, *_: precision == "float32" or query.dtype == torch.bfloat16)
     monkeypatch.setattr(attention, "is_preferred", half)
     calls = mock.Mock(wraps=attention.ops.cross_attention)
     monkeypatch.setattr(attention.ops, "cross_attention", calls)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from groupdetr_fast.ops._dropout import keep_mask
 from groupdetr_fast.ops.cross_attention import triton_kernels, triton_launch
 from groupdetr_fast.ops.cross_attention.reference import (
     cross_attention_backward_reference,
     cross_attention_reference,
 )
-from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
 from groupdetr_fast.testing import assert_matches_reference, poisoned_memory
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from groupdetr_fast import QueryGroups
+from groupdetr_fast.ops._dropout import keep_mask
 from groupdetr_fast.ops.grouped_attention import triton_launch
-from groupdetr_fast.ops.grouped_attention.dropout import keep_mask
 from groupdetr_fast.ops.grouped_attention.reference import (
     grouped_attention_backward_reference,
     grouped_attention_reference,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from groupdetr_fast._library import has_kernel
 from groupdetr_fast.layers import attention as layer
 from groupdetr_fast.ops import cross_attention
 from groupdetr_fast.ops.cross_attention import cpu, is_preferred, op
@@ -314,7 +315,7 @@ def test_decomposition_is_the_op(kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "map"])
-def test_layers_use_it_where_it_is_preferred_and_there_is_a_mask(kind, monkeypatch):
+def test_layers_use_it_where_it_is_preferred(kind, monkeypatch):
     """As torch's attention they give the same, and what a GPU would run is what is compared here."""
     query, key, value = (tensor.requires_grad_() for tensor in make_inputs())
     results, calls = [], []
@@ -324,7 +325,7 @@ def test_layers_use_it_where_it_is_preferred_and_there_is_a_mask(kind, monkeypat
             out = layer.attend(query, key, value, make_padding(kind), 0.0)
         calls.append({event.key for event in profile.key_averages()})
         results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
-    assert ["groupdetr_fast::cross_attention" in names for names in calls] == [False, kind != "none"]
+    assert ["groupdetr_fast::cross_attention" in names for names in calls] == [False, True]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -353,18 +354,18 @@ def test_layers_are_traced_for_a_gpu(dtype):
 
 
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "dims", "preferred"),
+    ("device_type", "dtype", "dims", "dropout_p", "preferred"),
     [
-        ("cuda", torch.bfloat16, (64, 32), True),
-        ("cuda", torch.float16, (128, 128), True),
-        ("cuda", torch.bfloat16, (256, 128), False),  # heads so wide run on the reference
-        ("cuda", torch.bfloat16, (64, 256), False),
-        ("cuda", torch.float32, (64, 32), False),
-        ("cpu", torch.bfloat16, (64, 32), False),
-        ("mps", torch.float16, (64, 32), False),
+        ("cuda", torch.bfloat16, (64, 32), 0.0, True),
+        ("cuda", torch.float16, (128, 128), 0.1, True),
+        ("cuda", torch.bfloat16, (256, 128), 0.0, False),  # heads so wide run on the reference
+        ("cuda", torch.bfloat16, (64, 256), 0.0, False),
+        ("cuda", torch.float32, (64, 32), 0.1, False),
+        ("cpu", torch.bfloat16, (64, 32), 0.0, False),
+        ("mps", torch.float16, (64, 32), 0.1, False),
     ],
 )
-def test_preferred_on_tensor_cores(device_type, dtype, dims, preferred, monkeypatch):
+def test_preferred_on_tensor_cores_under_a_mask(device_type, dtype, dims, dropout_p, preferred, monkeypatch):
     pytest.importorskip("triton")
     query, value = (
         SimpleNamespace(device=torch.device(device_type), dtype=dtype, shape=(2, 9, 8, dim)) for dim in dims
@@ -372,7 +373,21 @@ def test_preferred_on_tensor_cores(device_type, dtype, dims, preferred, monkeypa
     monkeypatch.setattr(op, "_serves", lambda device: True)
     for wanted in (True, False):
         monkeypatch.setattr(op, "_WANTED", wanted)
-        assert is_preferred(query, value) is (wanted and preferred)
+        assert is_preferred(query, value, make_padding("map"), dropout_p) is (wanted and preferred)
+        assert not is_preferred(query, value, None, dropout_p)
+
+
+@pytest.mark.skipif(not has_kernel("attention_dropout", "CPU"), reason="there are no compiled kernels")
+@pytest.mark.parametrize("kind", ["none", "map"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_preferred_on_cpus_with_dropout(kind, wanted, monkeypatch):
+    monkeypatch.setattr(op, "_WANTED", wanted)
+    query, key, value = make_inputs()
+    for dropout_p in (0.0, 0.1):
+        assert is_preferred(query, value, make_padding(kind), dropout_p) is (wanted and dropout_p > 0)
+        with Operators() as called:
+            layer.attend(query, key, value, make_padding(kind), dropout_p)
+        assert ("groupdetr_fast::cross_attention" in called.names) is (wanted and dropout_p > 0)
 
 
 def test_the_environment_turns_it_off_in_layers():

@@ -12,8 +12,8 @@ from ... import _gpus as gpus
 from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from .._attention import MAX_DIM, check_kinds, fake, fake_backward, settled
+from .._dropout import is_fast_on, new_seed
 from .._triton import has_tensor_cores, register_triton
-from ..grouped_attention.dropout import new_seed
 from . import cpu
 from .reference import cross_attention_backward_reference, cross_attention_reference
 
@@ -21,14 +21,19 @@ _HAS_GPU_KERNEL = importlib.util.find_spec("triton") is not None
 _WANTED = os.environ.get("GROUPDETR_FAST_CROSS_ATTENTION") != "0"
 
 
-def is_preferred(query: Tensor, value: Tensor) -> bool:
-    """Whether the layers take this op for such queries and values, where there is a mask of padding.
+def is_preferred(query: Tensor, value: Tensor, padding: Tensor | None, dropout_p: float) -> bool:
+    """Whether the layers take this op for such arguments.
 
-    They do on GPUs whose tensor cores a kernel runs on, in half precision, unless the environment variable
-    ``GROUPDETR_FAST_CROSS_ATTENTION`` was 0 when the package was imported. On CPUs the op is made of torch's own
-    kernels; heads that are too wide run on its reference, which keeps all scores.
+    They do under a mask of padding on GPUs whose tensor cores a kernel runs on, in half precision; heads that are too
+    wide run on the reference, which keeps all scores. And they do with dropout on CPUs, where torch keeps the scores
+    and draws a number for each. If the environment variable ``GROUPDETR_FAST_CROSS_ATTENTION`` was 0 when the package
+    was imported, they do not.
     """
-    if not (_WANTED and _HAS_GPU_KERNEL and query.device.type == "cuda"):
+    if not _WANTED:
+        return False
+    if query.device.type == "cpu":
+        return dropout_p > 0 and is_fast_on(query)
+    if padding is None or not _HAS_GPU_KERNEL or query.device.type != "cuda":
         return False
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     return is_half and max(query.shape[-1], value.shape[-1]) <= MAX_DIM and _serves(query.device)

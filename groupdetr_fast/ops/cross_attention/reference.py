@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._dropout import keep_mask
 from .._reference import gradients
-from ..grouped_attention.dropout import keep_mask
 
 
 def cross_attention_reference(

@@ -8,9 +8,9 @@ from ..._eager import EagerOp
 from ..._library import block_double_backward, define_op
 from ...groups import QueryGroups
 from .._attention import check_kinds, fake, fake_backward, settled
+from .._dropout import new_seed
 from .._triton import register_triton
 from . import cpu
-from .dropout import new_seed
 from .reference import grouped_attention_backward_reference, grouped_attention_reference
 
 

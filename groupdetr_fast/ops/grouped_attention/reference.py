@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...groups import QueryGroups
+from .._dropout import attention_dropout_reference
 from .._reference import gradients
-from .dropout import attention_dropout_reference
 
 
 def grouped_attention_reference(
