@@ -185,7 +185,7 @@ CONTENDERS = (OURS, "masked SDPA", "explicit mask")
 def bench_training_step_with_groups(comparison, case, contender):
     keep_freed_memory()
     # All in one run, since what K groups cost is the ratio of two cases.
-    comparison("training_step_with_groups", case, contender, prepare, x="num_groups", seconds=120, together=CASES)
+    comparison("training_step_with_groups", case, contender, prepare, x="num_groups", seconds=240, together=CASES)
 
 
 @pytest.mark.parametrize("contender", [OURS, TORCHS])
