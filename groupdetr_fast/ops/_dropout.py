@@ -103,11 +103,14 @@ class _Dropout(torch.autograd.Function):
     """Linear in ``x``, so that its gradient is itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        ctx.p = p
-        ctx.save_for_backward(seed)
+    def forward(x: Tensor, p: float, seed: Tensor) -> Tensor:
         rows = x.reshape(1, 1, x.shape[:-1].numel(), x.shape[-1])
         return torch.ops.groupdetr_fast.attention_dropout(rows, seed, p, [0, 0, 0]).view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+        _, ctx.p, seed = inputs
+        ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

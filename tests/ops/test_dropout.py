@@ -202,6 +202,8 @@ def test_gradients_drop_what_the_output_does():
 
     assert torch.autograd.gradcheck(seeded, x)
     assert torch.autograd.gradgradcheck(seeded, x)
+    (expected,) = torch.autograd.grad(seeded(x).square().sum(), x)
+    assert torch.equal(torch.func.grad(lambda x: seeded(x).square().sum())(x.detach()), expected)
     permuted = torch.randn(8, 5, 4, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
     assert torch.equal(seeded(permuted), seeded(permuted.contiguous()))
 
