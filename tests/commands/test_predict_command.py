@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from dataclasses import fields
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from small_checkpoint import CATEGORIES, SIZES, write_checkpoint
 import groupdetr_fast as gd
 from groupdetr_fast import cli
 from groupdetr_fast.commands.predict import PredictCommand
+from groupdetr_fast.commands.predict import command as predict_command
 from groupdetr_fast.commands.predict.sources import find_sources, unlike_each_other
 from groupdetr_fast.data import DataError
 from groupdetr_fast.prediction import InferenceSettings, Options
@@ -64,6 +66,22 @@ def test_results_of_files_folders_and_patterns(images, tmp_path, capsys):
     pictures = {path.name: Image.open(path).size for path in (output / "images").iterdir()}
     assert pictures == {"1.jpg": (640, 480), "1_2.jpg": (384, 640), "2.jpg": (640, 640)}
     assert (output / "contact_sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("meta", 0)])
+def test_memory_is_kept_from_image_to_image_on_a_cpu(device, kept, images, tmp_path, monkeypatch):
+    """A model on another device is made up here, and where it lies is asked before anything is detected."""
+    keep = mock.Mock()
+    monkeypatch.setattr(predict_command, "keep_freed_memory", keep)
+    if device == "meta":
+        load = predict_command.load_model
+        monkeypatch.setattr(predict_command, "load_model", lambda *args, **options: load(*args, **options).to("meta"))
+        monkeypatch.setattr(predict_command, "Predictor", mock.Mock(side_effect=DataError("nothing is detected")))
+        with pytest.raises(SystemExit, match="nothing is detected"):
+            run(write_checkpoint(tmp_path), images / "b", "--output", tmp_path / "out")
+    else:
+        run(write_checkpoint(tmp_path), images / "b", "--device", device, "--output", tmp_path / "out")
+    assert keep.call_count == kept
 
 
 def test_unreadable_files_are_named_and_the_rest_done(images, tmp_path):

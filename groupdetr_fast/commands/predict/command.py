@@ -16,6 +16,7 @@ from ...prediction import InferenceSettings, load_model, settings_of
 from ...prediction.images import Predictor
 from ...prediction.options import Options
 from ...prediction.video import detect_frames
+from ...training.host_memory import keep_freed_memory
 from ..flags import CheckpointArgument, DetectorFlags, ImageFlags, require_checkpoint
 from .images import JSON, PICTURES, SHEET, ImageReader, ImageResults
 from .progress import Bar
@@ -96,6 +97,8 @@ class PredictCommand(Options):
             accelerate_kernels=self.accelerate_kernels,
             **self.detector.given(),
         )
+        if next(model.parameters()).device.type == "cpu":
+            keep_freed_memory()  # large maps of every image would be zeroed by the system first
         predictor = Predictor(model, self._options(settings_of(model)), workers=self.workers)
         faults = [self._images(predictor, sources.images)] if sources.images else []
         for video, stem in zip(sources.videos, unlike_each_other(map(stem_of, sources.videos)), strict=True):
